@@ -151,14 +151,17 @@ def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryI
         with _remote(shard, filesystem.open, path, "rb") as file:
             yield file
     else:
-        try:
-            file = open(shard, "rb", buffering=_CHUNK)
-        except FileNotFoundError as error:
-            raise ShardError(shard, "does not exist; check the path") from error
-        except OSError as error:
-            raise ShardError(shard, f"cannot be opened: {error.strerror}") from error
-        with file:
+        with _open_local(shard) as file:
             yield file
+
+
+def _open_local(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=_CHUNK)
+    except FileNotFoundError as error:
+        raise ShardError(path, "does not exist; check the path") from error
+    except OSError as error:
+        raise ShardError(path, f"cannot be opened: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,7 @@ class RawSample:
     """Why the sample cannot be used, as `kind: details`, or None."""
 
 
-def read_samples(
-    shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin: BinaryIO | None = None
-) -> Iterator[RawSample]:
+def read_samples(shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin: BinaryIO | None = None) -> Iterator[RawSample]:
     """Yield the samples of a shard in order, then check that the shard ended as a tar must.
 
     A sample is a run of adjacent members with one key, as webdataset groups them. Directories,
@@ -231,8 +232,7 @@ def read_samples(
             first = first_rows.setdefault(group.key, row)
             if first != row:
                 group.problem = (
-                    f"duplicate key: {group.key!r}, first at row {first}; keys must be unique and the members "
-                    "of a sample adjacent (tar --sort=name)"
+                    f"duplicate key: {group.key!r}, first at row {first}; keys must be unique and the members of a sample adjacent (tar --sort=name)"
                 )
             yield RawSample(group.key, row, group.start, group.end - group.start, group.members, group.problem)
 
@@ -355,9 +355,7 @@ class _TarWalk:
             raise self._truncated_in(member)
 
     def _truncated_in(self, member: _Member) -> ShardError:
-        return ShardError(
-            self.shard, f"is truncated, fetch it again: it ends inside member {member.name!r}, which begins", offset=member.start
-        )
+        return ShardError(self.shard, f"is truncated, fetch it again: it ends inside member {member.name!r}, which begins", offset=member.start)
 
     def _header(self, *, in_member: bool) -> tarfile.TarInfo | None:
         """The header at this position, or None for a block of zeros."""
@@ -428,9 +426,7 @@ class _TarWalk:
             size = 0  # links, directories and devices have no content, whatever they claim
         name = pax.get("GNU.sparse.name") or pax.get("path") or name or header.name
         sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax)
-        return _Member(
-            name, size, start, self.position, self.position + _padded(size), "sparse file" if sparse else _oddity(header)
-        )
+        return _Member(name, size, start, self.position, self.position + _padded(size), "sparse file" if sparse else _oddity(header))
 
     def _check_end(self) -> None:
         """Read past the first zero block: only zeros may follow."""

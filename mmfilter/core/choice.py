@@ -1,0 +1,93 @@
+"""Which rows a selection keeps, and why it drops the others; numpy only, one value a row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+
+import numpy as np
+
+from mmfilter.errors import SelectionError
+
+
+class Decision(IntEnum):
+    KEPT = 0
+    NOT_IN_WHERE = 1
+    NO_SCORE = 2
+    BELOW_MIN = 3
+    BELOW_CUT = 4
+    TIED = 5
+    """Has the score of the cut, but other rows with that score come first"""
+
+
+@dataclass(frozen=True)
+class Top:
+    """How many rows to keep: a fraction of the candidates, or a count."""
+
+    fraction: Fraction | None = None
+    count: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Top:
+        """`20%`, `33.3%` (exact decimals) or `5000`."""
+        text = text.strip()
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII):
+            fraction = Fraction(match[1]) / 100
+            if 0 < fraction <= 1:
+                return cls(fraction=fraction)
+        elif re.fullmatch(r"\d+", text, re.ASCII) and int(text) > 0:
+            return cls(count=int(text))
+        raise SelectionError(f"--top {text!r} is neither a percentage up to 100% nor a count from 1; write 20% or 5000")
+
+    def of(self, candidates: int) -> int:
+        """Rows to keep: floor(n·fraction + 1/2), or the count."""
+        if self.fraction is None:
+            return self.count
+        return int(candidates * self.fraction + Fraction(1, 2))
+
+
+def choose(
+    values: np.ndarray,
+    present: np.ndarray,
+    passes: np.ndarray,
+    *,
+    top: Top | None,
+    minimum: float | None,
+    first_by_key: Callable[[np.ndarray, int], np.ndarray],
+) -> np.ndarray:
+    """A `Decision` for every row, as int8.
+
+    The candidates are the rows that pass. Of those with a value, and one of at least `minimum`, the
+    `top.of(candidates)` largest are kept. `first_by_key(among, n)` gives the positions of the first
+    `n` rows of a mask: it is asked only about the rows that tie at the cut.
+    """
+    decision = np.full(len(values), Decision.KEPT, np.int8)
+    decision[~present] = Decision.NO_SCORE
+    decision[~passes] = Decision.NOT_IN_WHERE
+    if minimum is not None:
+        if values.dtype.kind == "f":
+            minimum = values.dtype.type(minimum)  # a stored 0.7 is at least 0.7, also as float32
+        decision[(decision == Decision.KEPT) & (values < minimum)] = Decision.BELOW_MIN
+    if top is not None:
+        _keep_largest(decision, values, top.of(int(passes.sum())), first_by_key)
+    return decision
+
+
+def _keep_largest(decision: np.ndarray, values: np.ndarray, n: int, first_by_key: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    left = decision == Decision.KEPT
+    sizes = values[left]
+    if len(sizes) <= n:
+        return
+    if n == 0:
+        decision[left] = Decision.BELOW_CUT
+        return
+    cut = np.partition(sizes, len(sizes) - n)[len(sizes) - n]
+    decision[left & (values < cut)] = Decision.BELOW_CUT
+    free = n - int((sizes > cut).sum())
+    tied = left & (values == cut)
+    if int(tied.sum()) > free:
+        decision[tied] = Decision.TIED
+        decision[first_by_key(tied, free)] = Decision.KEPT
