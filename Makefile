@@ -1,0 +1,51 @@
+# One entry to everything. The first call makes .venv and installs what is pinned in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test quick lint bench docs model shards clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+# Score two example shards with the embedded model and stream the best 20 % into a training loop.
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# The tests that take seconds.
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/make_reference.py --check
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py
+
+# Write the command reference from the code.
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
+
+# Rebuild the embedded model from the icon sets (about an hour and a half on two cores).
+model: $(INSTALLED)
+	$(BIN)/python models/recipe/rebuild.py
+
+# Rebuild the example shards.
+shards: $(INSTALLED)
+	$(BIN)/python examples/make_shards.py
+
+clean:
+	rm -rf demo mmfilter-run .pytest_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""`python -m mmfilter`."""
+
+import sys
+
+from mmfilter.cli.app import main
+
+sys.exit(main())

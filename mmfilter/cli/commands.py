@@ -1,0 +1,129 @@
+"""The commands: parse, call one operation, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmfilter import __version__
+from mmfilter.cli.options import DEFAULT_RUN, card_for
+from mmfilter.errors import MMFilterError
+
+app = typer.Typer(
+    help="Curate image-text data with the features inside a multimodal model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmfilter {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+    pass
+
+
+@app.command()
+def score(
+    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS...")],
+    run: Annotated[Path, typer.Option("--run", help="Run directory to write, or to go on with.")] = DEFAULT_RUN,
+    model: Annotated[str, typer.Option(help="Card name, local folder or hub id.")] = "tiny",
+    layer: Annotated[Optional[int], typer.Option(help="Decoder layer whose output the SAE reads, from 0 (default: the card's).")] = None,
+    sae: Annotated[Optional[Path], typer.Option(help="SAE folder in the SAELens 6 layout (default: the card's).")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")] = None,
+    text_context: Annotated[Optional[str], typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")] = None,
+    threshold: Annotated[Optional[float], typer.Option(help="A feature is present on a side above this activation (default: the card's).")] = None,
+    caption: Annotated[str, typer.Option(help="Where captions are: txt, conversations, a JSON field, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Pairs that go through the model together.")] = 32,
+    workers: Annotated[int, typer.Option(help="Threads that decode and pre-process.")] = 4,
+    limit: Annotated[Optional[int], typer.Option(help="Score only the first so many samples.")] = None,
+    max_bad: Annotated[str, typer.Option(help="Share of samples without a score that still exits 0.")] = "10%",
+    seed: Annotated[int, typer.Option(help="Seed of the random score.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+) -> None:
+    """Score every image-text pair of the shards, one row each, into a run directory.
+
+    Run it again to go on: finished shards are skipped.
+
+    Example: mmfilter score 'examples/shards/*.tar' --run runs/icons
+    """
+    from mmfilter.cli import display
+    from mmfilter.core import artifacts
+    from mmfilter.ops import score as operation
+
+    allowed = _share(max_bad)
+    _one_of("--text-context", text_context, ("image", "none"))
+    _one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    settings = operation.ScoreSettings(
+        card=card_for(model, layer, sae, prompt, text_context, threshold),
+        run=run, device=device, dtype=dtype, batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
+    )  # fmt: skip
+    with display.TerminalProgress() as progress:
+        summary = operation.score(shards, settings, progress)
+    tables = artifacts.RunDirectory(run).score_tables() if summary.n_shards or summary.n_skipped else []
+    columns = {name: artifacts.read_column(tables, name) for name in artifacts.SCORES}
+    if as_json:
+        print(json.dumps(display.score_report(summary, columns), indent=2))
+    else:
+        display.show_score(summary, columns, "similarity")
+    if summary.failures:
+        said = f"{len(summary.failures)} of {len(summary.failures) + summary.n_shards + summary.n_skipped} shards could not be read to their end"
+        raise MMFilterError(f"{said}, first: {summary.failures[0]}. The others are finished; repair and run again")
+    if summary.n_shards and not summary.n_samples:
+        raise MMFilterError("the shards hold no samples: nothing to score")
+    if summary.fraction_bad > allowed:
+        raise MMFilterError(
+            f"{summary.fraction_bad:.1%} of the samples have no score, more than --max-bad {max_bad} allows; "
+            f"the column 'reason' of {run}/scores/*.parquet says why for each"
+        )
+
+
+@app.command()
+def select(
+    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="[RUN]")] = DEFAULT_RUN,
+    top: Annotated[Optional[str], typer.Option(help="Keep the best: a share (20%) or a number (5000).")] = None,
+    min_score: Annotated[Optional[float], typer.Option("--min", help="Keep scores of at least this.")] = None,
+    by: Annotated[str, typer.Option(help="Score column to rank by.")] = "similarity",
+    where: Annotated[Optional[str], typer.Option(help="SQL condition on the score table: who is a candidate.")] = None,
+    shuffle: Annotated[Optional[int], typer.Option(help="Shuffle the output with this seed (default: source order).", metavar="SEED")] = None,
+    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Directory to write shards to, or - for a tar stream on stdout.")] = None,
+    output_format: Annotated[Optional[str], typer.Option("--format", help="shards, tar, or keys (default: shards for a directory, tar for a stream).")] = None,
+    shard_size: Annotated[int, typer.Option(help="Samples in an output shard.")] = 10_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the funnel as JSON on stderr.")] = False,
+) -> None:
+    """Copy the best pairs of a run out of their shards, byte for byte.
+
+    Needs no model: it reads the score tables and copies byte ranges.
+
+    Example: mmfilter select runs/icons --top 20% -o best/
+    """
+    raise NotImplementedError
+
+
+def _share(text: str) -> float:
+    """`10%` or `0.1` as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{text!r} is no share; expected something like 10% or 0.1", param_hint="--max-bad")
+    return value
+
+
+def _one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise typer.BadParameter(f"{value!r}; expected one of {', '.join(choices)}", param_hint=option)

@@ -1,0 +1,355 @@
+"""Score every pair of the given shards: one pass over the model, resumable shard by shard."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+
+from mmfilter.core import artifacts
+from mmfilter.core.artifacts import RunDirectory
+from mmfilter.core.backbone import Backbone, folder_hash, load_backbone
+from mmfilter.core.cards import Card
+from mmfilter.core.crossmodal import FeatureWeights, load_weights
+from mmfilter.core.decode import DecodeSettings, Pair
+from mmfilter.core.feed import Batch, Feed, Prefetched
+from mmfilter.core.reference import fit_weights
+from mmfilter.core.run import Shard, ShardTables, finished, name_shards, open_run
+from mmfilter.core.sae import SAE, load_sae
+from mmfilter.core.scorer import Scored, Scorer, check_fit
+from mmfilter.core.scores import random_score
+from mmfilter.core.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
+from mmfilter.errors import MMFilterError, ModelError, RunError, ShardError
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How to score. What changes a score is stored in the run and may not differ when it goes on."""
+
+    card: Card
+    """Model, layer, SAE and how to prompt"""
+    run: Path = Path("mmfilter-run")
+    """Where everything is written"""
+    device: str = "auto"
+    """`auto` is cuda where there is one, else cpu"""
+    dtype: str = "auto"
+    """`auto` is bfloat16 on a GPU, float32 on a CPU"""
+    batch_size: int = 32
+    workers: int = 4
+    """Threads that decode and pre-process"""
+    limit: int | None = None
+    """Score only the first so many samples of the input"""
+    caption: str = "auto"
+    """Where the caption is (see `DecodeSettings`)"""
+    seed: int = 0
+    """Seed of the `random` score"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "workers", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MMFilterError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+
+    def resolved_device(self) -> str:
+        """The device to use; raises `ModelError` when a GPU is asked for and there is none."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ModelError(f"device {self.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; use --device cpu")
+        return self.device
+
+    def resolved_dtype(self) -> torch.dtype:
+        """The type of the model's weights and states."""
+        if self.dtype == "auto":
+            return torch.float32 if self.resolved_device() == "cpu" else torch.bfloat16
+        return getattr(torch, self.dtype)
+
+
+class Progress(Protocol):
+    """What the operation tells while it runs."""
+
+    def start(self, phase: str, total_bytes: int | None) -> None: ...
+
+    def advance(self, samples: int, nbytes: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class ScoreSummary:
+    """What came of it."""
+
+    run: Path
+    n_samples: int = 0
+    """Samples of the shards that this command finished"""
+    n_scored: int = 0
+    """… that have scores"""
+    n_shards: int = 0
+    """Shards finished by this command"""
+    n_skipped: int = 0
+    """Shards that were finished before"""
+    seconds: float = 0.0
+    """Time of the scoring pass alone, without loading and fitting"""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Kind of problem -> samples without a score"""
+    failures: list[ShardError] = field(default_factory=list)
+    """Shards that could not be read to their end; nothing is kept of them"""
+
+    @property
+    def fraction_bad(self) -> float:
+        return 1 - self.n_scored / self.n_samples if self.n_samples else 0.0
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.n_samples / self.seconds if self.seconds else 0.0
+
+
+def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) -> ScoreSummary:
+    """Score the shards that `patterns` name into the run directory.
+
+    A finished shard whose input has not changed is skipped. A shard that cannot be read to its end is
+    listed in the summary's `failures`, and the others are scored all the same. Raises `ShardError` for
+    a pattern that names nothing, `RunError` when the run was made with other settings, `ModelError` and
+    `SAEError` for what cannot be loaded.
+    """
+    run = RunDirectory(settings.run)
+    shards = name_shards(expand(patterns), run)
+    backbone, sae = load(settings)
+    manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
+    todo = [shard for shard in shards if not finished(run, shard)]
+    summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
+    if not todo:
+        return summary
+    with closing(Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+        source = Source(settings.limit)
+        weights = feature_weights(run, settings.card, shards, source, feed, backbone, sae, progress)
+        record_weights(run, manifest, weights)
+        scorer = Scorer(backbone, sae, weights, settings.card.threshold)
+        progress.start("scoring", total_bytes(todo) if settings.limit is None else None)
+        started = time.perf_counter()
+        with closing(Prefetched(events(shards, {shard.name for shard in todo}, run, source, feed), 3)) as feed_events:
+            write_tables(feed_events, run, scorer, settings.seed, summary, progress)
+        summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def load(settings: ScoreSettings) -> tuple[Backbone, SAE]:
+    """The card's model up to its layer, and its SAE, on the device."""
+    card, device = settings.card, settings.resolved_device()
+    sae = load_sae(Path(card.sae))
+    backbone = load_backbone(
+        card.model,
+        card.layer,
+        revision=card.revision,
+        prompt=card.prompt,
+        text_context=card.text_context,
+        device=device,
+        dtype=settings.resolved_dtype(),
+    )
+    check_fit(backbone, sae)
+    return backbone, sae.to(device)
+
+
+def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> dict[str, Any]:
+    """Everything that changes a score."""
+    card = settings.card
+    return {
+        "model": card.model,
+        "model_hash": folder_hash(card.model),
+        "revision": card.revision,
+        "layer": card.layer,
+        "prompt": backbone.prompt,
+        "text_context": card.text_context,
+        "sae": card.sae,
+        "sae_hash": sae.hash,
+        "threshold": card.threshold,
+        "dtype": str(settings.resolved_dtype()).removeprefix("torch."),
+        "caption": settings.caption,
+        "limit": settings.limit,
+        "seed": settings.seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the scores."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def feature_weights(
+    run: RunDirectory, card: Card, shards: list[Shard], source: Source, feed: Feed, backbone: Backbone, sae: SAE, progress: Progress
+) -> FeatureWeights:
+    """The run's weights if it has them, else the card's, else fitted on a reference sample of the input."""
+    if run.weights.exists():
+        weights = load_weights(run.weights)
+    elif card.weights:
+        weights = load_weights(Path(card.weights))
+        weights.save(run.weights)
+    else:
+        progress.start("fitting feature weights", None)
+        weights = fit_weights([shard.path for shard in shards], source.head, feed, backbone, sae, lambda n: progress.advance(n, 0))
+        weights.save(run.weights)
+        if weights.n_samples < 100:
+            progress.note(f"the feature weights come from only {weights.n_samples} pairs; about 1,000 make them steady")
+    if len(weights.omega) != sae.n_features:
+        raise RunError(f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to another SAE")
+    return weights
+
+
+def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: FeatureWeights) -> None:
+    """Say in the manifest which weights the scores are made with; refuse when they changed meanwhile."""
+    if manifest["weights"] is not None and manifest["weights"]["hash"] != weights.hash:
+        raise RunError(f"{str(run.weights)!r} is not what this run was scored with: restore it, or use another --run")
+    manifest["weights"] = {"hash": weights.hash, "n_samples": weights.n_samples, "n_weighted": weights.n_weighted, "reference": weights.metadata}
+    artifacts.write_json(run.manifest, manifest)
+
+
+class Source:
+    """The input's samples within `limit`; stdin can be read once, so its head is kept for the pass."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = self._left = limit
+        self._stdin: Iterator[RawSample] | None = None
+        self._stdin_head: list[RawSample] = []
+
+    def head(self, shard: str, n: int) -> Iterable[RawSample]:
+        """The first `n` samples of a shard, any number of times, without using them up."""
+        n = n if self._limit is None else min(n, self._limit)
+        if shard != STDIN:
+            return itertools.islice(read_samples(shard), n)
+        if self._stdin is None:
+            self._stdin = read_samples(shard)
+            self._stdin_head = list(itertools.islice(self._stdin, n))
+        return self._stdin_head
+
+    def samples(self, shard: str) -> Iterator[RawSample]:
+        """The samples of a shard that the limit leaves."""
+        samples = itertools.chain(self._stdin_head, self._stdin) if shard == STDIN and self._stdin else read_samples(shard)
+        for raw in itertools.islice(samples, self._left):
+            self.use_up(1)
+            yield raw
+
+    def use_up(self, n: int) -> None:
+        """Count samples as scored."""
+        if self._left is not None:
+            self._left = max(0, self._left - n)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._left == 0
+
+
+def total_bytes(shards: Iterable[Shard]) -> int | None:
+    """Size of the input, None where a part of it is unknown."""
+    sizes = []
+    for shard in shards:
+        try:
+            sizes.append(stamp(shard.path).size)
+        except ShardError:
+            sizes.append(0)  # the pass reports it
+    return None if None in sizes else sum(sizes)
+
+
+# --- the pass --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardStart:
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class ShardEnd:
+    stamp: Stamp | None
+    """The shard's stamp from before it was read; None when it could not be read to its end"""
+    error: ShardError | None = None
+
+
+Event = ShardStart | Batch | list[Pair] | ShardEnd
+
+
+def events(shards: list[Shard], todo: set[str], run: RunDirectory, source: Source, feed: Feed) -> Iterator[Event]:
+    """The input as a stream: a shard's start, its batches, after those of a window its pairs, its end."""
+    for shard in shards:
+        if shard.name not in todo:
+            source.use_up(artifacts.read_table_metadata(run.scores(shard.name))["rows"])
+            continue
+        if source.exhausted:
+            return
+        yield ShardStart(shard)
+        try:
+            before = stamp(shard.path)
+            for window in feed.windows(source.samples(shard.path), shard.path):
+                yield from window.batches
+                yield window.pairs
+            yield ShardEnd(before)
+        except ShardError as error:
+            yield ShardEnd(None, error)
+
+
+def write_tables(stream: Iterable[Event], run: RunDirectory, scorer: Scorer, seed: int, summary: ScoreSummary, progress: Progress) -> None:
+    """Score the batches of the stream and write each shard's tables."""
+    tables: ShardTables | None = None
+    codes: dict[int, dict[str, np.ndarray]] = {}
+    try:
+        for event in stream:
+            if isinstance(event, ShardStart):
+                tables = ShardTables(run, event.shard)
+            elif isinstance(event, Batch):
+                take(event.pairs, scorer.score(event.inputs), codes)
+            elif isinstance(event, list):
+                tables.write(*table_rows(event, codes, seed))
+                progress.advance(len(event), sum(pair.columns["nbytes"] for pair in event))
+            else:
+                close(tables, event, summary, progress)
+                tables = None
+    finally:
+        if tables is not None:
+            tables.abandon()
+
+
+def take(pairs: list[Pair], scored: Scored, codes: dict[int, dict[str, np.ndarray]]) -> None:
+    """Put a batch's scores into its pairs' columns and its codes into `codes`, by row."""
+    finite = np.isfinite(np.stack(list(scored.scores.values()))).all(0)
+    for i, pair in enumerate(pairs):
+        pair.columns["n_image_tokens"] = int(scored.n_image_tokens[i])
+        pair.columns["n_text_tokens"] = int(scored.n_text_tokens[i])
+        if finite[i]:
+            pair.columns.update({name: float(column[i]) for name, column in scored.scores.items()})
+            codes[pair.row] = scored.codes[i]
+        else:
+            pair.reason = "the model's states are not finite"
+
+
+def table_rows(pairs: list[Pair], codes: dict[int, dict[str, np.ndarray]], seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows of the score table and of the code table for a window."""
+    score_rows, code_rows = [], []
+    for pair in pairs:
+        key, ok = pair.columns["key"], pair.reason is None
+        control = {"random": random_score(seed, key, pair.row)} if ok else {}
+        score_rows.append(pair.columns | control | {"ok": ok, "reason": pair.reason})
+        if ok:
+            code_rows.append({"key": key, "row": pair.row} | codes.pop(pair.row))
+    return score_rows, code_rows
+
+
+def close(tables: ShardTables, end: ShardEnd, summary: ScoreSummary, progress: Progress) -> None:
+    """Finish or drop a shard's tables, and count."""
+    if end.error is not None:
+        tables.abandon()
+        summary.failures.append(end.error)
+        progress.note(str(end.error))
+        return
+    tables.finish(end.stamp)
+    summary.n_shards += 1
+    summary.n_samples += tables.rows
+    summary.n_scored += tables.ok
+    summary.reasons += tables.reasons
