@@ -18,6 +18,9 @@ import numpy as np
 from mmfilter.core import artifacts
 from mmfilter.core.shard_writer import ShardWriter, Sources
 
+_AT_ONCE = 100_000
+"""Samples whose ranges become Python objects at one time"""
+
 
 @dataclass(frozen=True)
 class Members:
@@ -37,9 +40,17 @@ class Members:
     def take(self, order: np.ndarray) -> Members:
         return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order])
 
-    def repeats_key(self) -> np.ndarray:
-        """Positions of samples with the key of the sample before them, which readers would merge."""
-        return np.flatnonzero(self.key_hash[1:] == self.key_hash[:-1]) + 1
+    def n_adjacent_repeats(self) -> int:
+        """Samples with the key of the sample before them: readers would take the two for one."""
+        return int((self.key_hash[1:] == self.key_hash[:-1]).sum())
+
+    def previous_with_key(self) -> np.ndarray:
+        """Position of the last earlier sample with the same key, -1 if there is none."""
+        order = np.argsort(self.key_hash, kind="stable")
+        same = self.key_hash[order[1:]] == self.key_hash[order[:-1]]
+        previous = np.full(len(self), -1)
+        previous[order[1:][same]] = order[:-1][same]
+        return previous
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined."""
@@ -57,45 +68,60 @@ def write_tar(fd: int, members: Members) -> int:
         return _write_range(fd, sources, members, 0, len(members))
 
 
-def write_shards(folder: Path, members: Members, shard_size: int) -> tuple[np.ndarray, int]:
-    """Write the samples as shards into an empty folder: each sample's shard number, and the bytes written.
+@dataclass(frozen=True)
+class NewShards:
+    """What `write_shards` wrote."""
 
-    A shard ends after `shard_size` samples, or where the next one has the same key as the last.
+    number: np.ndarray
+    """Of each sample, the shard it is in"""
+    nbytes: int
+    n_shards: int
+    n_early: int
+    """Shards that ended early because the next sample's key was in them already"""
+
+
+def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
+    """Write the samples as shards into an empty folder.
+
+    A shard ends after `shard_size` samples, or before a key that it has already: keys are unique in a
+    shard, as readers expect, also where the input's shards share keys.
     """
-    starts = _shard_starts(len(members), members.repeats_key(), shard_size)
+    starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
     sizes: dict[str, int] = {}
     nbytes = 0
     with Sources() as sources:
         for number, (start, stop) in enumerate(zip(starts, [*starts, len(members)][1:], strict=True)):
-            name = shard_name(number)
+            name = f"{number:08d}.tar"
             with open(folder / name, "xb", buffering=0) as file:
                 nbytes += _write_range(file.fileno(), sources, members, start, stop)
             sizes[name] = stop - start
             stats = {"count": stop - start, "successes": stop - start}
             artifacts.write_json(folder / f"{number:08d}_stats.json", stats)
     artifacts.write_json(folder / "sizes.json", sizes)
-    return np.repeat(np.arange(len(starts), dtype=np.int32), list(sizes.values())), nbytes
-
-
-def shard_name(number: int) -> str:
-    return f"{number:08d}.tar"
+    number = np.repeat(np.arange(len(starts), dtype=np.int32), list(sizes.values()))
+    return NewShards(number, nbytes, len(starts), n_early)
 
 
 def _write_range(fd: int, sources: Sources, members: Members, start: int, stop: int) -> int:
     writer = ShardWriter(fd, sources)
-    for shard, offset, nbytes in members.ranges(start, stop):
-        writer.copy(shard, offset, nbytes)
+    for first in range(start, stop, _AT_ONCE):
+        for shard, offset, nbytes in members.ranges(first, min(first + _AT_ONCE, stop)):
+            writer.copy(shard, offset, nbytes)
     writer.finish()
     return writer.nbytes
 
 
-def _shard_starts(n: int, breaks: np.ndarray, shard_size: int) -> list[int]:
-    starts = []
-    start = 0
-    for end in [*breaks.tolist(), n]:
-        starts += range(start, end, shard_size)
-        start = end
-    return starts
+def _shard_starts(previous_with_key: np.ndarray, shard_size: int) -> tuple[list[int], int]:
+    """Position of the first sample of each shard, and how many shards ended early."""
+    n = len(previous_with_key)
+    starts = [0] if n else []
+    n_early = 0
+    for i in [*np.flatnonzero(previous_with_key >= 0).tolist(), n]:
+        starts += range(starts[-1] + shard_size, i, shard_size) if starts else ()
+        if i < n and previous_with_key[i] >= starts[-1] and i - starts[-1] < shard_size:
+            starts.append(i)
+            n_early += 1
+    return starts, n_early
 
 
 @contextmanager

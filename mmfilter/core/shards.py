@@ -58,7 +58,11 @@ def expand(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
     names = [os.fspath(pattern) for pattern in patterns]
     if STDIN in names and len(names) > 1:
         raise ShardError(STDIN, "(stdin) must be the only shard; give the others in another run")
-    return list(dict.fromkeys(shard for name in names for shard in _expand_one(name)))
+    shards = list(dict.fromkeys(shard for name in names for shard in _expand_one(name)))
+    for shard in shards:
+        if any(letter < " " or "\ud800" <= letter <= "\udfff" for letter in shard):
+            raise ShardError(shard, "has a line break or bytes that are no UTF-8 in its path; rename it")
+    return shards
 
 
 def _expand_one(name: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ Choosing reads one score column; copying moves byte ranges. Neither decodes a sa
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ class SelectSettings:
     """Seed of a random output order; None keeps the order of the source"""
     format: Format = "shards"
     """`shards`: a new folder; `tar`: one tar; `keys`: one key a line"""
-    output: Path | None = None
+    output: str | Path | None = None
     """The folder or file to write; None is stdout"""
     shard_size: int = 10_000
     """Samples an output shard"""
@@ -61,7 +62,7 @@ class SelectSettings:
             raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
         if self.format == "shards" and self.output is None:
             raise SelectionError("shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
-        if self.output is not None and is_url(str(self.output)):
+        if self.output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.output)):
             raise SelectionError(f"output {str(self.output)!r} is a URL; select into a local folder and upload that")
         if self.shard_size < 1:
             raise SelectionError(f"--shard-size is {self.shard_size}; at least 1 is needed")
@@ -126,7 +127,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     """
     tables = ScoreTables(RunDirectory(run))
     if settings.output is not None:
-        _check_output(settings.output, settings.format, tables)
+        _check_output(Path(settings.output), settings.format, tables)
     column = tables.column(settings.by, settings.where)
     top = None if settings.top is None else Top.parse(settings.top)
     decision = choose(column.values, column.present, column.passes, top=top, minimum=settings.min, first_by_key=tables.first_by_key)
@@ -179,7 +180,7 @@ def _labels(settings: SelectSettings) -> dict[Decision, str]:
 
 def _unfinished(tables: ScoreTables) -> tuple[str, ...]:
     n = len(artifacts.read_json(tables.run.manifest)["inputs"]) - len(tables.shards)
-    return (f"{n:,} of the run's shards are not scored yet and take no part",) if n > 0 else ()
+    return (f"shards of the run that are not scored yet and take no part: {n:,}",) if n > 0 else ()
 
 
 def _order(n: int, seed: int | None) -> np.ndarray:
@@ -226,16 +227,18 @@ def _check_sources(members: Members, tables: ScoreTables) -> None:
 
 def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarray, members: Members, order: np.ndarray) -> Selection:
     settings = selection.settings
-    with _explained(settings.output), new_folder(settings.output) as folder:
-        number, nbytes = write_shards(folder, members, settings.shard_size)
+    with _explained(settings.output), new_folder(Path(settings.output)) as folder:
+        shards = write_shards(folder, members, settings.shard_size)
         output = np.full(len(decision), -1, np.int32)
-        output[np.flatnonzero(decision == Decision.KEPT)[order]] = number
+        output[np.flatnonzero(decision == Decision.KEPT)[order]] = shards.number
         about = _about(selection, tables)
         labels = [_labels(settings).get(code) for code in Decision]
         tables.write_decisions(folder / "selection.parquet", settings.by, decision, output, labels=labels, metadata=about)
         artifacts.write_json(folder / "manifest.json", about)
-    n_shards = int(number[-1]) + 1 if len(number) else 0
-    return replace(selection, shards_written=n_shards, nbytes_written=nbytes)
+    warnings = selection.warnings
+    if shards.n_early:
+        warnings += (f"input shards share keys: {shards.n_early:,} output shards end early, so that keys are unique in each",)
+    return replace(selection, shards_written=shards.n_shards, nbytes_written=shards.nbytes, warnings=warnings)
 
 
 def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
@@ -252,9 +255,9 @@ def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
 
 def _write_tar(selection: Selection, members: Members, stdout: BinaryIO | None) -> Selection:
     warnings = selection.warnings
-    if repeats := len(members.repeats_key()):
+    if repeats := members.n_adjacent_repeats():
         warnings += (
-            f"{repeats:,} samples have the key of the sample before them, and readers will merge the two or stop; "
+            f"input shards share keys: in {repeats:,} places two neighbours have one key, and readers merge them or stop; "
             "select into shards instead, which keeps them apart",
         )
     with _stream(selection.settings.output, stdout) as fd:
@@ -278,10 +281,10 @@ def _write_keys(selection: Selection, tables: ScoreTables, decision: np.ndarray,
 
 
 @contextmanager
-def _stream(output: Path | None, stdout: BinaryIO | None) -> Iterator[int]:
+def _stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
     """The file descriptor to write to. A reader of stdout that goes away ends the block, quietly."""
     if output is not None:
-        with _explained(output), artifacts.atomic(output) as temporary, open(temporary, "wb") as file:
+        with _explained(output), artifacts.atomic(Path(output)) as temporary, open(temporary, "wb") as file:
             yield file.fileno()
         return
     file = sys.stdout.buffer if stdout is None else stdout

@@ -371,6 +371,15 @@ def test_what_cannot_be_expanded_says_why(folder, patterns, message):
     assert str(caught.value) == message
 
 
+def test_a_path_that_no_table_can_hold(folder):
+    open(b"bad\xff.tar", "wb").close()
+    open("good\u3000.tar", "wb").close()
+    assert expand(["good*.tar"]) == [str(folder / "good\u3000.tar")]
+    with pytest.raises(ShardError) as caught:
+        expand(["bad*.tar"])
+    assert str(caught.value).endswith(r"bad\udcff.tar' has a line break or bytes that are no UTF-8 in its path; rename it")
+
+
 def test_a_stamp_tells_change(write):
     shard = write(tar_bytes(pairs(1)))
     before = stamp(shard)

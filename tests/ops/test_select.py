@@ -20,6 +20,7 @@ import webdataset
 
 from mmfilter.core.artifacts import SCORE_TABLE, RunDirectory, TableWriter, read_table_metadata, write_json
 from mmfilter.core.choice import Decision, Top, choose
+from mmfilter.core.repack import Members, _shard_starts
 from mmfilter.core.shard_writer import ShardWriter, Sources, _read_and_write, _sendfile
 from mmfilter.core.shards import read_samples, stamp
 from mmfilter.errors import RunError, SelectionError, ShardError
@@ -254,6 +255,7 @@ def test_members_are_copied_byte_for_byte(tmp_path, format, shuffle):
     assert found == expected and len(found) == selection.kept == 30
     assert selection.shards_written == 4
     assert selection.nbytes_written == sum(shard.stat().st_size for shard in (tmp_path / "best").glob("*.tar"))
+    subprocess.run(["tar", "-tf", tmp_path / "best/00000000.tar"], check=True, capture_output=True)
     with tarfile.open(tmp_path / "best/00000000.tar") as tar:
         assert {(member.mtime, member.uname, member.mode) for member in tar} == {(1_700_000_000, "bigdata", 0o444)}
 
@@ -327,21 +329,47 @@ def test_webdataset_reads_the_shards(run, tmp_path):
     assert [(s["__key__"], s["txt"]) for s in samples] == [(key, f"caption of {key}".encode()) for key in ("b1", "b4", "a0", "a2")]
 
 
-def test_neighbours_with_one_key_go_to_different_shards(tmp_path):
-    paths = [tmp_path / f"data/{i}/x.tar" for i in range(3)]
+@pytest.fixture
+def twins(tmp_path: Path) -> Path:
+    """Three shards with the keys k0 and k1 each; of the second, k0 scores low."""
+    paths = [str(tmp_path / f"data/{i}/x.tar") for i in range(3)]
     for path in paths:
-        make_shard(path, ["k0", "k1"])
-    run = make_run(tmp_path / "run", {str(paths[0]): [0.1, 0.9], str(paths[1]): [0.1, 0.9], str(paths[2]): [0.9, 0.9]})
-    selection = select(run, SelectSettings(min=0.5, output=tmp_path / "best"))
-    assert selection.shards_written == 2 and selection.warnings == ()
-    assert [[name for name, _ in members] for _, members in samples_of(tmp_path / "best")] == [
-        ["k1.jpg", "k1.txt"],
-        ["k1.jpg", "k1.txt", "k0.jpg", "k0.txt", "k1.jpg", "k1.txt"],
+        make_shard(Path(path), ["k0", "k1"])
+    return make_run(tmp_path / "run", {paths[0]: [0.9, 0.9], paths[1]: [0.1, 0.9], paths[2]: [0.9, 0.9]})
+
+
+def test_keys_are_unique_in_an_output_shard(twins, tmp_path):
+    selection = select(twins, SelectSettings(min=0.5, output=tmp_path / "best"))
+    assert [[name for name, _ in members[::2]] for _, members in samples_of(tmp_path / "best")] == [
+        ["k0.jpg", "k1.jpg"],
+        ["k1.jpg", "k0.jpg"],
+        ["k1.jpg"],
     ]
-    selection = select(run, SelectSettings(min=0.5, format="tar", output=tmp_path / "best.tar"))
+    assert selection.shards_written == 3
+    assert selection.warnings == ("input shards share keys: 2 output shards end early, so that keys are unique in each",)
+
+
+def test_a_stream_with_one_key_twice_in_a_row_warns(twins, tmp_path):
+    selection = select(twins, SelectSettings(min=0.5, format="tar", output=tmp_path / "best.tar"))
     assert selection.warnings == (
-        "1 samples have the key of the sample before them, and readers will merge the two or stop; select into shards instead, which keeps them apart",
+        "input shards share keys: in 1 places two neighbours have one key, and readers merge them or stop; select into shards instead, which keeps them apart",
     )
+
+
+def test_shards_end_at_their_size_or_before_a_key_they_have():
+    randomness = random.Random(0)
+    for _ in range(300):
+        keys = [randomness.randrange(30) for _ in range(randomness.randrange(60))]
+        size = randomness.randrange(1, 12)
+        expected: list[list[int]] = []
+        for key in keys:
+            if not expected or len(expected[-1]) == size or key in expected[-1]:
+                expected.append([])
+            expected[-1].append(key)
+        zeros = np.zeros(len(keys), int)
+        starts, n_early = _shard_starts(Members([], zeros, zeros, zeros, np.array(keys, np.uint64)).previous_with_key(), size)
+        assert [keys[a:b] for a, b in zip(starts, [*starts, len(keys)][1:], strict=True)] == expected
+        assert n_early == sum(len(a) < size for a in expected[:-1])
 
 
 def test_an_existing_empty_folder_is_filled(run, tmp_path):
@@ -475,6 +503,7 @@ def test_remote_shards_are_copied(tmp_path):
         ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys"),
         ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
         ({"top": "1", "output": "s3://bucket/best"}, "output 's3://bucket/best' is a URL; select into a local folder and upload that"),
+        ({"top": "1", "output": Path("s3://bucket/best")}, "output 's3:/bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": "x", "shard_size": 0}, "--shard-size is 0; at least 1 is needed"),
         ({"top": "1", "output": "x", "shuffle": -1}, "--shuffle is -1; a seed from 0 is needed"),
     ],
@@ -578,7 +607,7 @@ def test_an_unfinished_run_says_so(run, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     write_json(run / "manifest.json", {"inputs": manifest["inputs"] + [{"name": "c", "shard": "/c.tar"}]})
     selection = select(run, SelectSettings(top="1", output=tmp_path / "best"))
-    assert selection.warnings == ("1 of the run's shards are not scored yet and take no part",)
+    assert selection.warnings == ("shards of the run that are not scored yet and take no part: 1",)
 
 
 def test_a_damaged_run(run, tmp_path):
