@@ -88,11 +88,14 @@ class ScoreTables:
     def _query(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
         """Run SQL over `scores` and, if there are arrays, `given` (one value a position)."""
         try:
-            if arrays:
-                self._database.register("given", arrays)
-            return self._database.execute(sql)
+            return self._execute(sql, **arrays)
         except duckdb.Error as error:
             raise self._damaged(error) from error
+
+    def _execute(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
+        if arrays:
+            self._database.register("given", arrays)
+        return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
         return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({_reason(error)}); score the shard again")
@@ -186,21 +189,19 @@ class ScoreTables:
         the reason of the score table); `output` is the number of the output shard, negative if none.
         """
         cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
-        self._query(
-            f"""
+        about = f"{{{artifacts.METADATA_KEY.decode()}: {_literal(json.dumps(dict(metadata)))}}}"
+        sql = f"""
             COPY (
                 SELECT key, shard, scores.row AS row, CASE WHEN ok THEN {_name(by)} END AS score,
                     given.decision = {labels.index(None)} AS kept,
                     CASE given.decision {cases} END AS reason,
                     CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard
                 FROM scores POSITIONAL JOIN given
-            ) TO {_literal(str(path))} (
-                FORMAT parquet, COMPRESSION zstd,
-                KV_METADATA {{{artifacts.METADATA_KEY.decode()}: {_literal(json.dumps(dict(metadata)))}}}
-            )""",
-            decision=decision,
-            output=output,
-        )
+            ) TO {_literal(str(path))} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {about})"""
+        try:
+            self._execute(sql, decision=decision, output=output)
+        except duckdb.Error as error:
+            raise SelectionError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
 
 
 def _label(label: str) -> str:

@@ -111,7 +111,7 @@ class Selection:
             steps.append((f"pass --where {settings.where!r}", self.candidates))
         steps.append((f"have a score {settings.by!r}", self.scored))
         if settings.min is not None:
-            steps.append((f"at least --min {settings.min:g}", self.at_least_min))
+            steps.append((f"at least --min {settings.min}", self.at_least_min))
         fewer = f", of {self.asked:,} asked for" if self.asked is not None and self.kept < self.asked else ""
         steps.append((("kept" if settings.top is None else f"kept by --top {settings.top}") + fewer, self.kept))
         return steps
@@ -127,7 +127,8 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     """
     tables = ScoreTables(RunDirectory(run))
     if settings.output is not None:
-        _check_output(Path(settings.output), settings.format, tables)
+        with _explained(settings.output):
+            _check_output(Path(settings.output), settings.format, tables)
     column = tables.column(settings.by, settings.where)
     top = None if settings.top is None else Top.parse(settings.top)
     decision = choose(column.values, column.present, column.passes, top=top, minimum=settings.min, first_by_key=tables.first_by_key)
@@ -172,7 +173,7 @@ def _labels(settings: SelectSettings) -> dict[Decision, str]:
     return {
         Decision.NOT_IN_WHERE: "not in --where",
         Decision.NO_SCORE: "no score: ",
-        Decision.BELOW_MIN: f"below --min {settings.min:g}" if settings.min is not None else "below --min",
+        Decision.BELOW_MIN: f"below --min {settings.min}" if settings.min is not None else "below --min",
         Decision.BELOW_CUT: "below the cut",
         Decision.TIED: "at the cut, after others by key",
     }

@@ -391,6 +391,14 @@ def test_nothing_is_left_behind_when_copying_fails(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"], times
 
 
+def test_a_table_that_cannot_be_written(run, tmp_path):
+    from mmfilter.core.score_tables import ScoreTables
+
+    nothing = np.zeros(10, np.int8)
+    with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
+        ScoreTables(RunDirectory(run)).write_decisions(tmp_path / "none/x.parquet", "raw", nothing, nothing, labels=[None, "dropped"], metadata={})
+
+
 def test_sources_stay_as_they_are(run, tmp_path):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "data").iterdir()}
     select(run, SelectSettings(top="50%", output=tmp_path / "data" / "best"))
