@@ -93,7 +93,7 @@ def score(
 
 @app.command()
 def select(
-    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="[RUN]")] = DEFAULT_RUN,
+    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
     top: Annotated[Optional[str], typer.Option(help="Keep the best: a share (20%) or a number (5000).")] = None,
     min_score: Annotated[Optional[float], typer.Option("--min", help="Keep scores of at least this.")] = None,
     by: Annotated[str, typer.Option(help="Score column to rank by.")] = "similarity",
@@ -110,7 +110,35 @@ def select(
 
     Example: mmfilter select runs/icons --top 20% -o best/
     """
-    raise NotImplementedError
+    from mmfilter.cli import display
+    from mmfilter.cli.app import silence_stdout
+    from mmfilter.ops import select as operation
+
+    form, path = destination(output, output_format, sys.stdout.isatty())
+    settings = operation.SelectSettings(
+        top=top, min=min_score, by=by, where=where, shuffle=shuffle, format=form, output=path, shard_size=shard_size
+    )  # fmt: skip
+    selection = operation.select(run, settings)
+    if selection.reader_closed:
+        silence_stdout()
+    for warning in selection.warnings:
+        display.note(warning)
+    if as_json:
+        print(json.dumps(display.selection_report(selection), indent=2), file=sys.stderr)
+    else:
+        display.show_funnel(selection.funnel)
+
+
+def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:
+    """The format to write and where to (None: stdout); a tar is never poured into a terminal."""
+    _one_of("--format", form, ("shards", "tar", "keys"))
+    path = None if output in (None, "-") else Path(output)
+    form = form or ("shards" if path else "tar")
+    if form == "shards" and path is None:
+        raise typer.BadParameter("shards need a directory: -o DIR", param_hint="--format")
+    if form == "tar" and path is None and stdout_is_terminal:
+        raise typer.BadParameter("say where to: -o DIR for shards, or pipe the tar stream into a consumer", param_hint="-o")
+    return form, path
 
 
 def _share(text: str) -> float:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mmfilter.ops.score import ScoreSummary
+    from mmfilter.ops.select import Selection
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -20,6 +21,11 @@ BARS = " ▁▂▃▄▅▆▇█"
 def stderr() -> Console:
     """A console on stderr that never guesses at markup or numbers in our texts."""
     return Console(stderr=True, markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """Say something that the user should know."""
+    stderr().print(f"mmfilter: {text}", soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -71,7 +77,7 @@ class TerminalProgress:
         self._bar.update(self._task, advance=nbytes, samples=self._samples)
 
     def note(self, text: str) -> None:
-        """Say something that the user should know."""
+        """Say something that the user should know, above the bar."""
         self._console.print(f"mmfilter: {text}", soft_wrap=True)
 
 
@@ -144,3 +150,18 @@ def show_funnel(funnel: list[tuple[str, int]]) -> None:
     width = max(len(f"{count:,}") for _, count in funnel)
     for label, count in funnel:
         console.print(f"  {count:>{width},}  {label}", soft_wrap=True)
+
+
+def selection_report(selection: Selection) -> dict[str, Any]:
+    """A selection as JSON values."""
+    return {
+        "rows": selection.rows,
+        "candidates": selection.candidates,
+        "scored": selection.scored,
+        "kept": selection.kept,
+        "cut": selection.cut,
+        "dropped": selection.dropped,
+        "shards_written": selection.shards_written,
+        "bytes_written": selection.nbytes_written,
+        "funnel": [{"step": step, "samples": count} for step, count in selection.funnel],
+    }
