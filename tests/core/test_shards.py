@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import subprocess
 import tarfile
 import threading
@@ -308,6 +309,23 @@ def test_a_bomb_of_an_extension_header_is_not_read(write):
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, 5_000_000_000
     assert error_of(write(info.tobuf() + bytes(5000))) == ("is damaged, fetch it again: an extension header of 5,000,000,000 bytes at byte 0")
+
+
+def test_damage_of_any_kind_is_a_shard_error_or_nothing():
+    randomness = random.Random(0)
+    whole = tar_bytes([*pairs(3), ("d" * 120 + "/" + "grün" * 20 + ".jpg", b"x" * 600)], format=tarfile.PAX_FORMAT)
+    for _ in range(1500):
+        content = bytearray(whole)
+        at = randomness.randrange(len(content) - 512)
+        header = at // 512 * 512
+        content[at] = randomness.randrange(256)
+        content[header + 148 : header + 156] = b"%06o\0 " % (sum(content[header : header + 148]) + sum(content[header + 156 : header + 512]) + 256)
+        try:
+            samples = read("-", stdin=io.BytesIO(content))
+        except ShardError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(0 < sample.nbytes <= len(content) - sample.offset for sample in samples)
 
 
 # --- patterns and stamps ---
