@@ -36,7 +36,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command()
 def score(
-    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS...")],
+    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS")],
     run: Annotated[Path, typer.Option("--run", help="Run directory to write, or to go on with.")] = DEFAULT_RUN,
     model: Annotated[str, typer.Option(help="Card name, local folder or hub id.")] = "tiny",
     layer: Annotated[Optional[int], typer.Option(help="Decoder layer whose output the SAE reads, from 0 (default: the card's).")] = None,
@@ -54,9 +54,10 @@ def score(
     seed: Annotated[int, typer.Option(help="Seed of the random score.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
-    """Score every image-text pair of the shards, one row each, into a run directory.
+    """Score image-text pairs inside a multimodal model.
 
-    Run it again to go on: finished shards are skipped.
+    Writes a run directory with a row for every sample, bad ones too. Run it again to go on: finished
+    shards are skipped.
 
     Example: mmfilter score 'examples/shards/*.tar' --run runs/icons
     """
@@ -104,7 +105,7 @@ def select(
     shard_size: Annotated[int, typer.Option(help="Samples in an output shard.")] = 10_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the funnel as JSON on stderr.")] = False,
 ) -> None:
-    """Copy the best pairs of a run out of their shards, byte for byte.
+    """Copy the best pairs of a run, byte for byte.
 
     Needs no model: it reads the score tables and copies byte ranges.
 

@@ -199,7 +199,7 @@ class ScoreTables:
                 FROM scores POSITIONAL JOIN given
             ) TO {_literal(str(path))} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {about})"""
         try:
-            self._execute(sql, decision=decision, output=output)
+            self._execute(sql, decision=decision, output=output).fetchall()
         except duckdb.Error as error:
             raise SelectionError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
 

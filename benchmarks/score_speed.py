@@ -1,0 +1,126 @@
+"""Samples a second of `score` against doing less: how much SAE, scores and tables cost.
+
+Three arms, interleaved in one process on the same samples and in the same batches:
+
+    score     everything that `mmfilter score` does behind loading: read, decode, pre-process, model, SAE, tables
+    bare      the same feed and the truncated forward pass, nothing behind it
+    forward   the truncated forward pass alone, on batches that lie ready in memory
+
+    python benchmarks/score_speed.py --samples 2000 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from machine import machine
+
+from mmfilter.core.artifacts import RunDirectory
+from mmfilter.core.backbone import Backbone
+from mmfilter.core.cards import load_card
+from mmfilter.core.crossmodal import load_weights
+from mmfilter.core.decode import DecodeSettings
+from mmfilter.core.feed import Batch, Feed, Prefetched
+from mmfilter.core.run import Shard
+from mmfilter.core.scorer import Scorer
+from mmfilter.ops import score as operation
+
+SHARDS = sorted((Path(__file__).parents[1] / "examples" / "shards").glob("*.tar"))
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def start(self, phase: str, total_bytes: int | None) -> None: ...
+
+    def advance(self, samples: int, nbytes: int) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(text)
+
+
+class Arms:
+    """The three ways through the same samples."""
+
+    def __init__(self, settings: operation.ScoreSettings, samples: int, folder: Path) -> None:
+        self.settings, self.samples, self.folder = settings, samples, folder
+        self.backbone, self.sae = operation.load(settings)
+        self.scorer = Scorer(self.backbone, self.sae, load_weights(Path(settings.card.weights)), settings.card.threshold)
+        repeats = -(-samples // 1000)
+        self.shards = [Shard(str(path), f"{i}-{path.stem}") for i in range(repeats) for path in SHARDS]
+        self.ready = [event.inputs for event in self._events() if isinstance(event, Batch)]
+
+    def _events(self):
+        settings = self.settings
+        with closing(Feed(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+            source = operation.Source(self.samples)
+            run = RunDirectory(self.folder / "none")
+            with closing(Prefetched(operation.events(self.shards, {shard.name for shard in self.shards}, run, source, feed), 3)) as events:
+                yield from events
+
+    def score(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as run:
+            operation.write_tables(self._events(), RunDirectory(Path(run)), self.scorer, 0, operation.ScoreSummary(Path(run)), Silent())
+
+    @torch.inference_mode()
+    def bare(self) -> None:
+        for event in self._events():
+            if isinstance(event, Batch):
+                wait_for(self.backbone, self.backbone.forward(event.inputs.tensors))
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        for inputs in self.ready:
+            wait_for(self.backbone, self.backbone.forward(inputs.tensors))
+
+
+def wait_for(backbone: Backbone, _states: torch.Tensor) -> None:
+    """A GPU works behind the caller's back."""
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(arms: Arms, rounds: int) -> dict[str, list[float]]:
+    """Samples a second of each arm in each round, after one round to warm up."""
+    rates: dict[str, list[float]] = {"score": [], "bare": [], "forward": []}
+    for i in range(rounds + 1):
+        for name, seen in rates.items():
+            started = time.perf_counter()
+            getattr(arms, name)()
+            if i:
+                seen.append(arms.samples / (time.perf_counter() - started))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = operation.ScoreSettings(load_card("tiny"), device=options.device, batch_size=options.batch_size, workers=options.workers)
+        about = machine()
+        rates = measure(Arms(settings, options.samples, Path(folder)), options.rounds)
+    medians = {name: statistics.median(seen) for name, seen in rates.items()}
+    ratios = {other: statistics.median(a / b for a, b in zip(rates["score"], rates[other], strict=True)) for other in ("bare", "forward")}
+    if options.json:
+        print(json.dumps({"machine": about, "rates": rates, "ratios": ratios}, indent=2))
+        return
+    print(f"{about}\n\n| arm | samples/s (median of {options.rounds}) | score is |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:,.0f} | {f'{ratios[name]:.2f} of it' if name in ratios else ''} |")
+
+
+if __name__ == "__main__":
+    main()
