@@ -197,7 +197,9 @@ class ScoreTables:
                     CASE given.decision {cases} END AS reason,
                     CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard
                 FROM scores POSITIONAL JOIN given
-            ) TO {_literal(str(path))} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {about})"""
+            ) TO {_literal(str(path))} (
+                FORMAT parquet, COMPRESSION zstd, DICTIONARY_SIZE_LIMIT 1000, KV_METADATA {about}
+            )"""  # without the limit it tries a dictionary for the keys, which are all different
         try:
             self._execute(sql, decision=decision, output=output).fetchall()
         except duckdb.Error as error:
