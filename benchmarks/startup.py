@@ -1,6 +1,6 @@
 """How soon the command line answers, and what it imports before it does.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 from __future__ import annotations

@@ -112,4 +112,3 @@ def pool(codes: TokenCodes, sample: torch.Tensor, side: torch.Tensor, n_samples:
         return PooledCodes(maximum[which::2], mean[which::2], n_tokens[which::2], l0[which::2], l1[which::2])
 
     return of(IMAGE), of(TEXT)
-

@@ -155,7 +155,7 @@ class Prefetched(Iterator[T]):
                 if not self._put((item, None)):
                     return
             self._put((self._END, None))
-        except BaseException as error:  # noqa: BLE001  # handed to the consumer
+        except BaseException as error:  # handed to the consumer
             self._put((self._END, error))
 
     def _put(self, entry: tuple[Any, BaseException | None]) -> bool:

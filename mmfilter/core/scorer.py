@@ -91,4 +91,3 @@ def _strongest(pooled: PooledCodes) -> list[tuple[np.ndarray, np.ndarray, np.nda
     ids = feature.cpu().numpy().astype(np.uint32)
     maximum, means = (part.clamp(max=largest).cpu().numpy().astype(np.float16) for part in (value, mean))
     return [(ids[i, :c], maximum[i, :c], means[i, :c]) for i, c in enumerate(counts)]
-
