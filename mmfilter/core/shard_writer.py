@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO
 
-from mmfilter.core.shards import BLOCK, open_shard
+from mmfilter.core.shards import open_shard
+from mmfilter.core.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)

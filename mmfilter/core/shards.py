@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars, found by pattern and read sample by sample with their byte ranges.
+"""Shards: WebDataset tars, found by pattern and read sample by sample with their byte ranges (`tar_walk` reads the tar).
 
 Reading goes forward only, in bounded memory, from a path, a URL or stdin. A sample that cannot be
 used is yielded with a `problem`; a shard that cannot be read to its end raises `ShardError`, since
@@ -11,35 +11,26 @@ import glob
 import os
 import re
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from mmfilter.core.tar_walk import BLOCK, Member, TarWalk
 from mmfilter.errors import MissingExtra, ShardError
 
 STDIN = "-"
 """The name of a tar that arrives on standard input."""
 
-BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_BYTES = 256 << 20
 SAMPLE_LIMIT = 4
 """A whole sample may hold this many times the limit of one member."""
-MAX_EXTENSION_BYTES = 1 << 20
-"""Limit of one pax or GNU extension header; they hold a name and a few numbers."""
 
 _CHUNK = 1 << 20
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META_NAME = re.compile(r"__[^/]*__(/|$)")
-_COMPRESSION = {
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ\x00": ("xz", "unxz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-}
 
 
 # --- where shards are ------------------------------------------------------------------------
@@ -230,7 +221,7 @@ def read_samples(shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin:
     cut short is not yielded.
     """
     with open_shard(shard, stdin=stdin) as file:
-        walk = _TarWalk(shard, file)
+        walk = TarWalk(shard, file)
         first_rows: dict[str, int] = {}
         for row, group in enumerate(_groups(walk, max_member_bytes)):
             first = first_rows.setdefault(group.key, row)
@@ -253,7 +244,7 @@ class _Group:
     problem: str | None = None
     nbytes_held: int = 0
 
-    def add(self, member: _Member, ext: str, walk: _TarWalk, max_member_bytes: int) -> None:
+    def add(self, member: Member, ext: str, walk: TarWalk, max_member_bytes: int) -> None:
         self.end = member.end
         self.problem = self.problem or self._problem_with(member, max_member_bytes)
         if self.problem is None:
@@ -262,7 +253,7 @@ class _Group:
             self.nbytes_held += len(self.members.get(ext, b"")) + len(member.name) + BLOCK
             self.extensions.add(ext)
 
-    def _problem_with(self, member: _Member, max_member_bytes: int) -> str | None:
+    def _problem_with(self, member: Member, max_member_bytes: int) -> str | None:
         if any(ord(letter) < 32 for letter in self.key):
             return f"bad key: {self.key!r} has control characters"
         if member.oddity:
@@ -274,7 +265,7 @@ class _Group:
         return None
 
 
-def _groups(walk: _TarWalk, max_member_bytes: int) -> Iterator[_Group]:
+def _groups(walk: TarWalk, max_member_bytes: int) -> Iterator[_Group]:
     group: _Group | None = None
     while (member := walk.next()) is not None:
         split = _split_name(member)
@@ -290,212 +281,9 @@ def _groups(walk: _TarWalk, max_member_bytes: int) -> Iterator[_Group]:
         yield group
 
 
-def _split_name(member: _Member) -> tuple[str, str] | None:
+def _split_name(member: Member) -> tuple[str, str] | None:
     """Key and lower-case extension of a member, or None for one that belongs to no sample."""
     match = _SAMPLE_NAME.fullmatch(member.name)
     if match is None or member.oddity == "directory" or _META_NAME.match(member.name):
         return None
     return match[1], match[2].lower()
-
-
-# --- tar, block by block ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    size: int
-    start: int
-    """Where its first header is, extension headers included."""
-    data: int
-    """Where its content is."""
-    end: int
-    """Where the next header is."""
-    oddity: str | None
-    """What it is, where it is no plain file."""
-
-
-class _TarWalk:
-    """Walks the headers of a tar, forward only; `tarfile` reads a header, the checks are ours."""
-
-    def __init__(self, shard: str, file: BinaryIO) -> None:
-        self.shard = shard
-        self.position = 0
-        self._file = file
-        self._seekable = getattr(file, "seekable", lambda: False)()
-        self._current: _Member | None = None
-
-    def next(self) -> _Member | None:
-        """The next member, or None at a proper end of the archive."""
-        self._leave_current()
-        start = self.position
-        name: str | None = None
-        pax: dict[str, str] = {}
-        while (header := self._header(in_member=self.position != start)) is not None:
-            if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                text = _text(self._extension(header).split(b"\0", 1)[0])
-                name = text if header.type == tarfile.GNUTYPE_LONGNAME else name
-            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                pax.update(self._pax(header))
-            elif header.type == tarfile.XGLTYPE:
-                self._extension(header)
-                start = self.position if not pax and name is None else start
-            else:
-                self._current = self._member(header, name, pax, start)
-                return self._current
-        self._check_end()
-        return None
-
-    def read(self, member: _Member) -> bytes:
-        """The content of the current member."""
-        content = self._read(member.size)
-        if len(content) < member.size:
-            raise self._truncated_in(member)
-        return content
-
-    def _leave_current(self) -> None:
-        member, self._current = self._current, None
-        if member is not None and not self._skip(member.end - self.position):
-            raise self._truncated_in(member)
-
-    def _truncated_in(self, member: _Member) -> ShardError:
-        return ShardError(self.shard, f"is truncated, fetch it again: it ends inside member {member.name!r}, which begins", offset=member.start)
-
-    def _header(self, *, in_member: bool) -> tarfile.TarInfo | None:
-        """The header at this position, or None for a block of zeros."""
-        at = self.position
-        block = self._read(BLOCK)
-        if at == 0:
-            self._check_magic(block)
-        if not block and not in_member:
-            raise ShardError(self.shard, "is truncated, fetch it again: no end-of-archive marker", offset=at)
-        if len(block) < BLOCK:
-            raise ShardError(self.shard, "is truncated, fetch it again: it ends inside the header", offset=at)
-        if not any(block) and not in_member:
-            return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.HeaderError as error:
-            if at == 0:
-                raise ShardError(self.shard, "is no tar: it does not begin with a tar header") from error
-            raise ShardError(self.shard, "is damaged, fetch it again: no valid tar header", offset=at) from error
-        if header.size < 0:
-            raise ShardError(self.shard, "is damaged, fetch it again: a negative member size", offset=at)
-        if header.type == tarfile.GNUTYPE_SPARSE:
-            self._skip_sparse_map(block)
-        return header
-
-    def _check_magic(self, block: bytes) -> None:
-        if not block:
-            raise ShardError(self.shard, "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again")
-        for magic, (name, command) in _COMPRESSION.items():
-            if block.startswith(magic):
-                problem = f"is compressed with {name}; decompress it first with {command}"
-                raise ShardError(self.shard, f"{problem}: samples are copied by their byte ranges")
-        if len(block) < BLOCK:
-            raise ShardError(self.shard, f"is no tar: it has only {len(block)} bytes")
-
-    def _skip_sparse_map(self, block: bytes) -> None:
-        more = block[482]
-        while more:
-            block = self._read(BLOCK)
-            if len(block) < BLOCK:
-                raise ShardError(self.shard, "is truncated, fetch it again: it ends inside the header", offset=self.position)
-            more = block[504]
-
-    def _extension(self, header: tarfile.TarInfo) -> bytes:
-        """The content of an extension header."""
-        at = self.position - BLOCK
-        if header.size > MAX_EXTENSION_BYTES:
-            raise ShardError(self.shard, f"is damaged, fetch it again: an extension header of {header.size:,} bytes", offset=at)
-        content = self._read(_padded(header.size))
-        if len(content) < _padded(header.size):
-            raise ShardError(self.shard, "is truncated, fetch it again: it ends inside the header", offset=at)
-        return content[: header.size]
-
-    def _pax(self, header: tarfile.TarInfo) -> dict[str, str]:
-        at = self.position - BLOCK
-        try:
-            return dict(_pax_records(self._extension(header)))
-        except ValueError as error:
-            raise ShardError(self.shard, "is damaged, fetch it again: no valid pax header", offset=at) from error
-
-    def _member(self, header: tarfile.TarInfo, name: str | None, pax: Mapping[str, str], start: int) -> _Member:
-        size = header.size
-        if "size" in pax:
-            if not (pax["size"].isascii() and pax["size"].isdigit() and len(pax["size"]) < 20):
-                raise ShardError(self.shard, "is damaged, fetch it again: no valid pax header", offset=start)
-            size = int(pax["size"])
-        if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
-            size = 0  # links, directories and devices have no content, whatever they claim
-        name = pax.get("GNU.sparse.name") or pax.get("path") or name or header.name
-        sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax)
-        return _Member(name, size, start, self.position, self.position + _padded(size), "sparse file" if sparse else _oddity(header))
-
-    def _check_end(self) -> None:
-        """Read past the first zero block: only zeros may follow."""
-        while chunk := self._read(_CHUNK):
-            if data := chunk.lstrip(b"\0"):
-                raise ShardError(
-                    self.shard,
-                    "is damaged: data after the end-of-archive marker (join tars with tar --concatenate, not with cat)",
-                    offset=self.position - len(data),
-                )
-
-    def _read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only at the end of the file."""
-        parts: list[bytes] = []
-        missing = size
-        while missing and (part := self._try(self._file.read, missing)):
-            parts.append(part)
-            missing -= len(part)
-            self.position += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _skip(self, size: int) -> bool:
-        """Go `size` bytes forward; False where the file ends before."""
-        if self._seekable and size > _CHUNK:
-            self._try(self._file.seek, size - 1, os.SEEK_CUR)
-            self.position += size - 1
-            size = 1
-        while size and (got := len(self._read(min(size, _CHUNK)))):
-            size -= got
-        return size == 0
-
-    def _try(self, call: Any, *args: int) -> Any:
-        try:
-            return call(*args)
-        except Exception as error:  # remote files raise what their library likes
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-            raise ShardError(self.shard, f"cannot be read ({reason})", offset=self.position) from error
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
-
-
-def _oddity(header: tarfile.TarInfo) -> str | None:
-    if header.isdir():
-        return "directory"
-    if header.issym():
-        return "symbolic link"
-    if header.islnk():
-        return "hard link (make the tar with --hard-dereference)"
-    return None if header.isreg() else "special file"
-
-
-def _pax_records(content: bytes) -> Iterator[tuple[str, str]]:
-    """The `length keyword=value` records of a pax header; raises `ValueError` for others."""
-    at = 0
-    while at < len(content) and content[at]:
-        space = content.index(b" ", at, at + 20)
-        end = at + int(content[at:space])
-        keyword, equals, value = content[space + 1 : end - 1].partition(b"=")
-        if not equals or end <= space or end > len(content) or content[end - 1] != ord("\n"):
-            raise ValueError("no pax record")
-        yield _text(keyword), _text(value)
-        at = end
