@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmfilter.core.codes import IMAGE, TEXT
+from mmfilter.core.families import newline_mask
 from mmfilter.core.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, listening
 from mmfilter.errors import ModelError
 
@@ -113,8 +114,13 @@ class Backbone:
         return self._local.processor
 
     def n_caption_tokens(self, caption: str) -> int:
-        """Length of the caption in tokens, to sort batches by."""
+        """Length of the caption in tokens."""
         return len(self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"])
+
+    def n_image_tokens(self, width: int, height: int) -> int:
+        """How many tokens an image will take, to sort batches by; 0 where the processor does not say."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        return 0 if count is None else count(image_sizes=[(height, width)])["num_image_tokens"][0]
 
     def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
         """Pre-process and tokenise a batch (right padding, no truncation); safe in any thread."""
@@ -122,7 +128,8 @@ class Backbone:
         texts = [self.prompt.replace(CAPTION, caption) for caption in captions]
         tensors, mask = self._process(texts, captions, self._suffixes["image"], images=list(images))
         side = torch.full(mask.shape, -1, dtype=torch.int8)
-        side[tensors["input_ids"] == self.image_token_id] = IMAGE
+        is_image = tensors["input_ids"] == self.image_token_id
+        side[is_image & ~newline_mask(self.processor, self.model.config, tensors, is_image)] = IMAGE
         if self.text_context == "image":
             side[mask] = TEXT
             return Inputs(tensors, side)

@@ -80,6 +80,8 @@ class Feed:
         elif length >= self._backbone.max_tokens:
             pair.reason = f"caption has {length:,} tokens; the model has positions for {self._backbone.max_tokens:,} with the image"
             pair.image = None
+        else:
+            length += self._backbone.n_image_tokens(pair.image.width, pair.image.height)
         return pair, length
 
     def _stretches(self, decoded: Iterable[tuple[Pair, int]]) -> Iterator[list[tuple[Pair, int]]]:
