@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "quality": ["quality.py"],
     "startup": ["startup.py"],
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
-    "select_speed": ["select_speed.py"],
+    "select_speed": ["select_speed.py", "--gib", "4"],
     "memory": ["memory.py", "--sizes", "1000", "10000", "100000", "--plot", str(HERE / "memory.png")],
 }
 

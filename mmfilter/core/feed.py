@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -62,13 +63,17 @@ class Feed:
     def windows(self, samples: Iterable[RawSample], shard: str) -> Iterator[Window]:
         """The shard's samples, window by window."""
         decoded = in_order(self._decoders, lambda raw: self._decode(raw, shard), samples, self._ahead)
-        for stretch in self._stretches(decoded):
-            lengths = {pair.row: length for pair, length in stretch}
-            pairs = [pair for pair, _ in stretch]
-            good = sorted((pair for pair in pairs if pair.reason is None), key=lambda pair: (lengths[pair.row], pair.row))
-            groups = [good[i : i + self._batch_size] for i in range(0, len(good), self._batch_size)]
-            prepared = in_order(self._preparers, self._prepare, groups, 2)
-            yield Window((batch for batches in prepared for batch in batches), pairs)
+        with closing(Prefetched(self._stretches(decoded), 1)) as stretches:  # decode the next one while this one is in the model
+            for stretch in stretches:
+                yield self._window(stretch)
+
+    def _window(self, stretch: list[tuple[Pair, int]]) -> Window:
+        lengths = {pair.row: length for pair, length in stretch}
+        pairs = [pair for pair, _ in stretch]
+        good = sorted((pair for pair in pairs if pair.reason is None), key=lambda pair: (lengths[pair.row], pair.row))
+        groups = [good[i : i + self._batch_size] for i in range(0, len(good), self._batch_size)]
+        prepared = in_order(self._preparers, self._prepare, groups, 2)
+        return Window((batch for batches in prepared for batch in batches), pairs)
 
     def _decode(self, raw: RawSample, shard: str) -> tuple[Pair, int]:
         pair = decode(raw, shard, self._settings)

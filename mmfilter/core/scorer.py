@@ -12,7 +12,7 @@ from mmfilter.core.codes import IMAGE, TEXT, PooledCodes, TokenCodes, pool
 from mmfilter.core.crossmodal import FeatureWeights
 from mmfilter.core.sae import SAE
 from mmfilter.core.scores import SCORES, PooledPairs
-from mmfilter.errors import SAEError
+from mmfilter.errors import ModelError, SAEError
 
 STORED_FEATURES = 256
 """Strongest features a side that the code table keeps."""
@@ -40,7 +40,18 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, inputs: Inputs) -> Scored:
-        """Scores and codes of a batch; dense per-token activations live for one chunk only."""
+        """Scores and codes of a batch; dense per-token activations live for one chunk only.
+
+        Raises `ModelError` when the device's memory does not suffice.
+        """
+        try:
+            return self._score(inputs)
+        except torch.OutOfMemoryError as error:
+            n = len(inputs.side)
+            step = "use a smaller --batch-size" if n > 1 else "use a larger device, or --dtype bfloat16"
+            raise ModelError(f"the device ran out of memory on a batch of {n} pairs: {step}; finished shards are kept") from error
+
+    def _score(self, inputs: Inputs) -> Scored:
         activations = self._backbone.activations(inputs)
         codes = self._sae.encode(activations.states)
         pairs = pool_pairs(activations, codes, self._weights, self._threshold)
