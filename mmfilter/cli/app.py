@@ -6,28 +6,51 @@ Exit codes: 0 done, 1 told you why, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from mmfilter.cli.commands import app
 from mmfilter.errors import MMFilterError
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer would swallow with a message of its own."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default `sys.argv[1:]`) and return its exit code."""
     try:
-        app(args=list(sys.argv[1:] if argv is None else argv), prog_name="mmfilter", standalone_mode=True)
+        with _interrupts():
+            app(args=list(sys.argv[1:] if argv is None else argv), prog_name="mmfilter", standalone_mode=True)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except MMFilterError as error:
         print(f"mmfilter: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except _Interrupted:
         print("mmfilter: interrupted; finished shards are kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        silence_stdout()
     return 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C raises `_Interrupted` inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def silence_stdout() -> None:
