@@ -83,7 +83,7 @@ def score(
     if summary.failures:
         said = f"{len(summary.failures)} of {len(summary.failures) + summary.n_shards + summary.n_skipped} shards could not be read to their end"
         raise MMFilterError(f"{said}, first: {summary.failures[0]}. The others are finished; repair and run again")
-    if summary.n_shards and not summary.n_samples:
+    if not summary.n_samples:
         raise MMFilterError("the shards hold no samples: nothing to score")
     if summary.fraction_bad > allowed:
         raise MMFilterError(

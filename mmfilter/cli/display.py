@@ -87,6 +87,7 @@ def score_report(summary: ScoreSummary, columns: dict[str, np.ndarray]) -> dict[
         "run": str(summary.run),
         "samples": summary.n_samples,
         "scored": summary.n_scored,
+        "new_samples": summary.n_new,
         "shards": summary.n_shards,
         "skipped_shards": summary.n_skipped,
         "failed_shards": [{"shard": error.shard, "offset": error.offset, "problem": str(error)} for error in summary.failures],
@@ -134,10 +135,12 @@ def _show_histogram(console: Console, name: str, values: np.ndarray) -> None:
 
 
 def _show_counts(console: Console, summary: ScoreSummary) -> None:
+    pace = f" in {summary.seconds:.1f} s ({summary.samples_per_second:,.0f}/s)" if summary.n_new else ""
     skipped = f", {summary.n_skipped} finished before" if summary.n_skipped else ""
+    shards = "shard" if summary.n_shards == 1 else "shards"
     console.print(
-        f"{summary.n_scored:,} of {summary.n_samples:,} samples scored in {summary.seconds:.1f} s "
-        f"({summary.samples_per_second:,.0f}/s), {summary.n_shards} shards{skipped} -> {summary.run}",
+        f"{summary.n_scored:,} of {summary.n_samples:,} samples have scores; {summary.n_new:,} gone through{pace}, "
+        f"{summary.n_shards} {shards}{skipped} -> {summary.run}",
         soft_wrap=True,
     )
     for reason, count in summary.reasons.most_common():

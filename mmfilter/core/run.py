@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -50,8 +51,12 @@ def finished(run: RunDirectory, shard: Shard) -> bool:
 def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, str], shards: list[Shard]) -> dict[str, Any]:
     """Write the manifest of a new run, or add the shards to that of an old one with the same settings.
 
-    Raises `RunError` naming what differs; returns the manifest.
+    Raises `RunError` naming what differs, or when the run would be written among the input's shards;
+    returns the manifest.
     """
+    for shard in shards:
+        if os.path.isabs(shard.path) and os.path.realpath(os.path.dirname(shard.path)) == os.path.realpath(run.path):
+            raise RunError(f"run {str(run.path)!r} is the folder of shard {shard.path!r}, and nothing is written there: use another --run")
     manifest: dict[str, Any] = {
         "kind": "mmfilter run",
         "version": __version__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +90,11 @@ class ScoreSummary:
 
     run: Path
     n_samples: int = 0
-    """Samples of the shards that this command finished"""
+    """Samples of all finished shards that the command names"""
     n_scored: int = 0
     """… that have scores"""
+    n_new: int = 0
+    """… that this command went through"""
     n_shards: int = 0
     """Shards finished by this command"""
     n_skipped: int = 0
@@ -104,13 +106,19 @@ class ScoreSummary:
     failures: list[ShardError] = field(default_factory=list)
     """Shards that could not be read to their end; nothing is kept of them"""
 
+    def add(self, rows: int, ok: int, reasons: Mapping[str, int]) -> None:
+        """Count a finished shard."""
+        self.n_samples += rows
+        self.n_scored += ok
+        self.reasons.update(reasons)
+
     @property
     def fraction_bad(self) -> float:
         return 1 - self.n_scored / self.n_samples if self.n_samples else 0.0
 
     @property
     def samples_per_second(self) -> float:
-        return self.n_samples / self.seconds if self.seconds else 0.0
+        return self.n_new / self.seconds if self.seconds else 0.0
 
 
 def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) -> ScoreSummary:
@@ -127,6 +135,10 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
     todo = [shard for shard in shards if not finished(run, shard)]
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
+    for shard in shards:
+        if shard not in todo:
+            stored = artifacts.read_table_metadata(run.scores(shard.name))
+            summary.add(stored["rows"], stored["ok"], stored["reasons"])
     if not todo:
         return summary
     with closing(Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)) as feed:
@@ -350,6 +362,5 @@ def close(tables: ShardTables, end: ShardEnd, summary: ScoreSummary, progress: P
         return
     tables.finish(end.stamp)
     summary.n_shards += 1
-    summary.n_samples += tables.rows
-    summary.n_scored += tables.ok
-    summary.reasons += tables.reasons
+    summary.n_new += tables.rows
+    summary.add(tables.rows, tables.ok, tables.reasons)

@@ -48,7 +48,7 @@ def test_score_prints_a_summary_on_stderr(scored, capsys):
     assert main(["score", f"{scored}/source/*.tar", "--run", f"{scored}/again2"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "24 of 25 samples scored" in captured.err and "1 without a score: image cannot be decoded" in captured.err
+    assert "24 of 25 samples have scores; 25 gone through in " in captured.err and "1 without a score: image cannot be decoded" in captured.err
     assert "similarity" in captured.err and "█" in captured.err
 
 
@@ -60,6 +60,7 @@ def test_a_finished_run_is_left_alone(scored, capsys):
 def test_too_many_bad_samples_exit_1_with_the_tables_kept(scored, capfd):
     assert main(["score", f"{scored}/source/00001.tar", "--run", f"{scored}/strict", "--max-bad", "5%"]) == 1
     assert "7.7% of the samples have no score, more than --max-bad 5% allows" in capfd.readouterr().err
+    assert main(["score", f"{scored}/source/00001.tar", "--run", f"{scored}/strict", "--max-bad", "5%"]) == 1  # nor when it is found finished
     assert (scored / "strict" / "scores" / "00001.parquet").exists()
     assert main(["select", f"{scored}/strict", "--top", "3", "--format", "keys"]) == 0
 
@@ -92,6 +93,7 @@ EXPLAINED = {
     "no card": (["score", "{source}/00000.tar", "--model", "huge"], "no card 'huge' (there is tiny); for a folder or hub id give --layer and --sae as well"),
     "no SAE": (["score", "{source}/00000.tar", "--sae", "nowhere"], "SAE 'nowhere' has no cfg.json"),
     "no GPU": (["score", "{source}/00000.tar", "--device", "cuda:7"], "device 'cuda:7' was asked for"),
+    "run among shards": (["score", "{source}/00000.tar", "--run", "{source}"], "is the folder of shard"),
     "batch": (["score", "{source}/00000.tar", "--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),
     "no run": (
         ["select", "nowhere", "--top", "5", "-o", "x"],
@@ -109,7 +111,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_1(scored, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     arguments, words = EXPLAINED[case]
     arguments = [part.format(source=scored / "source", run=scored / "run") for part in arguments]
-    if arguments[0] == "score":
+    if arguments[0] == "score" and "--run" not in arguments:
         arguments += ["--run", str(tmp_path / "run")]
     if "cuda:7" in arguments and __import__("torch").cuda.is_available():
         pytest.skip("there is a GPU")

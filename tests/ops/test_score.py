@@ -132,7 +132,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tiny, make_shard, tmp_path
 
     make_shard("00000.tar", n=6)  # the input changed: it is scored again
     summary = run_score(tiny[0], [first, second], run, quiet)
-    assert (summary.n_shards, summary.n_samples, summary.n_skipped) == (1, 6, 1)
+    assert (summary.n_shards, summary.n_new, summary.n_samples, summary.n_skipped) == (1, 6, 11, 1)
 
 
 def test_other_settings_are_refused(tiny, make_shard, tmp_path, quiet):
@@ -156,7 +156,7 @@ def test_limit_counts_over_all_shards(tiny, make_shard, tmp_path, quiet):
     shards = [make_shard(f"0000{i}.tar", n=4, seed=9 * i) for i in range(3)]
     summary = run_score(tiny[0], shards, tmp_path / "run", quiet, limit=6)
     assert (summary.n_samples, summary.n_shards) == (6, 2)
-    assert run_score(tiny[0], shards, tmp_path / "run", quiet, limit=6).n_samples == 0
+    assert run_score(tiny[0], shards, tmp_path / "run", quiet, limit=6).n_new == 0
 
 
 BAD = {
