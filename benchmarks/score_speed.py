@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from mmfilter.core.artifacts import RunDirectory
-from mmfilter.core.backbone import Backbone
-from mmfilter.core.cards import load_card
-from mmfilter.core.crossmodal import load_weights
-from mmfilter.core.decode import DecodeSettings
-from mmfilter.core.feed import Batch, Feed, Prefetched
-from mmfilter.core.run import Shard
-from mmfilter.core.scorer import Scorer
+from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.run import Shard
+from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.cards import load_card
+from mmfilter.core.scoring.crossmodal import load_weights
+from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
+from mmfilter.core.scoring.scorer import Scorer
 from mmfilter.ops import score as operation
 
 SHARDS = sorted((Path(__file__).parents[1] / "examples" / "shards").glob("*.tar"))

@@ -29,11 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmfilter.core import artifacts
-from mmfilter.core.artifacts import SCORE_TABLE, RunDirectory, TableWriter
-from mmfilter.core.choice import Decision, Top, choose
-from mmfilter.core.score_tables import ScoreTables
-from mmfilter.core.shards import read_samples, stamp
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.artifacts import SCORE_TABLE, RunDirectory, TableWriter
+from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.shards import read_samples, stamp
 from mmfilter.ops.select import SelectSettings, select
 
 SHARD_BYTES = 512 << 20

@@ -71,9 +71,9 @@ def tiny():
     """The embedded model and SAE, loaded once."""
     from pathlib import Path
 
-    from mmfilter.core.backbone import load_backbone
-    from mmfilter.core.cards import load_card
-    from mmfilter.core.sae import load_sae
+    from mmfilter.core.model.backbone import load_backbone
+    from mmfilter.core.model.cards import load_card
+    from mmfilter.core.model.sae import load_sae
 
     card = load_card("tiny")
     return card, load_backbone(card.model, card.layer, prompt=card.prompt), load_sae(Path(card.sae))

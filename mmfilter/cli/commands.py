@@ -62,7 +62,7 @@ def score(
     Example: mmfilter score 'examples/shards/*.tar' --run runs/icons
     """
     from mmfilter.cli import display
-    from mmfilter.core import artifacts
+    from mmfilter.core.data import artifacts
     from mmfilter.ops import score as operation
 
     allowed = _share(max_bad)

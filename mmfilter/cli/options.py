@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mmfilter.errors import ModelError
 
 if TYPE_CHECKING:
-    from mmfilter.core.cards import Card
+    from mmfilter.core.model.cards import Card
 
 DEFAULT_RUN = Path("mmfilter-run")
 
@@ -26,7 +26,7 @@ def card_for(
 
     What changes a code (layer, SAE, prompt, text context) makes the card's own feature weights void.
     """
-    from mmfilter.core.cards import Card, card_names, load_card
+    from mmfilter.core.model.cards import Card, card_names, load_card
 
     changes: dict[str, object] = {
         name: value

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 import transformers
 
-from mmfilter.core import artifacts
-from mmfilter.core.artifacts import RunDirectory
-from mmfilter.core.backbone import Backbone, folder_hash, load_backbone
-from mmfilter.core.cards import Card
-from mmfilter.core.crossmodal import FeatureWeights, load_weights
-from mmfilter.core.decode import DecodeSettings, Pair
-from mmfilter.core.feed import Batch, Feed, Prefetched
-from mmfilter.core.reference import fit_weights
-from mmfilter.core.run import Shard, ShardTables, finished, name_shards, open_run
-from mmfilter.core.sae import SAE, load_sae
-from mmfilter.core.scorer import Scored, Scorer, check_fit
-from mmfilter.core.scores import random_score
-from mmfilter.core.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.decode import DecodeSettings, Pair
+from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
+from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
+from mmfilter.core.model.backbone import Backbone, folder_hash, load_backbone
+from mmfilter.core.model.cards import Card
+from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
+from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
+from mmfilter.core.scoring.reference import fit_weights
+from mmfilter.core.scoring.scorer import Scored, Scorer, check_fit
+from mmfilter.core.scoring.scores import random_score
 from mmfilter.errors import MMFilterError, ModelError, RunError, ShardError
 
 

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 
 from mmfilter import __version__
-from mmfilter.core import artifacts
-from mmfilter.core.artifacts import RunDirectory
-from mmfilter.core.choice import Decision, Top, choose
-from mmfilter.core.repack import Members, new_folder, write_shards, write_tar
-from mmfilter.core.score_tables import ScoreTables
-from mmfilter.core.shard_writer import write_all
-from mmfilter.core.shards import STDIN, is_url, stamp
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.repack import Members, new_folder, write_shards, write_tar
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.shard_writer import write_all
+from mmfilter.core.data.shards import STDIN, is_url, stamp
 from mmfilter.errors import SelectionError, ShardError
 
 Format = Literal["shards", "tar", "keys"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfilter.core.artifacts import SCORES, read_table_metadata
-from mmfilter.core.codes import IMAGE, TEXT
-from mmfilter.core.crossmodal import load_weights
+from mmfilter.core.data.artifacts import SCORES, read_table_metadata
+from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.scoring.crossmodal import load_weights
 from mmfilter.errors import RunError, ShardError
 from mmfilter.ops.score import ScoreSettings, score
 from tests import reference

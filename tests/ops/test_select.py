@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from mmfilter.core.artifacts import SCORE_TABLE, RunDirectory, TableWriter, read_table_metadata, write_json
-from mmfilter.core.choice import Decision, Top, choose
-from mmfilter.core.repack import Members, _shard_starts
-from mmfilter.core.shard_writer import ShardWriter, Sources, _read_and_write, _sendfile
-from mmfilter.core.shards import read_samples, stamp
+from mmfilter.core.data.artifacts import SCORE_TABLE, RunDirectory, TableWriter, read_table_metadata, write_json
+from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.repack import Members, _shard_starts
+from mmfilter.core.data.shard_writer import ShardWriter, Sources, _read_and_write, _sendfile
+from mmfilter.core.data.shards import read_samples, stamp
 from mmfilter.errors import RunError, SelectionError, ShardError
 from mmfilter.ops.select import Selection, SelectSettings, select
 
@@ -392,7 +392,7 @@ def test_nothing_is_left_behind_when_copying_fails(run, tmp_path):
 
 
 def test_a_table_that_cannot_be_written(run, tmp_path):
-    from mmfilter.core.score_tables import ScoreTables
+    from mmfilter.core.data.score_tables import ScoreTables
 
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
@@ -560,7 +560,7 @@ def test_a_condition_that_is_none(run, where, message):
 def test_the_database_of_a_condition_is_locked(run):
     import duckdb
 
-    from mmfilter.core.score_tables import ScoreTables
+    from mmfilter.core.data.score_tables import ScoreTables
 
     database = ScoreTables(RunDirectory(run))._connect(locked=True)
     assert database.execute("SELECT count(*) FROM scores").fetchone() == (10,)

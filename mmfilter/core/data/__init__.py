@@ -1,0 +1,1 @@
+"""Shards, samples and the files of a run; knows nothing of models."""

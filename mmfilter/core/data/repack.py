@@ -1,0 +1,138 @@
+"""Samples of many shards, copied into new shards or into one tar.
+
+A folder of new shards is what img2dataset, open_clip and resharder expect: `00000000.tar` …,
+`00000000_stats.json` with `successes`, and `sizes.json` with the samples of each shard.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.shard_writer import ShardWriter, Sources
+
+_AT_ONCE = 100_000
+"""Samples whose ranges become Python objects at one time"""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where samples are, in output order: one value a sample."""
+
+    sources: Sequence[str]
+    """Paths or URLs of the shards"""
+    source: np.ndarray
+    """Index into `sources`"""
+    offset: np.ndarray
+    nbytes: np.ndarray
+    key_hash: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def take(self, order: np.ndarray) -> Members:
+        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order])
+
+    def n_adjacent_repeats(self) -> int:
+        """Samples with the key of the sample before them: readers would take the two for one."""
+        return int((self.key_hash[1:] == self.key_hash[:-1]).sum())
+
+    def previous_with_key(self) -> np.ndarray:
+        """Position of the last earlier sample with the same key, -1 if there is none."""
+        order = np.argsort(self.key_hash, kind="stable")
+        same = self.key_hash[order[1:]] == self.key_hash[order[:-1]]
+        previous = np.full(len(self), -1)
+        previous[order[1:][same]] = order[:-1][same]
+        return previous
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined."""
+        source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
+        end = offset + nbytes
+        first = np.flatnonzero(np.r_[len(source) > 0, (source[1:] != source[:-1]) | (offset[1:] != end[:-1])])
+        last = np.r_[first[1:], len(source)] - 1
+        for i, start, stop in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), strict=True):
+            yield self.sources[i], start, stop - start
+
+
+def write_tar(fd: int, members: Members) -> int:
+    """Write all samples as one tar to a file descriptor; the bytes written."""
+    with Sources() as sources:
+        return _write_range(fd, sources, members, 0, len(members))
+
+
+@dataclass(frozen=True)
+class NewShards:
+    """What `write_shards` wrote."""
+
+    number: np.ndarray
+    """Of each sample, the shard it is in"""
+    nbytes: int
+    n_shards: int
+    n_early: int
+    """Shards that ended early because the next sample's key was in them already"""
+
+
+def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
+    """Write the samples as shards into an empty folder.
+
+    A shard ends after `shard_size` samples, or before a key that it has already: keys are unique in a
+    shard, as readers expect, also where the input's shards share keys.
+    """
+    starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
+    sizes: dict[str, int] = {}
+    nbytes = 0
+    with Sources() as sources:
+        for number, (start, stop) in enumerate(zip(starts, [*starts, len(members)][1:], strict=True)):
+            name = f"{number:08d}.tar"
+            with open(folder / name, "xb", buffering=0) as file:
+                nbytes += _write_range(file.fileno(), sources, members, start, stop)
+            sizes[name] = stop - start
+            stats = {"count": stop - start, "successes": stop - start}
+            artifacts.write_json(folder / f"{number:08d}_stats.json", stats)
+    artifacts.write_json(folder / "sizes.json", sizes)
+    number = np.repeat(np.arange(len(starts), dtype=np.int32), list(sizes.values()))
+    return NewShards(number, nbytes, len(starts), n_early)
+
+
+def _write_range(fd: int, sources: Sources, members: Members, start: int, stop: int) -> int:
+    writer = ShardWriter(fd, sources)
+    for first in range(start, stop, _AT_ONCE):
+        for shard, offset, nbytes in members.ranges(first, min(first + _AT_ONCE, stop)):
+            writer.copy(shard, offset, nbytes)
+    writer.finish()
+    return writer.nbytes
+
+
+def _shard_starts(previous_with_key: np.ndarray, shard_size: int) -> tuple[list[int], int]:
+    """Position of the first sample of each shard, and how many shards ended early."""
+    n = len(previous_with_key)
+    starts = [0] if n else []
+    n_early = 0
+    for i in [*np.flatnonzero(previous_with_key >= 0).tolist(), n]:
+        starts += range(starts[-1] + shard_size, i, shard_size) if starts else ()
+        if i < n and previous_with_key[i] >= starts[-1] and i - starts[-1] < shard_size:
+            starts.append(i)
+            n_early += 1
+    return starts, n_early
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it into place if the block succeeds, else delete it."""
+    path = path.resolve()
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)  # also over an empty folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

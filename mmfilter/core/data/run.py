@@ -1,0 +1,128 @@
+"""A run: which shards it has, with which settings it was made, and the tables of the shard at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from mmfilter import __version__
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory, TableWriter
+from mmfilter.core.data.shards import STDIN, Stamp, stamp
+from mmfilter.errors import RunError, ShardError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input shard and its name in the run."""
+
+    path: str
+    name: str
+
+
+def name_shards(paths: list[str], run: RunDirectory) -> list[Shard]:
+    """Give every shard a name: its file name, with a digest of its path where two share one."""
+    known = {item["shard"]: item["name"] for item in artifacts.read_json(run.manifest)["inputs"]} if run.manifest.exists() else {}
+    stems = {path: "stdin" if path == STDIN else path.rstrip("/").rpartition("/")[2].removesuffix(".tar") for path in paths}
+    taken = Counter(known.values())
+    taken.update(stem for path, stem in stems.items() if path not in known)
+
+    def name(path: str, stem: str) -> str:
+        return stem if taken[stem] == 1 else f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+    return [Shard(path, known.get(path) or name(path, stem)) for path, stem in stems.items()]
+
+
+def finished(run: RunDirectory, shard: Shard) -> bool:
+    """Whether the run has both tables of the shard and its input has not changed since."""
+    if not (run.scores(shard.name).exists() and run.codes(shard.name).exists()):
+        return False
+    stored = artifacts.read_table_metadata(run.scores(shard.name))
+    try:
+        return shard.path != STDIN and Stamp.from_metadata(stored) == stamp(shard.path)
+    except ShardError:
+        return False
+
+
+def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, str], shards: list[Shard]) -> dict[str, Any]:
+    """Write the manifest of a new run, or add the shards to that of an old one with the same settings.
+
+    Raises `RunError` naming what differs, or when the run would be written among the input's shards;
+    returns the manifest.
+    """
+    for shard in shards:
+        if os.path.isabs(shard.path) and os.path.realpath(os.path.dirname(shard.path)) == os.path.realpath(run.path):
+            raise RunError(f"run {str(run.path)!r} is the folder of shard {shard.path!r}, and nothing is written there: use another --run")
+    manifest: dict[str, Any] = {
+        "kind": "mmfilter run",
+        "version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "settings": settings,
+        "weights": None,
+        "inputs": [],
+    }
+    if run.manifest.exists():
+        manifest = artifacts.read_json(run.manifest)
+        _check_same(run, manifest["settings"], settings)
+    known = {item["shard"] for item in manifest["inputs"]}
+    manifest["inputs"] += [{"name": shard.name, "shard": shard.path} for shard in shards if shard.path not in known]
+    artifacts.write_json(run.manifest, manifest)
+    return manifest
+
+
+def _check_same(run: RunDirectory, old: dict[str, Any], new: dict[str, Any]) -> None:
+    moved = {name for name in ("model", "sae") if old.get(f"{name}_hash") == new[f"{name}_hash"]}  # the same, elsewhere
+    differing = [name for name in new if old.get(name) != new[name] and name not in moved]
+    if differing:
+        said = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])
+        raise RunError(f"run {str(run.path)!r} was made with other settings ({said}): use another --run, or the old settings")
+
+
+@dataclass
+class ShardTables:
+    """The score table and the code table of one shard, under temporary names until it is finished."""
+
+    run: RunDirectory
+    shard: Shard
+    rows: int = 0
+    ok: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Kind of problem -> samples"""
+
+    def __post_init__(self) -> None:
+        self._scores = TableWriter(self.run.scores(self.shard.name), SCORE_TABLE)
+        self._codes = TableWriter(self.run.codes(self.shard.name), CODE_TABLE)
+
+    def write(self, rows: list[dict[str, Any]], codes: list[dict[str, Any]]) -> None:
+        """Append rows of both tables, in the order of the shard."""
+        self._scores.write(rows)
+        self._codes.write(codes)
+        self.rows += len(rows)
+        self.ok += len(codes)
+        self.reasons.update(row["reason"].split(":")[0] for row in rows if not row["ok"])
+
+    def finish(self, before: Stamp) -> None:
+        """Move both tables into place; the score table last, since its existence means finished."""
+        about = {
+            "version": __version__,
+            "shard": self.shard.path,
+            "name": self.shard.name,
+            "size": before.size,
+            "mtime_ns": before.mtime_ns,
+            "etag": before.etag,
+            "rows": self.rows,
+            "ok": self.ok,
+            "reasons": dict(self.reasons),
+        }
+        self._codes.finish({"kind": "codes"} | about)
+        self._scores.finish({"kind": "scores"} | about)
+
+    def abandon(self) -> None:
+        """Drop both tables."""
+        self._scores.abandon()
+        self._codes.abandon()

@@ -1,0 +1,1 @@
+"""A multimodal model up to one layer, and the sparse codes of its states."""

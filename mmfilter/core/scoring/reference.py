@@ -1,0 +1,76 @@
+"""The reference sample: about 1,000 pairs of the input, on which feature weights are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from mmfilter.core.data.shards import RawSample
+from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.sae import SAE
+from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference
+from mmfilter.core.scoring.feed import Batch, Feed
+from mmfilter.errors import ShardError
+
+REFERENCE_PAIRS = 1000
+REFERENCE_SHARDS = 10
+POSITIONS = 1 << 24
+"""A token's number in the reference sample is sample · POSITIONS + position, whatever the batching."""
+
+
+def fit_weights(
+    shards: list[str],
+    read: Callable[[str, int], Iterable[RawSample]],
+    feed: Feed,
+    backbone: Backbone,
+    sae: SAE,
+    advance: Callable[[int], None],
+) -> FeatureWeights:
+    """Fit cross-modal weights on the heads of up to 10 shards spread evenly over the input.
+
+    `read(shard, n)` gives the first n samples of a shard, any number of times; `advance` is told the
+    number of pairs done. The same input gives the same weights. Raises `ShardError` when no pair of the
+    heads is readable.
+    """
+    chosen = spread(shards, REFERENCE_SHARDS)
+    each = -(-REFERENCE_PAIRS // len(chosen))
+    reference = Reference(sae.n_features, backbone.d_model)
+    for observe in (True, False):
+        for number, shard in enumerate(chosen):
+            for batch in _batches(feed, read(shard, each), shard):
+                _add(reference, batch, number * each, backbone, sae, observe)
+                advance(len(batch.pairs))
+        if observe:
+            if not reference.n_samples:
+                raise ShardError(shards[0], f"has no usable pair in its first {each:,} samples, and the feature weights are fitted on those")
+            reference.choose()
+    return reference.weights({"shards": chosen, "first_samples_of_each": each, "strongest": STRONGEST, "per_side": PER_SIDE})
+
+
+def spread(shards: list[str], at_most: int) -> list[str]:
+    """Up to `at_most` shards, evenly spaced, the first among them."""
+    n = min(len(shards), at_most)
+    return [shards[i * len(shards) // n] for i in range(n)]
+
+
+def _batches(feed: Feed, samples: Iterable[RawSample], shard: str) -> Iterator[Batch]:
+    """Batches of a shard up to where it breaks; the scoring pass reports the break."""
+    try:
+        for window in feed.windows(samples, shard):
+            yield from window.batches
+    except ShardError:
+        return
+
+
+@torch.inference_mode()
+def _add(reference: Reference, batch: Batch, first: int, backbone: Backbone, sae: SAE, observe: bool) -> None:
+    activations = backbone.activations(batch.inputs)
+    rows = torch.tensor([first + pair.row for pair in batch.pairs], device=activations.sample.device)
+    # half of a pair's numbers for each side: with text context `none` both streams start at position 0
+    token = rows[activations.sample] * POSITIONS + activations.side * (POSITIONS // 2) + activations.position
+    if observe:
+        codes = sae.encode(activations.states)
+        reference.observe(codes, token, activations.sample, activations.side, activations.n_samples)
+    else:
+        reference.add_states(activations.states, token)

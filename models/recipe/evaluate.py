@@ -1,0 +1,323 @@
+"""How well the scores tell true pairs from shuffled ones: the sweep over SAEs, the choice, the report, a cross-check.
+
+    python models/recipe/evaluate.py sweep     every SAE and threshold on the choice split
+    python models/recipe/evaluate.py report    the model as exported, on both splits, with controls
+    python models/recipe/evaluate.py check     mmfilter's scores against a float64 computation of their definitions
+
+All states, codes, weights and scores are mmfilter's own; only the cross-check computes them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluate_raw import auc
+from export import PROMPT
+from model import HOOK_LAYER
+from pairs import Split, make_tar
+from sae import SAESettings, load_states, quality, train_sae
+from weights import reference_tar
+
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.shards import read_samples
+from mmfilter.core.model.backbone import Activations, Backbone, load_backbone
+from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
+from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.scorer import pool_pairs
+from mmfilter.core.scoring.scores import SCORES, PooledPairs
+
+ROOT = Path(__file__).parents[2]
+WIDTHS, KS, STEPS = (2048, 3072, 4096), (8, 16, 24, 32), (200, 400)
+TAU_QUANTILES = (0.0, 0.25, 0.5, 0.75)
+REPORTED = ("similarity", "support", "saev", "cooccurrence", "l0", "caption length", "raw", "similarity, idf of each side")
+OF_RANDOM_SAE = ("similarity", "support", "saev")
+
+
+@dataclass(frozen=True)
+class States:
+    """What the model made of a shard, kept so that many SAEs can be tried on it."""
+
+    batches: list[Activations]
+    rows: np.ndarray
+    """(pairs,) place in the shard of each pair, in the order of the batches"""
+    caption_chars: np.ndarray
+    facts: list[dict]
+    """The pairs' JSON, in the order of the batches"""
+
+    @property
+    def shuffled(self) -> np.ndarray:
+        return np.array([f["shuffled"] for f in self.facts])
+
+
+def states_of(shard: Path, backbone: Backbone) -> States:
+    """Run the whole shard through the model up to the hook."""
+    facts = [json.loads(raw.members["json"]) for raw in read_samples(str(shard))]
+    batches, rows, chars = [], [], []
+    with closing(Feed(backbone, DecodeSettings(), batch_size=64, workers=2)) as feed:
+        for window in feed.windows(read_samples(str(shard)), str(shard)):
+            for batch in window.batches:
+                batches.append(backbone.activations(batch.inputs))
+                rows += [pair.row for pair in batch.pairs]
+                chars += [len(pair.caption) for pair in batch.pairs]
+    return States(batches, np.array(rows), np.array(chars), [facts[row] for row in rows])
+
+
+def weights_of(states: States, sae: SAE) -> FeatureWeights:
+    """Feature weights on kept states; the same as `weights.fit` up to ties."""
+    reference = Reference(sae.n_features, sae.d_model)
+    for observe in (True, False):
+        first = 0
+        for batch in states.batches:
+            token = (first + batch.sample) * (1 << 24) + batch.side * (1 << 23) + batch.position
+            if observe:
+                reference.observe(sae.encode(batch.states), token, batch.sample, batch.side, batch.n_samples)
+            else:
+                reference.add_states(batch.states, token)
+            first += batch.n_samples
+        if observe:
+            reference.choose()
+    return reference.weights({})
+
+
+def idf_each_side(weights: FeatureWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rarity by the samples in which a feature fires on the image side, and on the text side."""
+    n = 1 + weights.n_samples
+    return tuple(torch.log(n / (1 + counts.float())) for counts in (weights.image_samples, weights.text_samples))
+
+
+def similarity_each_side(pairs: PooledPairs) -> torch.Tensor:
+    """`similarity` with an idf of its own for each side."""
+    image, text = idf_each_side(pairs.weights)
+    return torch.nn.functional.cosine_similarity(pairs.image.mean * image, pairs.text.mean * text, dim=1)
+
+
+def scores_of(states: States, sae: SAE, weights: FeatureWeights, thresholds: list[float]) -> dict[str, np.ndarray]:
+    """Every score of every pair; `saev` and `cooccurrence` once more for each further threshold, as ``saev@i``."""
+    columns: dict[str, list[torch.Tensor]] = {}
+    for batch in states.batches:
+        codes = sae.encode(batch.states)
+        for i, threshold in enumerate(thresholds):
+            pairs = pool_pairs(batch, codes, weights, threshold)
+            names = list(SCORES) if i == 0 else []
+            found = {name: SCORES[name](pairs) for name in names} | {f"{n}@{i}": SCORES[n](pairs) for n in ("saev", "cooccurrence")}
+            if i == 0:
+                found["similarity, idf of each side"] = similarity_each_side(pairs)
+            for name, values in found.items():
+                columns.setdefault(name, []).append(values)
+    return {name: torch.cat(parts).numpy() for name, parts in columns.items()} | {"caption length": states.caption_chars}
+
+
+def aucs(scores: dict[str, np.ndarray], shuffled: np.ndarray) -> dict[str, float]:
+    """AUC of true against shuffled pairs of each score."""
+    return {name: round(auc(values[~shuffled], values[shuffled]), 4) for name, values in scores.items()}
+
+
+def interval(values: np.ndarray, shuffled: np.ndarray, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the AUC, resampling pairs."""
+    rng, n = np.random.default_rng(seed), len(values)
+    found = []
+    for _ in range(draws):
+        rows = rng.integers(0, n, n)
+        v, s = values[rows], shuffled[rows]
+        found.append(auc(v[~s], v[s]))
+    return tuple(np.quantile(found, (0.025, 0.975)).tolist())
+
+
+def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[float]:
+    """τ: 0 and quantiles of the positive maxima, both sides of all pairs together."""
+    positive = []
+    for batch in states.batches:
+        pairs = pool_pairs(batch, sae.encode(batch.states), weights, 0.0)
+        positive += [side.maximum[side.maximum > 0] for side in (pairs.image, pairs.text)]
+    values = torch.cat(positive).numpy()
+    return [0.0, *np.quantile(values, TAU_QUANTILES[1:]).round(3).tolist()]
+
+
+def random_sae(sae: SAE, reference: States, *, seed: int = 3) -> SAE:
+    """Random directions in the shape of ``sae``, centred as it is, with the threshold that gives the same mean L0.
+
+    The threshold is found by halving, since no token keeps more than its 50 strongest features.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=1)
+    nothing = torch.zeros_like(sae.b_enc)
+    sample = torch.cat([b.states for b in reference.batches])[::7]
+    wanted = len(sae.encode(sample).feature)
+
+    def control(cut: float) -> SAE:
+        return SAE(rows.T.contiguous(), nothing, rows, sae.b_dec, activation="jumprelu", threshold=nothing + cut)
+
+    low, high = 0.0, control(0.0).preactivations(sample).max().item()
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if len(control(middle).encode(sample).feature) > wanted else (low, middle)
+    return control(high)
+
+
+# --- the sweep -------------------------------------------------------------------------------
+
+
+def sweep(build: Path, trained: Path, model: Path, widths: list[int], steps: list[int]) -> list[dict]:
+    """One row for each SAE: AUCs on the choice split, at each threshold; SAEs and rows are kept for the next call."""
+    backbone = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT)
+    split = states_of(make_tar(build / "eval" / "choice.tar", "choice"), backbone)
+    reference = states_of(reference_tar(build), backbone)
+    rows = []
+    for n_features, k, n_steps in itertools.product(widths, KS, steps):
+        settings = SAESettings(n_features=n_features, k=k, steps=n_steps)
+        folder = build / "sweep" / f"{trained.stem}-{n_features}-{k}-{n_steps}"
+        if not (folder / "row.json").exists():
+            training = load_states(build, trained, settings)
+            sae = train_sae(training, settings)
+            sae.save(folder)
+            (folder / "row.json").write_text(json.dumps(sweep_row(sae, settings, split, reference) | quality(sae, training)))
+        rows.append(json.loads((folder / "row.json").read_text()))
+        print(sweep_line(rows[-1]), flush=True)
+    return rows
+
+
+def sweep_line(row: dict) -> str:
+    """A row as a line of a Markdown table, with the threshold at which `saev` is best."""
+    best = max(range(len(row["thresholds"])), key=lambda i: row[f"saev@{i}"])
+    facts = [row["n_features"], row["k"], row["steps"], row["fvu_image"], row["fvu_context"], row["on_both"], row["weighted"]]
+    found = [row["similarity"], row["similarity, idf of each side"], row["support"], row[f"saev@{best}"], row["thresholds"][best]]
+    return "| " + " | ".join(str(value) for value in facts + found) + " |"
+
+
+def sweep_row(sae: SAE, settings: SAESettings, split: States, reference: States) -> dict:
+    """The AUCs of one SAE on the choice split."""
+    weights = weights_of(reference, sae)
+    thresholds = thresholds_of(reference, sae, weights)
+    facts = {"n_features": settings.n_features, "k": settings.k, "steps": settings.steps, "thresholds": thresholds, "weighted": weights.n_weighted}
+    return facts | aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def report(build: Path, model: Path, threshold: float) -> dict[Split, dict[str, list[float]]]:
+    """AUC with its interval of each reported score on both splits, for the exported model."""
+    backbone, sae = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT), load_sae(model / "sae")
+    weights, reference = load_weights(model / "sae" / "weights.safetensors"), states_of(reference_tar(build), backbone)
+    control = random_sae(sae, reference)
+    control_weights = weights_of(reference, control)
+    result = {}
+    for name in ("choice", "report"):
+        split = states_of(make_tar(build / "eval" / f"{name}.tar", name), backbone)
+        scores = scores_of(split, sae, weights, [threshold])
+        beside = scores_of(split, control, control_weights, [threshold])
+        wanted = {s: scores[s] for s in REPORTED} | {f"{s} of a random SAE": beside[s] for s in OF_RANDOM_SAE}
+        shuffled = split.shuffled
+        result[name] = {s: [auc(values[~shuffled], values[shuffled]), *interval(values, shuffled)] for s, values in wanted.items()}
+    return result
+
+
+# --- the cross-check -------------------------------------------------------------------------
+
+
+def reference_scores(batch: Activations, sae: SAE, omega: np.ndarray, idf: np.ndarray, threshold: float) -> list[dict[str, float]]:
+    """The definitions again, one pair at a time, in float64 NumPy, from the residual states onwards."""
+    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    states, sample, side = batch.states.double().numpy(), batch.sample.numpy(), batch.side.numpy()
+    rows = []
+    for s in range(batch.n_samples):
+        codes = {which: token_codes(states[(sample == s) & (side == which)], W, b, mean, cut) for which in (IMAGE, TEXT)}
+        u, v = codes[IMAGE].max(0), codes[TEXT].max(0)
+        both = (u > threshold) & (v > threshold)
+        means = [codes[which].mean(0) * idf for which in (IMAGE, TEXT)]
+        raw = [states[(sample == s) & (side == which)].mean(0) for which in (IMAGE, TEXT)]
+        active = sum((codes[which] > 0).sum() for which in (IMAGE, TEXT))
+        rows.append({
+            "saev": np.nansum(np.where(both, omega, 0.0)), "cooccurrence": both.sum(), "similarity": cosine(*means),
+            "support": np.minimum(u, v).sum() / max(v.sum(), 1e-12), "raw": cosine(*raw),
+            "l0": active / sum(len(codes[which]) for which in (IMAGE, TEXT)),
+        })  # fmt: skip
+    return rows
+
+
+def token_codes(states: np.ndarray, W: np.ndarray, b: np.ndarray, mean: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """(tokens, features): activations above the threshold, the 50 strongest of a token."""
+    pre = (states - mean) @ W + b
+    codes = np.where(pre > np.maximum(cut, 0), pre, 0.0)
+    fiftieth = np.sort(codes, 1)[:, -50][:, None]
+    return np.where(codes >= fiftieth, codes, 0.0)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+def reference_omega(states: States, sae: SAE) -> tuple[np.ndarray, np.ndarray]:
+    """(omega, idf) by their definitions: the 30 strongest tokens, and all 25 cosines of 5 text and 5 image tokens."""
+    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    x = torch.cat([batch.states for batch in states.batches]).double().numpy()
+    side = torch.cat([batch.side for batch in states.batches]).numpy()
+    first = np.cumsum([0, *(batch.n_samples for batch in states.batches)])[:-1]
+    sample = np.concatenate([batch.sample.numpy() + n for batch, n in zip(states.batches, first, strict=True)])
+    codes = np.concatenate([token_codes(part, W, b, mean, cut).astype(np.float32) for part in np.array_split(x, 40)])
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    omega, fires = np.full(codes.shape[1], np.nan), np.zeros(codes.shape[1])
+    for j in range(codes.shape[1]):
+        fires[j] = len(np.unique(sample[codes[:, j] > 0]))
+        top = np.argsort(-codes[:, j], kind="stable")[:STRONGEST]
+        top = top[codes[top, j] > 0]
+        image, text = top[side[top] == IMAGE][:PER_SIDE], top[side[top] == TEXT][:PER_SIDE]
+        if len(image) == len(text) == PER_SIDE:
+            omega[j] = (unit[image] @ unit[text].T).mean()
+    return omega, np.log((1 + sample.max() + 1) / (1 + fires))
+
+
+def check(build: Path, model: Path, threshold: float, *, pairs: int = 200) -> dict[str, float]:
+    """Largest relative difference of each of mmfilter's scores, omega and idf from the float64 computation."""
+    backbone, sae = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT), load_sae(model / "sae")
+    reference, weights = states_of(reference_tar(build), backbone), load_weights(model / "sae" / "weights.safetensors")
+    omega, idf = reference_omega(reference, sae)
+    split, seen, worst = states_of(make_tar(build / "eval" / "report.tar", "report"), backbone), 0, {}
+    for batch in split.batches:
+        ours = pool_pairs(batch, sae.encode(batch.states), weights, threshold)
+        again = reference_scores(batch, sae, omega, idf, threshold)
+        for name in again[0]:
+            wanted = np.array([row[name] for row in again], dtype=float)
+            off = np.abs(SCORES[name](ours).double().numpy() - wanted) / np.maximum(1e-3, np.abs(wanted))
+            worst[name] = max(worst.get(name, 0.0), float(off.max()))
+        seen += batch.n_samples
+        if seen >= pairs:
+            break
+    same = np.isnan(omega) == np.isnan(weights.omega.numpy())
+    worst["omega"] = float(np.nanmax(np.abs(omega - weights.omega.numpy())[same]))
+    return worst | {"idf": float(np.abs(idf - weights.idf.numpy()).max()), "weighted in one only": int((~same).sum()), "pairs": seen}
+
+
+def main() -> None:
+    """Command line of the evaluation."""
+    parser = argparse.ArgumentParser(description="Evaluate the tiny model's scores.")
+    parser.add_argument("what", choices=("sweep", "report", "check"))
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "recipe")
+    parser.add_argument("--trained", type=Path, help="sweep: model.pt or a checkpoint.pt; default: BUILD/run/model.pt")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny")
+    parser.add_argument("--threshold", type=float, help="default: that of models/tiny.yaml")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    options = parser.parse_args()
+    if options.what == "sweep":
+        sweep(options.build, options.trained or options.build / "run" / "model.pt", options.model, options.widths, options.steps)
+        return
+    threshold = options.threshold
+    if threshold is None:
+        import yaml
+
+        threshold = yaml.safe_load((ROOT / "models" / "tiny.yaml").read_text())["threshold"]
+    print(json.dumps((report if options.what == "report" else check)(options.build, options.model, threshold), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Fit the feature weights (cross-modal weight and rarity) of the tiny model's SAE on a sample of training pairs."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from export import PROMPT
+from icons import TRAIN_SETS
+from model import HOOK_LAYER
+from pairs import REFERENCE_PAIRS, REFERENCE_SEED, reference_pairs, write_tar
+from scenes import Icons
+
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.shards import read_samples
+from mmfilter.core.model.backbone import Backbone, load_backbone
+from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights
+from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.reference import fit_weights
+
+ROOT = Path(__file__).parents[2]
+ABOUT = {
+    "pairs": REFERENCE_PAIRS, "seed": REFERENCE_SEED, "sets": list(TRAIN_SETS), "what": "training pairs without disguise",
+    "strongest": STRONGEST, "per_side": PER_SIDE,
+}  # fmt: skip
+
+
+def reference_tar(build: Path) -> Path:
+    """The shard of the reference sample, made if it is not there."""
+    path = build / "eval" / "reference.tar"
+    if not path.exists():
+        write_tar(path, reference_pairs(Icons(build / "icons.npz")))
+    return path
+
+
+def fit(shard: Path, backbone: Backbone, sae: SAE) -> FeatureWeights:
+    """The weights on the shard's pairs, as mmfilter itself fits them."""
+    with closing(Feed(backbone, DecodeSettings(), batch_size=32, workers=2)) as feed:
+
+        def head(path: str, n: int):
+            return itertools.islice(read_samples(path), n)
+
+        weights = fit_weights([str(shard)], head, feed, backbone, sae, lambda _: None)
+    return replace(weights, metadata=ABOUT)
+
+
+def main() -> None:
+    """Command line of the weights step."""
+    parser = argparse.ArgumentParser(description="Fit the feature weights of the tiny model's SAE.")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "recipe")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny")
+    options = parser.parse_args()
+    backbone = load_backbone(str(options.model), HOOK_LAYER, prompt=PROMPT)
+    weights = fit(reference_tar(options.build), backbone, load_sae(options.model / "sae"))
+    weights.save(options.model / "sae" / "weights.safetensors")
+    print(f"{weights.n_weighted:,} of {len(weights.omega):,} features have a cross-modal weight")
+
+
+if __name__ == "__main__":
+    main()

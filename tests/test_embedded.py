@@ -1,0 +1,76 @@
+"""The embedded model and the example shards keep what the README promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import rankdata
+
+from mmfilter.cli.app import main
+from mmfilter.core.data.shards import read_samples
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "models" / "tiny"
+SHARDS = sorted((ROOT / "examples" / "shards").glob("*.tar"))
+
+
+def auc(true: np.ndarray, wrong: np.ndarray) -> float:
+    """Probability that a true pair scores above a wrong one, ties half."""
+    ranks = rankdata(np.concatenate([true, wrong]))
+    return (ranks[: len(true)].sum() - len(true) * (len(true) + 1) / 2) / (len(true) * len(wrong))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("examples") / "run"
+    assert main(["score", *map(str, SHARDS), "--run", str(run)]) == 0
+    return run
+
+
+def test_the_package_is_small_and_safe():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+    assert sum(path.stat().st_size for path in SHARDS) + sum(path.stat().st_size for path in files) < 40_000_000
+
+
+def test_the_shards_are_as_described():
+    records = [json.loads(raw.members["json"]) for shard in SHARDS for raw in read_samples(str(shard))]
+    assert len(records) == 1000 and sum(record["mismatched"] for record in records) == 150
+    assert len({record["uid"] for record in records}) == 1000
+
+
+def test_scores_tell_true_pairs_from_mismatched_ones(run):
+    """On drawings and concepts that were not trained on, with captions that the scores never saw labelled."""
+    wrong = np.array([json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in read_samples(str(shard))])
+    table = pq.read_table(run / "scores", columns=["shard", "row", "similarity", "support", "random", "l0"]).sort_by(
+        [("shard", "ascending"), ("row", "ascending")]
+    )
+    found = {name: auc(column[~wrong], column[wrong]) for name in ("similarity", "support", "random", "l0") for column in [table[name].to_numpy()]}
+    assert found["similarity"] > 0.84 and found["support"] > 0.82
+    assert 0.42 < found["random"] < 0.58 and 0.38 < found["l0"] < 0.62
+
+
+@pytest.mark.slow
+def test_a_training_loop_reads_the_pipe(run):
+    command = [sys.executable, ROOT / "examples" / "finetune_pipe.py", run, "--top", "20%", "--epochs", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    losses = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert "200 pairs" in done.stdout.splitlines()[0]
+
+
+def test_the_wheel_would_carry_the_model():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert all((ROOT / source).exists() and target == f"mmfilter/{source}" for source, target in included.items())
+    assert importlib.util.find_spec("mmfilter") is not None
