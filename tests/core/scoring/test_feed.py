@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -59,8 +58,8 @@ def test_reading_ahead_is_bounded_and_stops():
         assert next(stream) == 0
         time.sleep(0.1)
         assert len(made) <= 6
-    time.sleep(0.3)
-    assert not any(thread.name == "prefetch" and thread.is_alive() for thread in threading.enumerate())
+    stream._thread.join(timeout=30)
+    assert not stream._thread.is_alive()
     assert len(made) <= 6
 
 
