@@ -47,6 +47,7 @@ def test_the_shards_are_as_described():
     assert len({record["uid"] for record in records}) == 1000
 
 
+@pytest.mark.slow
 def test_scores_tell_true_pairs_from_mismatched_ones(run):
     """On drawings and concepts that were not trained on, with captions that the scores never saw labelled."""
     wrong = np.array([json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in read_samples(str(shard))])

@@ -144,6 +144,7 @@ def test_a_tar_is_not_poured_into_a_terminal():
     assert destination("best", None, stdout_is_terminal=True) == ("shards", Path("best"))
 
 
+@pytest.mark.slow
 def test_stdin_is_scored_as_it_streams(scored):
     shard = (scored / "source" / "00000.tar").read_bytes()
     command = [sys.executable, "-m", "mmfilter", "score", "-", "--run", f"{scored}/piped", "--json"]
@@ -153,6 +154,7 @@ def test_stdin_is_scored_as_it_streams(scored):
     assert pq.read_table(scored / "piped" / "scores" / "stdin.parquet").drop(["shard"]) == direct
 
 
+@pytest.mark.slow
 def test_stdin_also_fits_weights(scored):
     shard = (scored / "source" / "00000.tar").read_bytes()
     command = [sys.executable, "-m", "mmfilter", "score", "--prompt", "<s><image> {caption}", "--json", "--run"]
@@ -230,6 +232,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mmfilter {__version__}\n"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path):
     import signal
     import time

@@ -52,7 +52,7 @@ def states_and_codes(backbone, sae, shard: Path, n: int):
     return states, codes
 
 
-@pytest.mark.parametrize("fitted", [False, True], ids=["card's weights", "weights fitted on the input"])
+@pytest.mark.parametrize("fitted", [pytest.param(False, id="card's weights"), pytest.param(True, id="weights fitted on the input", marks=pytest.mark.slow)])
 def test_scores_equal_the_float64_reference(tiny, make_shard, tmp_path, quiet, fitted):
     card, backbone, sae = tiny
     n = 130 if fitted else 40
@@ -101,6 +101,7 @@ def test_codes_are_the_strongest_features(tiny, make_shard, tmp_path, quiet):
             assert row[f"{side}_max"] == sorted(row[f"{side}_max"], reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workers": 1}, {"workers": 4, "batch_size": 32}], ids=str)
 def test_batch_size_and_workers_change_nothing(tiny, make_shard, tmp_path, quiet, options):
     shard = make_shard(n=60)
