@@ -570,7 +570,7 @@ def test_the_database_of_a_condition_is_locked(run):
 
     database = ScoreTables(RunDirectory(run))._connect(locked=True)
     assert database.execute("SELECT count(*) FROM scores").fetchone() == (10,)
-    for query in ["FROM read_text('/etc/hostname')", "COPY (SELECT 1) TO '/tmp/x.csv'", "SET lock_configuration = false", "ATTACH '/tmp/x.db'"]:
+    for query in ["FROM read_text('/etc/hostname')", "COPY (SELECT 1) TO 'x.csv'", "SET lock_configuration = false", "ATTACH 'x.db'"]:
         with pytest.raises(duckdb.Error, match=r"disabled|locked"):
             database.execute(query).fetchall()
 
