@@ -80,6 +80,26 @@ class Arms:
         for inputs in self.ready:
             wait_for(self.backbone, self.backbone.forward(inputs.tensors))
 
+    @torch.inference_mode()
+    def parts(self) -> dict[str, float]:
+        """Milliseconds a batch, median over the batches, of what happens to one that lies ready."""
+        scorer, backbone = self.scorer, self.backbone
+        seen: dict[str, list[float]] = {"forward pass": [], "of the SAE, the matrix product": [], "SAE": [], "all of it, with pooling, scores and codes": []}
+        for inputs in self.ready:
+            states = backbone.activations(inputs).states
+            steps = (
+                lambda inputs=inputs: backbone.activations(inputs),
+                lambda states=states: self.sae.preactivations(states),
+                lambda states=states: self.sae.encode(states),
+                lambda inputs=inputs: scorer.score(inputs),
+            )
+            for times, step in zip(seen.values(), steps, strict=True):
+                started = time.perf_counter()
+                step()
+                wait_for(backbone, states)
+                times.append(1000 * (time.perf_counter() - started))
+        return {name: statistics.median(times) for name, times in seen.items()}
+
 
 def wait_for(backbone: Backbone, _states: torch.Tensor) -> None:
     """A GPU works behind the caller's back."""
@@ -111,15 +131,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = operation.ScoreSettings(load_card("tiny"), device=options.device, batch_size=options.batch_size, workers=options.workers)
         about = machine()
-        rates = measure(Arms(settings, options.samples, Path(folder)), options.rounds)
+        arms = Arms(settings, options.samples, Path(folder))
+        rates, parts = measure(arms, options.rounds), arms.parts()
     medians = {name: statistics.median(seen) for name, seen in rates.items()}
     ratios = {other: statistics.median(a / b for a, b in zip(rates["score"], rates[other], strict=True)) for other in ("bare", "forward")}
     if options.json:
-        print(json.dumps({"machine": about, "rates": rates, "ratios": ratios}, indent=2))
+        print(json.dumps({"machine": about, "rates": rates, "ratios": ratios, "milliseconds a batch": parts}, indent=2))
         return
     print(f"{about}\n\n| arm | samples/s (median of {options.rounds}) | score is |\n|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median:,.0f} | {f'{ratios[name]:.2f} of it' if name in ratios else ''} |")
+    print(f"\n| of a batch of {options.batch_size} | ms (median) |\n|---|---|")
+    for name, median in parts.items():
+        print(f"| {name} | {median:.1f} |")
 
 
 if __name__ == "__main__":

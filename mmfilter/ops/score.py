@@ -20,7 +20,7 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
 from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
-from mmfilter.core.model.backbone import Backbone, folder_hash, load_backbone
+from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE, load_sae
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
@@ -176,7 +176,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
     card = settings.card
     return {
         "model": card.model,
-        "model_hash": folder_hash(card.model),
+        "model_hash": model_hash(card.model, backbone.model.config),
         "revision": card.revision,
         "layer": card.layer,
         "prompt": backbone.prompt,

@@ -301,15 +301,16 @@ def complete_processor(processor: Any, config: Any) -> None:
         processor.num_additional_image_tokens = 1
 
 
-def folder_hash(source: str) -> str:
-    """Digest of a local model's weights and configs; for a hub id, of the cached config."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+def model_hash(source: str, config: Any) -> str:
+    """Digest of a local model's weights and configs; for a hub id, of the id and the commit that was loaded."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    if not Path(source).is_dir():
+        digest.update(f"{source}@{getattr(config, '_commit_hash', None)}".encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(Path(source).iterdir()):
         if path.suffix in (".json", ".safetensors") and path.is_file():
             digest.update(path.name.encode())
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mmfilter.core.model.backbone import Backbone, load_backbone
+from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.errors import ModelError
 from tests.conftest import picture
@@ -124,3 +124,17 @@ def test_missing_weights_are_an_error(tiny, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights, first"):
         load_backbone(str(folder), 1)
+
+
+def test_the_hash_of_a_model_sees_every_byte_and_every_commit(tmp_path):
+    from types import SimpleNamespace
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    seen = {model_hash(str(tmp_path), None)}
+    (tmp_path / "README.md").write_text("not part of the model")
+    assert model_hash(str(tmp_path), None) in seen
+    (tmp_path / "model.safetensors").write_bytes(b"weightz")
+    seen |= {model_hash(str(tmp_path), None)}
+    seen |= {model_hash("some/model", SimpleNamespace(_commit_hash=commit)) for commit in ("one", "two")}
+    assert len(seen) == 4
