@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import typer
+
 from mmfilter.cli.commands import app
 from mmfilter.errors import MMFilterError
 
@@ -51,6 +53,14 @@ def _interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def command_paths(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command, those of groups too: ("score",), ("sae", "show"), …"""
+    for command in group.registered_commands:
+        yield (*prefix, command.name or command.callback.__name__.replace("_", "-"))
+    for inner in group.registered_groups:
+        yield from command_paths(inner.typer_instance, (*prefix, inner.name))
 
 
 def silence_stdout() -> None:

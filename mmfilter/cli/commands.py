@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from mmfilter import __version__
-from mmfilter.cli.options import DEFAULT_RUN, card_for
+from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
 from mmfilter.errors import MMFilterError
 
 app = typer.Typer(
@@ -65,9 +65,9 @@ def score(
     from mmfilter.core.data import artifacts
     from mmfilter.ops import score as operation
 
-    allowed = _share(max_bad)
-    _one_of("--text-context", text_context, ("image", "none"))
-    _one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    allowed = share(max_bad)
+    one_of("--text-context", text_context, ("image", "none"))
+    one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     settings = operation.ScoreSettings(
         card=card_for(model, layer, sae, prompt, text_context, threshold),
         run=run, device=device, dtype=dtype, batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
@@ -128,31 +128,3 @@ def select(
         print(json.dumps(display.selection_report(selection), indent=2), file=sys.stderr)
     else:
         display.show_funnel(selection.funnel)
-
-
-def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:
-    """The format to write and where to (None: stdout); a tar is never poured into a terminal."""
-    _one_of("--format", form, ("shards", "tar", "keys"))
-    path = None if output in (None, "-") else Path(output)
-    form = form or ("shards" if path else "tar")
-    if form == "shards" and path is None:
-        raise typer.BadParameter("shards need a directory: -o DIR", param_hint="--format")
-    if form == "tar" and path is None and stdout_is_terminal:
-        raise typer.BadParameter("say where to: -o DIR for shards, or pipe the tar stream into a consumer", param_hint="-o")
-    return form, path
-
-
-def _share(text: str) -> float:
-    """`10%` or `0.1` as a fraction."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise typer.BadParameter(f"{text!r} is no share; expected something like 10% or 0.1", param_hint="--max-bad")
-    return value
-
-
-def _one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise typer.BadParameter(f"{value!r}; expected one of {', '.join(choices)}", param_hint=option)

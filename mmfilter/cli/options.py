@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from mmfilter.errors import ModelError
 
 if TYPE_CHECKING:
@@ -46,3 +48,32 @@ def card_for(
     if threshold is not None:
         changes["threshold"] = threshold
     return replace(card, **changes)
+
+
+def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:
+    """The format to write and where to (None: stdout); a tar is never poured into a terminal."""
+    one_of("--format", form, ("shards", "tar", "keys"))
+    path = None if output in (None, "-") else Path(output)
+    form = form or ("shards" if path else "tar")
+    if form == "shards" and path is None:
+        raise typer.BadParameter("shards need a directory: -o DIR", param_hint="--format")
+    if form == "tar" and path is None and stdout_is_terminal:
+        raise typer.BadParameter("say where to: -o DIR for shards, or pipe the tar stream into a consumer", param_hint="-o")
+    return form, path
+
+
+def share(text: str) -> float:
+    """`10%` or `0.1` as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{text!r} is no share; expected something like 10% or 0.1", param_hint="--max-bad")
+    return value
+
+
+def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices (exit 2)."""
+    if value is not None and value not in choices:
+        raise typer.BadParameter(f"{value!r}; expected one of {', '.join(choices)}", param_hint=option)
