@@ -71,8 +71,8 @@ def tiny():
     """The embedded model and SAE, loaded once."""
     from pathlib import Path
 
-    from mmfilter.core.model.backbone import load_backbone
     from mmfilter.core.model.cards import load_card
+    from mmfilter.core.model.loading import load_backbone
     from mmfilter.core.model.sae import load_sae
 
     card = load_card("tiny")

@@ -20,8 +20,9 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
 from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
-from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
+from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
+from mmfilter.core.model.loading import LoadSettings, load_backbone, model_hash
 from mmfilter.core.model.sae import SAE, load_sae
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
 from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
@@ -164,11 +165,10 @@ def load(settings: ScoreSettings) -> tuple[Backbone, SAE]:
         revision=card.revision,
         prompt=card.prompt,
         text_context=card.text_context,
-        device=device,
-        dtype=settings.resolved_dtype(),
+        settings=LoadSettings(device=device, dtype=settings.resolved_dtype()),
     )
     check_fit(backbone, sae)
-    return backbone, sae.to(device)
+    return backbone, sae.to(backbone.device)
 
 
 def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from weights import reference_tar
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.shards import read_samples
-from mmfilter.core.model.backbone import Activations, Backbone, load_backbone
+from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.model.sae import SAE, load_sae
 from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
 from mmfilter.core.scoring.feed import Feed

@@ -1,27 +1,25 @@
 """A multimodal model truncated after one layer, and the residual states of a pair's tokens.
 
-Any Hugging Face model in which image tokens take the place of a placeholder id in one causal stream
-(LLaVA and its kin). Layers behind the hook layer are neither loaded nor run.
+Any Hugging Face model in which image tokens take the place of a placeholder id in one stream of text; what
+families need beyond that is in `families`. Dual encoders are in `towers`, loading in `loading`.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from mmfilter.core.model.boxes import Boxes, Picture
 from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.model.families import newline_mask
-from mmfilter.core.model.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, listening
+from mmfilter.core.model.families import family_name, family_of
+from mmfilter.core.model.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, heard_with, listening
+from mmfilter.core.model.stream import cut_after, image_token_id, is_encoder_decoder, stream_layers
 from mmfilter.errors import ModelError
 
 TextContext = Literal["image", "none"]
@@ -29,9 +27,6 @@ LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this many tokens and by at least one. On a CPU the vectorised softmax
 treats the last few positions of an odd length otherwise, and a batch without padding takes another attention
 path; with both out of the way a pair's float32 states do not depend on what it was batched with."""
-
-LAYERS_BY_CONFIG = {"llava", "llava_next", "gemma3", "qwen3_vl", "qwen3_5", "mllama"}
-"""Families that load exactly with fewer layers in the config; elsewhere layers are dropped after loading."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +38,26 @@ class Inputs:
     """(batch, length) int8: IMAGE, TEXT, or −1 for neither (BOS, template, padding)"""
     text_only: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
     """The same captions without an image, and their `side`, for text context `none`"""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(width, height) of every picture, in pixels"""
 
     @property
     def tokens(self) -> torch.Tensor:
         """(batch, 2): number of image and of text tokens."""
         text = self.side if self.text_only is None else self.text_only[1]
         return torch.stack([(self.side == IMAGE).sum(1), (text == TEXT).sum(1)], 1)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(batch,): positions of the model's that each pair takes, padding aside."""
+        if "attention_mask" not in self.tensors:
+            return torch.full((len(self.side),), self.longest)
+        return self.tensors["attention_mask"].sum(1)
+
+    @property
+    def longest(self) -> int:
+        """Positions that the batch takes, padding included."""
+        return self.tensors["input_ids"].shape[1]
 
 
 @dataclass(frozen=True)
@@ -70,28 +79,53 @@ class _Stop(BaseException):
     """Ends a forward pass behind the hook layer; no `except Exception` in a model may swallow it."""
 
 
-class Backbone:
-    """One model up to the output of decoder layer `layer` (counted from 0)."""
+class OwnProcessor:
+    """A processor of which every thread has a copy: fast tokenizers must not be shared between threads."""
+
+    def __init__(self, processor: Any) -> None:
+        self._shared = processor
+        self._local = threading.local()
+
+    @property
+    def processor(self) -> Any:
+        """This thread's own copy."""
+        if not hasattr(self._local, "processor"):
+            self._local.processor = copy.deepcopy(self._shared)
+        return self._local.processor
+
+    def n_caption_tokens(self, caption: str) -> int:
+        """Length of the caption in tokens."""
+        return len(self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"])
+
+
+class Backbone(OwnProcessor):
+    """One model up to the output of layer `layer` of its text stream (counted from 0)."""
 
     def __init__(self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image") -> None:
+        super().__init__(processor)
         self.model, self.layer, self.text_context = model.eval(), layer, text_context
-        self._processor = processor
-        self._local = threading.local()
-        self.image_token_id = _image_token_id(model.config)
-        self.image_token = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.prompt = prompt or default_prompt(processor, getattr(processor, "image_token", self.image_token))
+        self.family = family_of(model.config)
+        self.image_token_id = image_token_id(model.config)
+        self.placeholder = self._placeholder(processor)
+        self.prompt = prompt or default_prompt(processor, self.placeholder)
         if CAPTION not in self.prompt:
             raise ModelError(f"prompt {self.prompt!r} has no {CAPTION}: say where the caption goes")
         self._escape = CaptionEscaper(processor.tokenizer)
-        self._layers = decoder_layers(model)
-        if not 0 <= layer < len(self._layers):
-            raise ModelError(f"layer {layer} is not in the model, which has layers 0 to {len(self._layers) - 1}")
-        del self._layers[layer + 1 :]
+        self._layers = stream_layers(model)
+        cut_after(self._layers, layer)
         self._suffixes = self._learn_suffixes()
+
+    def _placeholder(self, processor: Any) -> str:
+        """What a prompt writes for an image; empty where the processor puts it in by itself."""
+        if not self.family.placeholder:
+            return ""
+        token = getattr(processor, self.family.placeholder, None) or getattr(processor, "image_token", None)
+        return str(token or processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the states come out."""
+        return next(self._layers[-1].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,49 +138,76 @@ class Backbone:
     @property
     def max_tokens(self) -> int:
         """Longest stream that the model has positions for."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
-
-    @property
-    def processor(self) -> Any:
-        """This thread's own copy: fast tokenizers must not be shared between threads."""
-        if not hasattr(self._local, "processor"):
-            self._local.processor = copy.deepcopy(self._processor)
-        return self._local.processor
-
-    def n_caption_tokens(self, caption: str) -> int:
-        """Length of the caption in tokens."""
-        return len(self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"])
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
     def n_image_tokens(self, width: int, height: int) -> int:
         """How many tokens an image will take, to sort batches by; 0 where the processor does not say."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        return 0 if count is None else count(image_sizes=[(height, width)])["num_image_tokens"][0]
+        try:
+            return 0 if count is None else count(image_sizes=[(height, width)])["num_image_tokens"][0]
+        except (ValueError, NotImplementedError):  # a picture that it refuses: `prepare` says why
+            return 0
 
     def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
         """Pre-process and tokenise a batch (right padding, no truncation); safe in any thread."""
         captions = [self._escape(caption) for caption in captions]
         texts = [self.prompt.replace(CAPTION, caption) for caption in captions]
-        tensors, mask = self._process(texts, captions, self._suffixes["image"], images=list(images))
+        sizes = [image.size for image in images]
+        tensors, mask = self._process(texts, captions, self._suffixes["image"], images=[[image] for image in images])
         side = torch.full(mask.shape, -1, dtype=torch.int8)
-        is_image = tensors["input_ids"] == self.image_token_id
-        side[is_image & ~newline_mask(self.processor, self.model.config, tensors, is_image)] = IMAGE
+        is_image = self._image_mask(tensors)
+        side[is_image & ~self._row_ends(tensors, is_image, sizes)] = IMAGE
         if self.text_context == "image":
             side[mask] = TEXT
-            return Inputs(tensors, side)
+            return Inputs(tensors, side, sizes=sizes)
         alone = [self._text_prompt.replace(CAPTION, caption) for caption in captions]
         text_tensors, text_mask = self._process(alone, captions, self._suffixes["none"])
-        return Inputs(tensors, side, (text_tensors, torch.where(text_mask, TEXT, -1).to(torch.int8)))
+        return Inputs(tensors, side, (text_tensors, torch.where(text_mask, TEXT, -1).to(torch.int8)), sizes)
+
+    def _image_mask(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (tensors["input_ids"] == self.image_token_id) & tensors["attention_mask"].bool()
+
+    def _row_ends(self, tensors: dict[str, torch.Tensor], is_image: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """(batch, length) bool: image tokens that are learned constants and no part of the picture."""
+        mask = torch.zeros_like(is_image)
+        if self.family.constant_row_ends:
+            for i in range(len(mask)):
+                places = is_image[i].nonzero()[:, 0]
+                placed = self._boxes(tensors, i, sizes[i], len(places))
+                mask[i, places] = torch.tensor([box is None for box in placed])
+        return mask
+
+    def boxes(self, inputs: Inputs, i: int) -> Boxes:
+        """For each image token of pair `i`, in order: the part (x0, y0, x1, y1) of the picture, in units of its
+        width and height, that the token's patch covers; None for a token without a place (a class token).
+
+        Raises `ModelError` for families whose tokens have no place.
+        """
+        is_image = self._image_mask(inputs.tensors)[i]
+        placed = self._boxes(inputs.tensors, i, inputs.sizes[i], int(is_image.sum()))
+        kept = inputs.side[i][is_image] == IMAGE
+        return [box for box, keep in zip(placed, kept.tolist(), strict=True) if keep]
+
+    def _boxes(self, tensors: dict[str, torch.Tensor], i: int, size: tuple[int, int], n_tokens: int) -> Boxes:
+        name = family_name(self.model.config)
+        if self.family.boxes is None:
+            raise ModelError(f"image tokens of {name!r} have no place in the picture: {self.family.no_place}")
+        row = {key: tensor[i] for key, tensor in tensors.items() if torch.is_tensor(tensor) and len(tensor) == len(tensors["input_ids"])}
+        placed = self.family.boxes(Picture(self.model.config, self.processor, *size, row, n_tokens))
+        if len(placed) != n_tokens:
+            raise ModelError(f"{name!r} made {n_tokens} image tokens of a picture of {size[0]} × {size[1]} pixels; its rule expects {len(placed)}")
+        return placed
 
     @property
     def _text_prompt(self) -> str:
-        return self.prompt.replace(getattr(self._processor, "image_token", self.image_token), "")
+        return self.prompt.replace(self.placeholder, "") if self.placeholder else self.prompt
 
     def _process(self, texts: list[str], captions: list[str], suffix: str, **images: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         processor = self.processor
         options = {"padding": True, "padding_side": "right", "truncation": False, "return_tensors": "pt"}
         with listening(processor) as heard:
             tensors = dict(processor(text=texts, **images, **options))
-        said, encoding = heard[-1]
+        said, encoding = heard_with(heard, captions[0])
         tensors.pop("labels", None)
         mask = caption_mask(said, encoding, captions, suffix, tensors["input_ids"])
         return _pad(tensors, mask, processor.tokenizer.pad_token_id or 0)
@@ -154,15 +215,19 @@ class Backbone:
     def _learn_suffixes(self) -> dict[str, str]:
         """What the finished text has behind the caption, with an image and without."""
         grey = Image.new("RGB", (64, 64), (127, 127, 127))
-        suffixes = {}
-        for context, prompt, images in (("image", self.prompt, {"images": [grey]}), ("none", self._text_prompt, {})):
-            if context == "none" and self.text_context != "none":
-                continue
-            with listening(self.processor) as heard:
-                self.processor(text=[prompt.replace(CAPTION, SENTINEL)], return_tensors="pt", **images)
-            text = heard[-1][0][0]
-            suffixes[context] = text[text.rindex(SENTINEL) + len(SENTINEL) :]
+        suffixes = {"image": self._suffix(self.prompt, images=[[grey]])}
+        if self.text_context == "none":
+            try:
+                suffixes["none"] = self._suffix(self._text_prompt)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image") from error
         return suffixes
+
+    def _suffix(self, prompt: str, **images: Any) -> str:
+        with listening(self.processor) as heard:
+            self.processor(text=[prompt.replace(CAPTION, SENTINEL)], return_tensors="pt", **images)
+        text = heard_with(heard, SENTINEL)[0][0]
+        return text[text.rindex(SENTINEL) + len(SENTINEL) :]
 
     @torch.inference_mode()
     def activations(self, inputs: Inputs) -> Activations:
@@ -181,15 +246,48 @@ class Backbone:
 
     def forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The truncated forward pass: (batch, length, d_model) after the hook layer."""
+        if self.family.one_size and "image_sizes" in tensors and len(tensors["image_sizes"].unique(dim=0)) > 1:
+            return self._forward_by_size(tensors)
+        return self._forward(tensors)
+
+    def _forward_by_size(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        sizes, group = tensors["image_sizes"].unique(dim=0, return_inverse=True)
+        hidden: torch.Tensor | None = None
+        for number, (height, width) in enumerate(sizes.tolist()):
+            rows = (group == number).nonzero()[:, 0]
+            part = {name: tensor[rows] for name, tensor in tensors.items()}
+            part["pixel_values"] = part["pixel_values"][..., :height, :width]
+            states = self._forward(part)
+            hidden = states.new_empty(len(group), *states.shape[1:]) if hidden is None else hidden
+            hidden[rows.to(hidden.device)] = states
+        return hidden
+
+    def _forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = self._run(tensors, lambda stop: self._layers[self.layer].register_forward_hook(lambda _module, _args, output: stop(output)))
+        if hidden.dim() == 4:  # Gemma 3n keeps several versions of the stream; this one goes on
+            hidden = hidden[self.model.config.get_text_config().altup_active_idx]
+        return hidden
+
+    @torch.inference_mode()
+    def embedded(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What enters the first block: (batch, length, d_model) token embeddings with image features in place."""
+
+        def entering(stop: Callable[[Any], None]) -> Any:
+            return self._layers[0].register_forward_pre_hook(lambda _module, args, kwargs: stop(args or kwargs["hidden_states"]), with_kwargs=True)
+
+        return self._run(tensors, entering)
+
+    def _run(self, tensors: dict[str, torch.Tensor], hook: Callable[[Callable[[Any], None]], Any]) -> torch.Tensor:
+        """Run the model until the hook that `hook` registers is called; what it was called with."""
         caught: list[torch.Tensor] = []
 
-        def stop(_module: Any, _args: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, (tuple, list)) else output)
+        def stop(states: Any) -> None:
+            caught.append(states[0] if isinstance(states, (tuple, list)) else states)
             raise _Stop
 
-        handle = self._layers[self.layer].register_forward_hook(stop)
+        handle = hook(stop)
         try:
-            self.model(**self._to_device(tensors), use_cache=False)
+            self.model(**self._to_device(tensors), **self._decoder_start(tensors), use_cache=False)
         except _Stop:
             pass
         finally:
@@ -198,10 +296,20 @@ class Backbone:
             raise ModelError(f"layer {self.layer} never ran: this model does not send pairs through it")
         return caught[0]
 
-    def _to_device(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.to(self.device, dtype, non_blocking=True)
+    def _decoder_start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An encoder-decoder wants a decoder input, though the pass ends in its encoder."""
+        if not is_encoder_decoder(self.model.config):
+            return {}
+        start = getattr(self.model.config.get_text_config(), "decoder_start_token_id", None) or 0
+        return {"decoder_input_ids": torch.full((len(tensors["input_ids"]), 1), start, device=self.model.device)}
+
+    def _to_device(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        device = self.model.device
+
+        def moved(tensor: Any) -> Any:
+            if not torch.is_tensor(tensor):
+                return tensor
+            return tensor.to(device, self.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
 
         return {name: moved(tensor) for name, tensor in tensors.items()}
 
@@ -211,106 +319,9 @@ def _pad(tensors: dict[str, torch.Tensor], mask: torch.Tensor, pad_id: int) -> t
     shape = tensors["input_ids"].shape
     missing = LENGTH_MULTIPLE - shape[1] % LENGTH_MULTIPLE
 
-    def padded(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape != shape:
+    def padded(name: str, tensor: Any) -> Any:
+        if getattr(tensor, "shape", None) != shape:
             return tensor
         return torch.nn.functional.pad(tensor, (0, missing), value=pad_id if name == "input_ids" else 0)
 
     return {name: padded(name, tensor) for name, tensor in tensors.items()}, padded("", mask)
-
-
-def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The blocks in which image and text tokens live together."""
-    decoder = model.get_decoder()
-    while hasattr(decoder, "get_decoder") and decoder.get_decoder() is not decoder:
-        decoder = decoder.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise ModelError(f"{type(model).__name__} has no list of decoder layers that can be hooked")
-    return layers
-
-
-def _image_token_id(config: Any) -> int:
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    vocabulary = getattr(config, "vocabulary_map", None) or {}
-    if "<image>" in vocabulary:
-        return vocabulary["<image>"]
-    raise ModelError(f"model type {config.model_type!r} has no image tokens in its text stream: it cannot be scored")
-
-
-def load_backbone(
-    source: str,
-    layer: int,
-    *,
-    revision: str | None = None,
-    prompt: str | None = None,
-    text_context: TextContext = "image",
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Backbone:
-    """Load a local folder or a hub id up to `layer`; raises `ModelError` with the next step."""
-    local = Path(source).is_dir()
-    options = {"revision": revision, "trust_remote_code": False, "local_files_only": local}
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # layers left out on purpose are no news
-    transformers.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        shorten(config, layer)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-        processor = AutoProcessor.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(_why_not(source, local, error)) from error
-    finally:
-        transformers.logging.set_verbosity(level)
-    if report["missing_keys"]:
-        raise ModelError(f"model {source!r} lacks {len(report['missing_keys'])} weights, first {sorted(report['missing_keys'])[0]!r}")
-    complete_processor(processor, config)
-    return Backbone(model.to(device), processor, layer, prompt=prompt, text_context=text_context)
-
-
-def _why_not(source: str, local: bool, error: Exception) -> str:
-    first = str(error).strip().split("\n")[0][:200]
-    step = "it must hold config.json, *.safetensors, tokenizer and processor files" if local else f"fetch it with: hf download {source}"
-    return f"model {source!r} cannot be loaded ({first}); {step}"
-
-
-def shorten(config: Any, layer: int) -> None:
-    """Ask for no more decoder layers than needed, where the family allows it."""
-    text = config.get_text_config()
-    total = getattr(text, "num_hidden_layers", None)
-    if config.model_type not in LAYERS_BY_CONFIG or not isinstance(total, int):
-        return
-    if not 0 <= layer < total:
-        raise ModelError(f"layer {layer} is not in the model, which has layers 0 to {total - 1}")
-    text.num_hidden_layers = layer + 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: layer + 1]
-
-
-def complete_processor(processor: Any, config: Any) -> None:
-    """Old LLaVA folders keep the patch size in the model's config only."""
-    vision = getattr(config, "vision_config", None)
-    if getattr(processor, "patch_size", 0) is None and vision is not None:
-        processor.patch_size = vision.patch_size
-        processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
-        processor.num_additional_image_tokens = 1
-
-
-def model_hash(source: str, config: Any) -> str:
-    """Digest of a local model's weights and configs; for a hub id, of the id and the commit that was loaded."""
-    digest = hashlib.sha256()
-    if not Path(source).is_dir():
-        digest.update(f"{source}@{getattr(config, '_commit_hash', None)}".encode())
-        return digest.hexdigest()[:16]
-    for path in sorted(Path(source).iterdir()):
-        if path.suffix in (".json", ".safetensors") and path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-    return digest.hexdigest()[:16]

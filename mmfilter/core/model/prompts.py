@@ -69,11 +69,19 @@ def listening(processor: Any) -> Iterator[list[tuple[list[str], Any]]]:
         tokenizer.__class__ = original
 
 
+def heard_with(heard: list[tuple[list[str], Any]], part: str) -> tuple[list[str], Any]:
+    """The call among `heard` whose first text holds `part`: processors tokenise other things too."""
+    for texts, encoding in reversed(heard):
+        if texts and part in texts[0]:
+            return texts, encoding
+    raise ModelError(f"the processor never tokenised the prompt as it is (looked for {part[:40]!r}): its caption cannot be told from its template")
+
+
 def caption_mask(texts: list[str], encoding: Any, captions: list[str], suffix: str, input_ids: torch.Tensor) -> torch.Tensor:
     """(batch, length) bool: the tokens that overlap each caption's characters.
 
     `texts` and `encoding` come from `listening`; `suffix` is what the finished text has behind the
-    caption. Raises `ModelError` when a processor changed the caption itself.
+    caption. Raises `ModelError` when a processor changed the caption or the tokens themselves.
     """
     mask = torch.zeros(input_ids.shape, dtype=torch.bool)
     for i, (text, caption) in enumerate(zip(texts, captions, strict=True)):
@@ -84,5 +92,7 @@ def caption_mask(texts: list[str], encoding: Any, captions: list[str], suffix: s
         row = encoding.encodings[i]
         inside = [a < end and b > start and not s for (a, b), s in zip(row.offsets, row.special_tokens_mask, strict=True)]
         ahead = input_ids.shape[1] - len(inside)  # some processors put image tokens in front afterwards
+        if ahead < 0 or input_ids[i, ahead:].tolist() != row.ids:
+            raise ModelError("the processor changed the tokens after tokenising: the caption's cannot be told apart")
         mask[i, ahead:] = torch.tensor(inside)
     return mask

@@ -111,7 +111,7 @@ class Feed:
                 return self._prepare(pairs[:middle]) + self._prepare(pairs[middle:])
             pairs[0].reason, pairs[0].image = f"the processor refuses it: {str(error)[:120]}", None
             return []
-        good = (inputs.tokens > 0).all(1) & (inputs.side.shape[1] <= self._backbone.max_tokens)
+        good = (inputs.tokens > 0).all(1) & (inputs.longest <= self._backbone.max_tokens)
         if not good.all():
             return self._without(pairs, good.tolist(), inputs)
         for pair in pairs:
@@ -120,7 +120,7 @@ class Feed:
 
     def _without(self, pairs: list[Pair], good: list[bool], inputs: Inputs) -> list[Batch]:
         """Name what is wrong with single samples, and prepare the others again."""
-        lengths = inputs.tensors["attention_mask"].sum(1).tolist()
+        lengths = inputs.lengths.tolist()
         kept = []
         for pair, fine, length in zip(pairs, good, lengths, strict=True):
             if fine or (len(pairs) > 1 and length <= self._backbone.max_tokens):

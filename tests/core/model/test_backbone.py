@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
+from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.model.loading import load_backbone, model_hash
 from mmfilter.errors import ModelError
 from tests.conftest import picture
 
