@@ -34,6 +34,7 @@ from pairs import make_tar  # noqa: E402
 
 from mmfilter.core.data.shards import read_samples  # noqa: E402
 from mmfilter.core.model.cards import Card, load_card  # noqa: E402
+from mmfilter.core.scoring.engine import DeviceSettings, load  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
 
 SHARD = ROOT / "build" / "recipe" / "eval" / "report.tar"
@@ -60,7 +61,7 @@ def scored(card: Card, run: Path) -> dict[str, np.ndarray]:
 
 def control(card: Card, folder: Path) -> Card:
     """The card with an SAE of random directions, saved in the folder."""
-    backbone, sae = operation.load(operation.ScoreSettings(card, device="cpu"))
+    backbone, sae = load(card, DeviceSettings(device="cpu"))
     random_sae(sae, states_of(SHARD, backbone)).save(folder)
     return replace(card, sae=str(folder), weights=None)
 

@@ -28,6 +28,7 @@ from mmfilter.core.data.run import Shard
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import load_card
 from mmfilter.core.scoring.crossmodal import load_weights
+from mmfilter.core.scoring.engine import DeviceSettings, load
 from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
 from mmfilter.core.scoring.scorer import Scorer
 from mmfilter.ops import score as operation
@@ -51,7 +52,7 @@ class Arms:
 
     def __init__(self, settings: operation.ScoreSettings, samples: int, folder: Path) -> None:
         self.settings, self.samples, self.folder = settings, samples, folder
-        self.backbone, self.sae = operation.load(settings)
+        self.backbone, self.sae = load(settings.card, settings.device)
         self.scorer = Scorer(self.backbone, self.sae, load_weights(Path(settings.card.weights)), settings.card.threshold)
         repeats = -(-samples // 1000)
         self.shards = [Shard(str(path), f"{i}-{path.stem}") for i in range(repeats) for path in SHARDS]
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = operation.ScoreSettings(load_card("tiny"), device=options.device, batch_size=options.batch_size, workers=options.workers)
+        settings = operation.ScoreSettings(load_card("tiny"), device=DeviceSettings(options.device), batch_size=options.batch_size, workers=options.workers)
         about = machine()
         arms = Arms(settings, options.samples, Path(folder))
         rates, parts = measure(arms, options.rounds), arms.parts()

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from mmfilter import __version__
+from mmfilter.cli import options
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
 from mmfilter.errors import MMFilterError
 
@@ -36,19 +37,23 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command()
 def score(
-    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS")],
+    shards: options.Shards,
     run: Annotated[Path, typer.Option("--run", help="Run directory to write, or to go on with.")] = DEFAULT_RUN,
-    model: Annotated[str, typer.Option(help="Card name, local folder or hub id.")] = "tiny",
-    layer: Annotated[Optional[int], typer.Option(help="Decoder layer whose output the SAE reads, from 0 (default: the card's).")] = None,
-    sae: Annotated[Optional[Path], typer.Option(help="SAE folder in the SAELens 6 layout (default: the card's).")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")] = None,
-    text_context: Annotated[Optional[str], typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")] = None,
-    threshold: Annotated[Optional[float], typer.Option(help="A feature is present on a side above this activation (default: the card's).")] = None,
-    caption: Annotated[str, typer.Option(help="Where captions are: txt, conversations, a JSON field, or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pairs that go through the model together.")] = 32,
-    workers: Annotated[int, typer.Option(help="Threads that decode and pre-process.")] = 4,
+    model: options.ModelName = "tiny",
+    layer: options.Layer = None,
+    sae: options.SAESource = None,
+    prompt: options.Prompt = None,
+    text_context: options.TextContext = None,
+    threshold: options.Threshold = None,
+    caption: options.Caption = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    attn: options.Attention = "sdpa",
+    compile_blocks: options.Compile = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = 4,
     limit: Annotated[Optional[int], typer.Option(help="Score only the first so many samples.")] = None,
     max_bad: Annotated[str, typer.Option(help="Share of samples without a score that still exits 0.")] = "10%",
     seed: Annotated[int, typer.Option(help="Seed of the random score.")] = 0,
@@ -67,10 +72,11 @@ def score(
 
     allowed = share(max_bad)
     one_of("--text-context", text_context, ("image", "none"))
-    one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     settings = operation.ScoreSettings(
         card=card_for(model, layer, sae, prompt, text_context, threshold),
-        run=run, device=device, dtype=dtype, batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
+        run=run,
+        device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
+        batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         summary = operation.score(shards, settings, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -12,8 +12,41 @@ from mmfilter.errors import ModelError
 
 if TYPE_CHECKING:
     from mmfilter.core.model.cards import Card
+    from mmfilter.core.scoring.engine import DeviceSettings
 
 DEFAULT_RUN = Path("mmfilter-run")
+
+Shards = Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS")]
+ModelName = Annotated[str, typer.Option("--model", help="Card name, local folder or hub id.")]
+Layer = Annotated[
+    Optional[int], typer.Option("--layer", help="Layer whose output the SAE reads, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")
+]
+SAESource = Annotated[Optional[str], typer.Option("--sae", help="SAE: folder, hf:OWNER/REPO/sub/folder, or a card's name (default: the card's).")]
+Prompt = Annotated[Optional[str], typer.Option("--prompt", help="Prompt with {caption} in it (default: the card's, or the model's chat template).")]
+TextContext = Annotated[Optional[str], typer.Option("--text-context", help="Text states with the 'image' in context, or 'none' (default: the card's).")]
+Threshold = Annotated[Optional[float], typer.Option("--threshold", help="A feature is present on a side above this activation (default: the card's).")]
+Caption = Annotated[str, typer.Option("--caption", help="Where captions are: txt, conversations, a JSON field, or auto.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: bfloat16 on a GPU.")]
+DeviceMap = Annotated[Optional[str], typer.Option("--device-map", help="'auto' spreads a model that is larger than one GPU over all of them.")]
+Attention = Annotated[str, typer.Option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 or flex_attention.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the model's blocks: slow to start, faster after that.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings along.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Pairs that go through the model together.")]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that decode and pre-process.")]
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def device_settings(device: str, dtype: str, device_map: str | None, attn: str, compile_blocks: bool, trust_remote_code: bool) -> DeviceSettings:
+    """The options that say where and how a model runs."""
+    from mmfilter.core.scoring.engine import DeviceSettings
+
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--attn", attn, ATTENTION)
+    one_of("--device-map", device_map, ("auto",))
+    return DeviceSettings(device, dtype, device_map, attn, compile_blocks, trust_remote_code)
 
 
 def card_for(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,16 @@ from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, op
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
-from mmfilter.core.model.loading import LoadSettings, load_backbone, model_hash
-from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.model.loading import model_hash
+from mmfilter.core.model.sae import SAE
+from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
+from mmfilter.core.scoring.engine import DeviceSettings, check_weights, load
 from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
 from mmfilter.core.scoring.reference import fit_weights
-from mmfilter.core.scoring.scorer import Scored, Scorer, check_fit
+from mmfilter.core.scoring.scorer import Scored, Scorer
 from mmfilter.core.scoring.scores import random_score
-from mmfilter.errors import MMFilterError, ModelError, RunError, ShardError
+from mmfilter.errors import MMFilterError, RunError, ShardError
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,8 @@ class ScoreSettings:
     """Model, layer, SAE and how to prompt"""
     run: Path = Path("mmfilter-run")
     """Where everything is written"""
-    device: str = "auto"
-    """`auto` is cuda where there is one, else cpu"""
-    dtype: str = "auto"
-    """`auto` is bfloat16 on a GPU, float32 on a CPU"""
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    """Where and how the model runs"""
     batch_size: int = 32
     workers: int = 4
     """Threads that decode and pre-process"""
@@ -59,30 +59,6 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MMFilterError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
-
-    def resolved_device(self) -> str:
-        """The device to use; raises `ModelError` when a GPU is asked for and there is none."""
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ModelError(f"device {self.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; use --device cpu")
-        return self.device
-
-    def resolved_dtype(self) -> torch.dtype:
-        """The type of the model's weights and states."""
-        if self.dtype == "auto":
-            return torch.float32 if self.resolved_device() == "cpu" else torch.bfloat16
-        return getattr(torch, self.dtype)
-
-
-class Progress(Protocol):
-    """What the operation tells while it runs."""
-
-    def start(self, phase: str, total_bytes: int | None) -> None: ...
-
-    def advance(self, samples: int, nbytes: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass
@@ -132,7 +108,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     """
     run = RunDirectory(settings.run)
     shards = name_shards(expand(patterns), run)
-    backbone, sae = load(settings)
+    backbone, sae = load(settings.card, settings.device)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
     todo = [shard for shard in shards if not finished(run, shard)]
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
@@ -155,22 +131,6 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     return summary
 
 
-def load(settings: ScoreSettings) -> tuple[Backbone, SAE]:
-    """The card's model up to its layer, and its SAE, on the device."""
-    card, device = settings.card, settings.resolved_device()
-    sae = load_sae(Path(card.sae))
-    backbone = load_backbone(
-        card.model,
-        card.layer,
-        revision=card.revision,
-        prompt=card.prompt,
-        text_context=card.text_context,
-        settings=LoadSettings(device=device, dtype=settings.resolved_dtype()),
-    )
-    check_fit(backbone, sae)
-    return backbone, sae.to(backbone.device)
-
-
 def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> dict[str, Any]:
     """Everything that changes a score."""
     card = settings.card
@@ -184,7 +144,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
         "sae": card.sae,
         "sae_hash": sae.hash,
         "threshold": card.threshold,
-        "dtype": str(settings.resolved_dtype()).removeprefix("torch."),
+        "dtype": str(settings.device.resolved_dtype).removeprefix("torch."),
         "caption": settings.caption,
         "limit": settings.limit,
         "seed": settings.seed,
@@ -211,8 +171,7 @@ def feature_weights(
         weights.save(run.weights)
         if weights.n_samples < 100:
             progress.note(f"the feature weights come from only {weights.n_samples} pairs; about 1,000 make them steady")
-    if len(weights.omega) != sae.n_features:
-        raise RunError(f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to another SAE")
+    check_weights(weights, sae)
     return weights
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference
 from mmfilter.core.scoring.feed import Batch, Feed
+from mmfilter.core.scoring.scorer import explained_memory
 from mmfilter.errors import ShardError
 
 REFERENCE_PAIRS = 1000
@@ -33,19 +34,34 @@ def fit_weights(
     number of pairs done. The same input gives the same weights. Raises `ShardError` when no pair of the
     heads is readable.
     """
+    return fit_all(shards, read, feed, backbone, [sae], advance)[0]
+
+
+def fit_all(
+    shards: list[str],
+    read: Callable[[str, int], Iterable[RawSample]],
+    feed: Feed,
+    backbone: Backbone,
+    saes: Sequence[SAE],
+    advance: Callable[[int], None],
+) -> list[FeatureWeights]:
+    """`fit_weights` for several SAEs on the same states."""
     chosen = spread(shards, REFERENCE_SHARDS)
     each = -(-REFERENCE_PAIRS // len(chosen))
-    reference = Reference(sae.n_features, backbone.d_model)
+    references = [Reference(sae.n_features, backbone.d_model) for sae in saes]
     for observe in (True, False):
         for number, shard in enumerate(chosen):
             for batch in _batches(feed, read(shard, each), shard):
-                _add(reference, batch, number * each, backbone, sae, observe)
+                with explained_memory(len(batch.pairs)):
+                    _add(references, batch, number * each, backbone, saes, observe)
                 advance(len(batch.pairs))
         if observe:
-            if not reference.n_samples:
+            if not references[0].n_samples:
                 raise ShardError(shards[0], f"has no usable pair in its first {each:,} samples, and the feature weights are fitted on those")
-            reference.choose()
-    return reference.weights({"shards": chosen, "first_samples_of_each": each, "strongest": STRONGEST, "per_side": PER_SIDE})
+            for reference in references:
+                reference.choose()
+    metadata = {"shards": chosen, "first_samples_of_each": each, "strongest": STRONGEST, "per_side": PER_SIDE}
+    return [reference.weights(metadata) for reference in references]
 
 
 def spread(shards: list[str], at_most: int) -> list[str]:
@@ -64,13 +80,13 @@ def _batches(feed: Feed, samples: Iterable[RawSample], shard: str) -> Iterator[B
 
 
 @torch.inference_mode()
-def _add(reference: Reference, batch: Batch, first: int, backbone: Backbone, sae: SAE, observe: bool) -> None:
+def _add(references: Sequence[Reference], batch: Batch, first: int, backbone: Backbone, saes: Sequence[SAE], observe: bool) -> None:
     activations = backbone.activations(batch.inputs)
     rows = torch.tensor([first + pair.row for pair in batch.pairs], device=activations.sample.device)
     # half of a pair's numbers for each side: with text context `none` both streams start at position 0
     token = rows[activations.sample] * POSITIONS + activations.side * (POSITIONS // 2) + activations.position
-    if observe:
-        codes = sae.encode(activations.states)
-        reference.observe(codes, token, activations.sample, activations.side, activations.n_samples)
-    else:
-        reference.add_states(activations.states, token)
+    for sae, reference in zip(saes, references, strict=True):
+        if observe:
+            reference.observe(sae.encode(activations.states), token, activations.sample, activations.side, activations.n_samples)
+        else:
+            reference.add_states(activations.states, token)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +46,8 @@ class Scorer:
 
         Raises `ModelError` when the device's memory does not suffice.
         """
-        try:
+        with explained_memory(len(inputs.side), "; finished shards are kept"):
             return self._score(inputs)
-        except torch.OutOfMemoryError as error:
-            n = len(inputs.side)
-            step = "use a smaller --batch-size" if n > 1 else "use a larger device, or --dtype bfloat16"
-            raise ModelError(f"the device ran out of memory on a batch of {n} pairs: {step}; finished shards are kept") from error
 
     def _score(self, inputs: Inputs) -> Scored:
         activations = self._backbone.activations(inputs)
@@ -61,6 +59,16 @@ class Scorer:
             pairs.text.n_tokens.cpu().numpy(),
             _stored(pairs),
         )
+
+
+@contextmanager
+def explained_memory(n_pairs: int, consolation: str = "") -> Iterator[None]:
+    """Turn the device's running out of memory on a batch of `n_pairs` into a `ModelError` that names the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        step = "use a smaller --batch-size" if n_pairs > 1 else "use a larger device, or --dtype bfloat16"
+        raise ModelError(f"the device ran out of memory on a batch of {n_pairs} pairs: {step}{consolation}") from error
 
 
 def check_fit(backbone: Backbone, sae: SAE) -> None:
