@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test quick lint bench docs model shards clean
+.PHONY: demo test quick lint bench docs tables model shards clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ bench: $(INSTALLED)
 # Write the command reference from the code.
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_reference.py
+
+# Write the tables of model families and SAE layouts from the tests' results.
+tables: $(INSTALLED)
+	$(BIN)/python docs/make_tables.py
 
 # Rebuild the embedded model from the icon sets (about an hour and a half on two cores).
 model: $(INSTALLED)

@@ -11,6 +11,7 @@ import typer
 
 from mmfilter import __version__
 from mmfilter.cli import options
+from mmfilter.cli.models_commands import models_app
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
 from mmfilter.errors import MMFilterError
 
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(models_app, name="models")
 
 
 def _version(wanted: bool) -> None:

@@ -39,6 +39,8 @@ class Card:
     licence: dict[str, str] = field(default_factory=dict)
     verified: str = ""
     """What was checked, and how"""
+    cannot_score: str = ""
+    """Why pairs cannot be scored with it, where that is so"""
 
 
 def cards_folder() -> Path:

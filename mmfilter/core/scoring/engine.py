@@ -52,14 +52,16 @@ class DeviceSettings:
 
 def load(card: Card, device: DeviceSettings) -> tuple[Backbone, SAE]:
     """The card's model up to its layer, and its SAE, on the device; raises `ModelError` and `SAEError`."""
-    sae = load_sae(Path(card.sae))
     backbone = load_model(card, device)
+    sae = load_sae(Path(card.sae))
     check_fit(backbone, sae)
     return backbone, sae.to(backbone.device)
 
 
 def load_model(card: Card, device: DeviceSettings) -> Backbone:
-    """The card's model up to its layer."""
+    """The card's model up to its layer; raises `ModelError`, also for a card with which pairs cannot be scored."""
+    if card.cannot_score:
+        raise ModelError(f"card {card.name!r} cannot score pairs: {card.cannot_score}")
     settings = LoadSettings(
         device=device.resolved_device,
         dtype=device.resolved_dtype,
