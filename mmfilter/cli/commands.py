@@ -11,6 +11,7 @@ import typer
 
 from mmfilter import __version__
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
+from mmfilter.cli.sae_commands import sae_app
 from mmfilter.errors import MMFilterError
 
 app = typer.Typer(
@@ -21,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(sae_app, name="sae")
 
 
 def _version(wanted: bool) -> None:
@@ -40,7 +44,8 @@ def score(
     run: Annotated[Path, typer.Option("--run", help="Run directory to write, or to go on with.")] = DEFAULT_RUN,
     model: Annotated[str, typer.Option(help="Card name, local folder or hub id.")] = "tiny",
     layer: Annotated[Optional[int], typer.Option(help="Decoder layer whose output the SAE reads, from 0 (default: the card's).")] = None,
-    sae: Annotated[Optional[Path], typer.Option(help="SAE folder in the SAELens 6 layout (default: the card's).")] = None,
+    sae: Annotated[Optional[str], typer.Option(help="SAE: folder or file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID (default: the card's).")] = None,
+    sae_option: Annotated[Optional[list[str]], typer.Option(help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")] = None,
     text_context: Annotated[Optional[str], typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")] = None,
     threshold: Annotated[Optional[float], typer.Option(help="A feature is present on a side above this activation (default: the card's).")] = None,
@@ -69,7 +74,7 @@ def score(
     one_of("--text-context", text_context, ("image", "none"))
     one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     settings = operation.ScoreSettings(
-        card=card_for(model, layer, sae, prompt, text_context, threshold),
+        card=card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         run=run, device=device, dtype=dtype, batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
     )  # fmt: skip
     with display.TerminalProgress() as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,20 +20,23 @@ DEFAULT_RUN = Path("mmfilter-run")
 def card_for(
     model: str,
     layer: int | None,
-    sae: Path | None,
+    sae: str | None,
     prompt: str | None,
     text_context: str | None,
     threshold: float | None,
+    sae_option: Sequence[str] = (),
 ) -> Card:
     """The card called `model`, or one made of a folder or hub id with --layer and --sae.
 
     What changes a code (layer, SAE, prompt, text context) makes the card's own feature weights void.
     """
     from mmfilter.core.model.cards import Card, card_names, load_card
+    from mmfilter.core.model.sae_options import parse_options
 
+    options = parse_options(sae_option) if sae_option or sae is not None else None
     changes: dict[str, object] = {
         name: value
-        for name, value in (("layer", layer), ("sae", str(sae) if sae else None), ("prompt", prompt), ("text_context", text_context))
+        for name, value in (("layer", layer), ("sae", sae), ("sae_options", options), ("prompt", prompt), ("text_context", text_context))
         if value is not None
     }
     if model in card_names():
@@ -44,7 +48,7 @@ def card_for(
     else:
         if layer is None or sae is None:
             raise ModelError(f"no card {model!r} (there is {', '.join(card_names())}); for a folder or hub id give --layer and --sae as well")
-        card = Card(name=model, model=model, layer=layer, sae=str(sae))
+        card = Card(name=model, model=model, layer=layer, sae=sae, sae_options=options)
     if threshold is not None:
         changes["threshold"] = threshold
     return replace(card, **changes)

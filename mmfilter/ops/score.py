@@ -22,7 +22,8 @@ from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, op
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
 from mmfilter.core.model.cards import Card
-from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
 from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
 from mmfilter.core.scoring.reference import fit_weights
@@ -157,7 +158,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
 def load(settings: ScoreSettings) -> tuple[Backbone, SAE]:
     """The card's model up to its layer, and its SAE, on the device."""
     card, device = settings.card, settings.resolved_device()
-    sae = load_sae(Path(card.sae))
+    sae = load_sae(card.sae, card.sae_options)
     backbone = load_backbone(
         card.model,
         card.layer,
@@ -182,6 +183,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
         "prompt": backbone.prompt,
         "text_context": card.text_context,
         "sae": card.sae,
+        "sae_options": card.sae_options.stated(),
         "sae_hash": sae.hash,
         "threshold": card.threshold,
         "dtype": str(settings.resolved_dtype()).removeprefix("torch."),
