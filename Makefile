@@ -13,6 +13,8 @@ export TOKENIZERS_PARALLELISM ?= false
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev]'
+	# a test compares with its classes; what it depends on brings a torchvision that does not fit beside a CPU torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	touch $@
 
 # Score two example shards with the embedded model and stream the best 20 % into a training loop.

@@ -13,6 +13,7 @@ from mmfilter import __version__
 from mmfilter.cli import options
 from mmfilter.cli.models_commands import models_app
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
+from mmfilter.cli.sae_commands import sae_app
 from mmfilter.errors import MMFilterError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app, name="models")
+app.add_typer(sae_app, name="sae")
 
 
 def _version(wanted: bool) -> None:
@@ -45,6 +47,7 @@ def score(
     model: options.ModelName = "tiny",
     layer: options.Layer = None,
     sae: options.SAESource = None,
+    sae_option: options.SAEOption = None,
     prompt: options.Prompt = None,
     text_context: options.TextContext = None,
     threshold: options.Threshold = None,
@@ -76,7 +79,7 @@ def score(
     allowed = share(max_bad)
     one_of("--text-context", text_context, ("image", "none"))
     settings = operation.ScoreSettings(
-        card=card_for(model, layer, sae, prompt, text_context, threshold),
+        card=card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         run=run,
         device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
         batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -21,7 +22,8 @@ ModelName = Annotated[str, typer.Option("--model", help="Card name, local folder
 Layer = Annotated[
     Optional[int], typer.Option("--layer", help="Layer whose output the SAE reads, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")
 ]
-SAESource = Annotated[Optional[str], typer.Option("--sae", help="SAE: folder, hf:OWNER/REPO/sub/folder, or a card's name (default: the card's).")]
+SAESource = Annotated[Optional[str], typer.Option("--sae", help="SAE: folder, hf:OWNER/REPO/folder, saelens:RELEASE/ID, or a card (default: the card's own).")]
+SAEOption = Annotated[Optional[list[str]], typer.Option("--sae-option", help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")]
 Prompt = Annotated[Optional[str], typer.Option("--prompt", help="Prompt with {caption} in it (default: the card's, or the model's chat template).")]
 TextContext = Annotated[Optional[str], typer.Option("--text-context", help="Text states with the 'image' in context, or 'none' (default: the card's).")]
 Threshold = Annotated[Optional[float], typer.Option("--threshold", help="A feature is present on a side above this activation (default: the card's).")]
@@ -52,20 +54,23 @@ def device_settings(device: str, dtype: str, device_map: str | None, attn: str, 
 def card_for(
     model: str,
     layer: int | None,
-    sae: Path | None,
+    sae: str | None,
     prompt: str | None,
     text_context: str | None,
     threshold: float | None,
+    sae_option: Sequence[str] = (),
 ) -> Card:
     """The card called `model`, or one made of a folder or hub id with --layer and --sae.
 
     What changes a code (layer, SAE, prompt, text context) makes the card's own feature weights void.
     """
     from mmfilter.core.model.cards import Card, card_names, load_card
+    from mmfilter.core.model.sae_options import parse_options
 
+    options = parse_options(sae_option) if sae_option or sae is not None else None
     changes: dict[str, object] = {
         name: value
-        for name, value in (("layer", layer), ("sae", str(sae) if sae else None), ("prompt", prompt), ("text_context", text_context))
+        for name, value in (("layer", layer), ("sae", sae), ("sae_options", options), ("prompt", prompt), ("text_context", text_context))
         if value is not None
     }
     if model in card_names():
@@ -77,7 +82,7 @@ def card_for(
     else:
         if layer is None or sae is None:
             raise ModelError(f"no card {model!r} (there is {', '.join(card_names())}); for a folder or hub id give --layer and --sae as well")
-        card = Card(name=model, model=model, layer=layer, sae=str(sae))
+        card = Card(name=model, model=model, layer=layer, sae=sae, sae_options=options)
     if threshold is not None:
         changes["threshold"] = threshold
     return replace(card, **changes)

@@ -142,6 +142,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
         "prompt": backbone.prompt,
         "text_context": card.text_context,
         "sae": card.sae,
+        "sae_options": card.sae_options.stated(),
         "sae_hash": sae.hash,
         "threshold": card.threshold,
         "dtype": str(settings.device.resolved_dtype).removeprefix("torch."),

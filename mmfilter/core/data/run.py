@@ -77,6 +77,7 @@ def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, st
 
 def _check_same(run: RunDirectory, old: dict[str, Any], new: dict[str, Any]) -> None:
     moved = {name for name in ("model", "sae") if old.get(f"{name}_hash") == new[f"{name}_hash"]}  # the same, elsewhere
+    moved |= {"sae_options"} if "sae" in moved else set()
     differing = [name for name in new if old.get(name) != new[name] and name not in moved]
     if differing:
         said = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])

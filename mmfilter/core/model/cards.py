@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import mmfilter
+from mmfilter.core.model.sae_options import NO_OPTIONS, SAEOptions, make_options
 from mmfilter.errors import ModelError
 
 DEFAULT = "tiny"
@@ -24,7 +25,9 @@ class Card:
     layer: int
     """Decoder layer whose output the SAE reads, counted from 0"""
     sae: str
-    """Folder in the SAELens 6 layout"""
+    """Folder or file (relative ones are looked for beside the card), or what else `core/model/pretrained` opens"""
+    sae_options: SAEOptions = NO_OPTIONS
+    """What the SAE's files leave open"""
     summary: str = ""
     revision: str | None = None
     prompt: str | None = None
@@ -52,7 +55,7 @@ def cards_folder() -> Path:
 
 def card_names() -> list[str]:
     """Names of all cards."""
-    return sorted(path.stem for path in cards_folder().glob("*.yaml"))
+    return sorted(path.stem for path in cards_folder().glob("*.yaml") if path.stem != "saes")
 
 
 def load_card(name: str) -> Card:
@@ -67,4 +70,5 @@ def load_card(name: str) -> Card:
     for item in ("model", "sae", "weights"):
         if values.get(item) and (path.parent / values[item]).exists():
             values[item] = str(path.parent / values[item])
+    values["sae_options"] = make_options(values.get("sae_options") or {})
     return Card(**{"name": name, **values})

@@ -28,21 +28,12 @@ class TokenCodes:
     n_features: int
 
     @staticmethod
-    def active(pre: torch.Tensor, active: torch.Tensor, at_most: int) -> TokenCodes:
-        """The entries of `pre` (tokens, features) where `active`, at most the strongest `at_most` a token."""
-        crowded = (active.sum(1, dtype=torch.int32) > at_most).nonzero()[:, 0]
-        if len(crowded):
-            strongest = _strongest_mask(pre[crowded].masked_fill(~active[crowded], -torch.inf), at_most)
-            active = active.index_copy(0, crowded, strongest)
-        token, feature = active.nonzero(as_tuple=True)
-        return TokenCodes(token, feature, pre[token, feature], *pre.shape)
-
-    @staticmethod
     def strongest(pre: torch.Tensor, k: int) -> TokenCodes:
-        """The positive entries among the `k` largest of each row of `pre` (tokens, features)."""
-        value, feature = pre.topk(k, dim=1, sorted=False)
-        feature, order = feature.sort(1)
-        value = value.gather(1, order)
+        """The positive entries among the `k` largest of each row of `pre` (tokens, features).
+
+        Exact, and the same on every machine: of equal values at the cut the lower feature ids are kept.
+        """
+        value, feature = _largest(pre, min(k, pre.shape[1]))
         token, place = (value > 0).nonzero(as_tuple=True)
         return TokenCodes(token, feature[token, place], value[token, place], *pre.shape)
 
@@ -70,9 +61,49 @@ class TokenCodes:
         return out
 
 
-def _strongest_mask(values: torch.Tensor, k: int) -> torch.Tensor:
-    _, feature = values.topk(k, dim=1)
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, feature, True)
+GROUP = 8
+"""Columns whose maximum stands for them when the largest entries of wide rows are looked for."""
+
+
+def _largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, columns) of the `k` largest of each row, by column; ties at the cut go to lower columns."""
+    if k == rows.shape[1]:
+        return rows, torch.arange(k, device=rows.device).expand_as(rows)
+    value, column = _top(rows, k + 1)
+    tied = ((value[:, k - 1] == value[:, k]) & (value[:, k] > 0)).nonzero()[:, 0]
+    column, order = column[:, :k].sort(1)
+    value = value[:, :k].gather(1, order)
+    if len(tied):
+        column[tied], value[tied] = _break_ties(rows[tied], k)
+    return value, column
+
+
+def _top(rows: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, columns) of the `n` largest of each row, largest first, ties in any order.
+
+    Selecting from wide rows is slow, so only the maxima of groups of columns are compared. The n groups
+    with the largest maxima hold n largest entries: what lies outside them is at most the smallest of
+    these n maxima.
+    """
+    stride = rows.shape[1] // GROUP
+    if stride < 2 * n:
+        return rows.topk(n, dim=1)
+    whole = GROUP * stride
+    # a group is every stride-th column, so that its maximum is one of whole slices of the row
+    group = _top(rows[:, :whole].unflatten(1, (GROUP, stride)).amax(1), n)[1]
+    columns = (group[:, :, None] + torch.arange(0, whole, stride, device=rows.device)).flatten(1)
+    if whole < rows.shape[1]:
+        columns = torch.cat([columns, torch.arange(whole, rows.shape[1], device=rows.device).expand(len(rows), -1)], 1)
+    value, place = rows.gather(1, columns).topk(n, dim=1)
+    return value, columns.gather(1, place)
+
+
+def _break_ties(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, values) of the `k` largest of rows with a tie at the cut, lower columns first among equals."""
+    cut = rows.topk(k, dim=1).values[:, -1:]
+    above, equal = rows > cut, rows == cut
+    taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return taken.nonzero()[:, 1].view(len(rows), k), rows[taken].view(len(rows), k)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,44 @@
-"""Sparse autoencoders: encode residual states to sparse codes, decode them, save and load.
+"""Sparse autoencoders: encode residual states to sparse codes, decode them, save them.
 
 The maths, for a state x of width d_model and n features (orientation as in SAELens):
 
     h    = (norm(x) - [b_dec]) @ W_enc + b_enc        b_dec only if `subtract_b_dec`
     f    = relu(h)                                    relu
-    f    = relu(h) where h > threshold, else 0        jumprelu (also what BatchTopK is saved as)
+    f    = relu(h) where h > threshold, else 0        jumprelu
     f    = relu(h) where h is among the k largest     topk
     x̂    = unnorm(f @ W_dec + b_dec)
 
-Sources: Gao et al. 2024 (arXiv 2406.04093, topk), Rajamanoharan et al. 2024 (arXiv 2407.14435,
-jumprelu), Bussmann et al. 2024 (arXiv 2412.06410, batchtopk). Encoding is sparse end to end: the dense
-(tokens × features) array exists for one chunk of tokens only.
+Three activations cover what is published, because the others fold into them (`core/model/layouts`):
+BatchTopK is kept as jumprelu with its frozen threshold, and a gated SAE *is* a jumprelu one. Sources:
+Gao et al. 2024 (arXiv 2406.04093, topk), Rajamanoharan et al. 2024 (arXiv 2407.14435, jumprelu; arXiv
+2404.16014, gated), Bussmann et al. 2024 (arXiv 2412.06410, batchtopk).
+
+Encoding is sparse end to end: the dense (tokens × features) array exists for one chunk of tokens only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mmfilter.core.model.codes import TokenCodes
 from mmfilter.errors import SAEError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SAE_LENS_VERSION = "6.54.12"
+"""Version of the layout that `save` writes; SAELens reads folders without one as its old layout."""
 DENSE_CHUNK_ELEMENTS = 8_000_000
 """Most elements of the dense pre-activation array that exist at once (32 MB in float32)."""
 
 Activation = Literal["relu", "jumprelu", "topk"]
 Normalisation = Literal["none", "layer_norm", "constant_norm_rescale"]
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class SAE:
     subtract_b_dec: bool = True
     normalisation: Normalisation = "none"
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the publisher says of it: model, hook point, versions."""
+    """What the publisher says of it (model, hook point, stated L0, …), and how it was opened"""
 
     def __post_init__(self) -> None:
         d, n = self.W_enc.shape
@@ -83,20 +88,16 @@ class SAE:
     def hash(self) -> str:
         """Digest of everything that changes a code, for manifests."""
         digest = hashlib.sha256(f"{self.activation} {self.k} {self.subtract_b_dec} {self.normalisation}".encode())
-        for tensor in (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold):
+        for tensor in (getattr(self, name) for name in TENSORS):
             if tensor is not None:
-                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+                digest.update(tensor.detach().cpu().float().contiguous().numpy())
         return digest.hexdigest()[:16]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SAE:
         """The same SAE on another device."""
-        moved = {
-            name: None if tensor is None else tensor.to(device=device, dtype=dtype or tensor.dtype)
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-            for tensor in [getattr(self, name)]
-        }
-        return SAE(**moved, activation=self.activation, k=self.k, subtract_b_dec=self.subtract_b_dec,
-                   normalisation=self.normalisation, metadata=self.metadata)  # fmt: skip
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        moved = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
     def encode(self, states: torch.Tensor, *, max_active: int = 50) -> TokenCodes:
         """Positive features of each state, at most the `max_active` strongest (SAE-V keeps 50).
@@ -106,37 +107,38 @@ class SAE:
         """
         if states.shape[-1] != self.d_model:
             raise SAEError(f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model")
-        chunk = max(1, DENSE_CHUNK_ELEMENTS // self.n_features)
-        parts = [self._encode_chunk(part, max_active) for part in states.split(chunk)]
+        rows = min(len(states), max(1, DENSE_CHUNK_ELEMENTS // self.n_features))
+        dense = self.W_enc.new_empty(rows, self.n_features)  # one array for all chunks: fresh memory costs as much as a pass over it
+        parts = [self._encode_chunk(part, max_active, dense[: len(part)]) for part in states.split(max(1, rows))]
         return TokenCodes.concatenate(parts, self.n_features)
 
-    def _encode_chunk(self, states: torch.Tensor, max_active: int) -> TokenCodes:
-        pre = self.preactivations(states)
-        if self.activation == "topk":
-            return TokenCodes.strongest(pre, min(self.k or max_active, max_active))
+    def _encode_chunk(self, states: torch.Tensor, max_active: int, dense: torch.Tensor) -> TokenCodes:
+        pre = self.preactivations(states, out=dense)
         if self.activation == "jumprelu":
-            active = pre > self.threshold.clamp(min=0)
-        else:
-            active = pre > 0
-        return TokenCodes.active(pre, active, max_active)
+            pre.masked_fill_(pre <= self.threshold, 0)
+        return TokenCodes.strongest(pre, min(self.k or max_active, max_active))
 
-    def preactivations(self, states: torch.Tensor) -> torch.Tensor:
-        """h of every feature, dense (tokens, n_features)."""
+    def preactivations(self, states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """h of every feature, dense (tokens, n_features), in `out` if given."""
         x, _ = self._normalise(states.to(self.W_enc.dtype))
-        bias = self.b_enc - self.b_dec @ self.W_enc if self.subtract_b_dec else self.b_enc
-        return torch.addmm(bias, x, self.W_enc)
+        if self.subtract_b_dec:
+            x = x - self.b_dec
+        return torch.addmm(self.b_enc, x, self.W_enc, out=out)
 
     def decode(self, codes: TokenCodes, states: torch.Tensor) -> torch.Tensor:
         """Reconstructed states, (tokens, d_model); `states` are needed to undo a per-token scaling."""
         _, undo = self._normalise(states.to(self.W_dec.dtype))
-        out = self.b_dec.expand(len(states), -1).clone()
-        rows = self.W_dec[codes.feature] * codes.value.to(self.W_dec.dtype)[:, None]
-        return undo(out.index_add_(0, codes.token, rows))
+        starts = torch.searchsorted(codes.token, torch.arange(len(states), device=codes.token.device))
+        sums = torch.nn.functional.embedding_bag(
+            codes.feature, self.W_dec, starts, mode="sum", per_sample_weights=codes.value.to(self.W_dec.dtype)
+        )  # fmt: skip
+        return undo(sums + self.b_dec)
 
     def _normalise(self, x: torch.Tensor):
+        """(normalised x, the function that undoes it), as SAELens does it: the 1e-5 is not undone."""
         if self.normalisation == "layer_norm":
-            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-            return (x - mean) / std, lambda y: y * std + mean
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            return (x - mean) / (std + 1e-5), lambda y: y * std + mean
         if self.normalisation == "constant_norm_rescale":
             scale = self.d_model**0.5 / x.norm(dim=-1, keepdim=True)
             return x * scale, lambda y: y / scale
@@ -145,9 +147,7 @@ class SAE:
     def save(self, folder: Path) -> None:
         """Write the SAELens 6 layout: `cfg.json` and `sae_weights.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        if self.threshold is not None:
-            tensors["threshold"] = self.threshold
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         config = {
             "architecture": "standard" if self.activation == "relu" else self.activation,
@@ -158,54 +158,8 @@ class SAE:
             "apply_b_dec_to_input": self.subtract_b_dec,
             "normalize_activations": self.normalisation,
             "reshape_activations": "none",
-            "metadata": self.metadata,
+            "metadata": {**self.metadata, "sae_lens_version": SAE_LENS_VERSION},
         }
         if self.activation == "topk":
             config |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_sae(folder: Path) -> SAE:
-    """Open an SAE in the SAELens 6 layout; raises `SAEError` where the layout leaves a doubt."""
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise SAEError(f"SAE {str(folder)!r} has no {name}: a folder in the SAELens 6 layout holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        raise SAEError(f"SAE {str(folder)!r} is damaged: {error}") from error
-    activation = _activation(folder, config)
-    missing = {"W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if activation == "jumprelu" else [])} - set(tensors)
-    if missing:
-        raise SAEError(f"SAE {str(folder)!r} lacks the tensor {sorted(missing)[0]!r}; it has {', '.join(sorted(tensors))}")
-    floats = {name: tensor.float() for name, tensor in tensors.items()}
-    return SAE(
-        floats["W_enc"],
-        floats["b_enc"],
-        floats["W_dec"],
-        floats["b_dec"],
-        activation=activation,
-        threshold=floats.get("threshold") if activation == "jumprelu" else None,
-        k=config.get("k"),
-        subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
-        normalisation=_normalisation(folder, config),
-        metadata=config.get("metadata") or {},
-    )
-
-
-def _activation(folder: Path, config: dict[str, Any]) -> Activation:
-    architecture = config.get("architecture")
-    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        raise SAEError(f"SAE {str(folder)!r} rescales by decoder norms while training; save its inference form with SAELens first")
-    known: dict[Any, Activation] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
-    if architecture not in known:
-        raise SAEError(f"SAE {str(folder)!r} has architecture {architecture!r}; expected one of {', '.join(known)}")
-    return known[architecture]
-
-
-def _normalisation(folder: Path, config: dict[str, Any]) -> Normalisation:
-    stated = config.get("normalize_activations") or "none"
-    if stated not in ("none", "layer_norm", "constant_norm_rescale"):
-        raise SAEError(f"SAE {str(folder)!r} states normalize_activations {stated!r}, a factor that must be folded into its weights first")
-    return stated

@@ -10,7 +10,8 @@ import torch
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import LoadSettings, load_backbone
-from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
 from mmfilter.core.scoring.scorer import check_fit
 from mmfilter.errors import ModelError, SAEError
@@ -53,7 +54,7 @@ class DeviceSettings:
 def load(card: Card, device: DeviceSettings) -> tuple[Backbone, SAE]:
     """The card's model up to its layer, and its SAE, on the device; raises `ModelError` and `SAEError`."""
     backbone = load_model(card, device)
-    sae = load_sae(Path(card.sae))
+    sae = load_sae(card.sae, card.sae_options)
     check_fit(backbone, sae)
     return backbone, sae.to(backbone.device)
 

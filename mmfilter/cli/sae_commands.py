@@ -1,0 +1,154 @@
+"""`mmfilter sae …`: parse, call one operation, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from mmfilter.ops.sae import Description, Listed
+
+sae_app = typer.Typer(
+    help="List, show, convert and fetch sparse autoencoders.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(help="Folder or file, hf:OWNER/REPO[@REVISION]/FOLDER, saelens:RELEASE/ID, or a card's name.", metavar="SAE")]
+Statements = Annotated[Optional[list[str]], typer.Option(help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@sae_app.command("list")
+def list_command(
+    word: Annotated[Optional[str], typer.Argument(help="Only those with this word in any column.", metavar="WORD")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the SAEs of the cards and the published ones.
+
+    Layers, licences and the like are what the publishers state; what is not established says so.
+
+    Example: mmfilter sae list qwen
+    """
+    from mmfilter.errors import SAEError
+    from mmfilter.ops import sae as operation
+
+    entries = operation.list_saes(word)
+    if not entries:
+        raise SAEError(f"no SAE in the list has {word!r} in any column; mmfilter sae list shows all")
+    if as_json:
+        print(json.dumps([asdict(entry) for entry in entries], indent=2, ensure_ascii=False))
+    else:
+        _show_list(entries)
+
+
+@sae_app.command()
+def show(sae: Source, sae_option: Statements = None, as_json: AsJson = False) -> None:
+    """Show what an SAE is: shapes, activation, hook point, what its publisher states.
+
+    Example: mmfilter sae show tiny
+    """
+    from mmfilter.core.model.sae_options import parse_options
+    from mmfilter.ops import sae as operation
+
+    description = operation.describe(sae, parse_options(sae_option or ()))
+    if as_json:
+        print(json.dumps(asdict(description), indent=2, ensure_ascii=False))
+    else:
+        _show_description(description)
+
+
+@sae_app.command()
+def convert(
+    sae: Source,
+    destination: Annotated[Path, typer.Argument(help="Folder to write, in the SAELens 6 layout.", metavar="DST")],
+    sae_option: Statements = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an SAE's folder that is there.")] = False,
+) -> None:
+    """Write an SAE as a folder that mmfilter and SAELens open as it is.
+
+    Prints the folder on stdout, and on stderr what was folded into the weights.
+
+    Example: mmfilter sae convert tiny sae-of-tiny --force
+    """
+    from mmfilter.cli import display
+    from mmfilter.core.model.sae_options import parse_options
+    from mmfilter.ops import sae as operation
+
+    written = operation.convert(sae, destination, parse_options(sae_option or ()), force=force)
+    for line in written.metadata.get("folded", []):
+        display.note(f"folded: {line}")
+    for line in written.metadata.get("notes", []):
+        display.note(line)
+    print(destination)
+
+
+@sae_app.command()
+def fetch(sae: Annotated[str, typer.Argument(help="hf:OWNER/REPO[@REVISION]/folder-or-file", metavar="SAE")]) -> None:
+    """Download an SAE into the hub's cache and print where it lies.
+
+    Goes on where a download stopped; later commands need no network.
+
+    Example: mmfilter sae fetch hf:lmms-lab/llama3-llava-next-8b-hf-sae-131k/model.layers.24
+    """
+    from mmfilter.ops import sae as operation
+
+    print(operation.fetch(sae))
+
+
+def _show_list(entries: list[Listed]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("SAE", "base model", "layers", "width", "layout", "trained on", "licence"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        table.add_row(entry.name, entry.base, entry.layers, entry.width, entry.layout, entry.trained_on, entry.licence)
+    width = None if sys.stdout.isatty() else 200  # a pipe has no width, and folded cells are hard to grep
+    Console(markup=False, highlight=False, width=width).print(table)
+
+
+def _show_description(description: Description) -> None:
+    from rich.console import Console
+
+    said = dict(description.metadata)
+    shape = f"{description.d_model:,} -> {description.n_features:,} features"
+    rows: dict[str, Any] = {
+        "SAE": description.source,
+        "layout": said.pop("layout", "unknown"),
+        "shape": shape,
+        "activation": f"{description.activation}{f', k={description.k}' if description.k else ''}",
+        "thresholds": _range(description.threshold),
+        "b_dec": "subtracted before encoding" if description.subtract_b_dec else "not subtracted before encoding",
+        "normalisation": description.normalisation,
+        "model": said.pop("model_name", "not stated"),
+        "hook point": _hook(said),
+        "stated L0": said.pop("stated_l0", "not stated"),
+        "decoder norms": f"{_range(description.decoder_norms)}{f', {description.dead_rows:,} rows of norm 0' if description.dead_rows else ''}",
+        "hash": description.hash,
+    }
+    said.pop("source", None)
+    folded, notes = said.pop("folded", []), said.pop("notes", [])
+    lines = [(name, value) for name, value in rows.items() if value is not None]
+    lines += [("folded", line) for line in folded] + [("note", line) for line in notes]
+    lines += [("stated", f"{name}: {value}") for name, value in said.items()]
+    console = Console(markup=False, highlight=False)
+    for name, value in lines:
+        console.print(f"{name:<14} {value}", soft_wrap=True)
+
+
+def _hook(said: dict[str, Any]) -> str:
+    names = [str(said.pop(key)) for key in ("hook_name", "hf_hook_name") if said.get(key)]
+    layer = said.pop("layer", None)
+    return " = ".join(names) or ("not stated" if layer is None else f"layer {layer}")
+
+
+def _range(spread: dict[str, float] | None) -> str | None:
+    return None if spread is None else f"{spread['min']:.4g} to {spread['max']:.4g}, median {spread['median']:.4g}"

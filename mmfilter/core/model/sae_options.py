@@ -1,0 +1,104 @@
+"""What the user says of an SAE where its files leave a doubt: `--sae-option KEY=VALUE`, `sae_options:` of a card."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mmfilter.errors import SAEError
+
+
+@dataclass(frozen=True)
+class SAEOptions:
+    """Statements that settle what a file does not say; None leaves it to the file."""
+
+    layout: str | None = None
+    """Name of the layout, where the files fit none or the wrong one (`mmfilter sae list --layouts`)"""
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu"] | None = None
+    """Activation function"""
+    k: int | None = None
+    """Features a token keeps (topk)"""
+    threshold: float | None = None
+    """One threshold for all features (jumprelu, batchtopk), in the units that the file's activations have"""
+    scale: float | None = None
+    """Factor on the activations that training used, √d over their mean norm; 1: it is folded in already"""
+    normalisation: Literal["none", "layer_norm", "constant_norm_rescale"] | None = None
+    """What is done to a state before it is encoded"""
+    orientation: Literal["features_last", "features_first"] | None = None
+    """Of W_enc: `features_last` is (d_model, features)"""
+    subtract_b_dec: bool | None = None
+    """Whether the decoder's bias is subtracted before encoding"""
+    unit_decoder: bool | None = None
+    """Whether decoder rows are scaled to norm 1 (and activations by their norm)"""
+    dictionary: Literal["l2", "as_is"] | None = None
+    """Whether overcomplete brings the dictionary's rows to norm 1 when it uses them (`l2`, its default)"""
+    layer: int | None = None
+    """Which of the layers that a folder holds"""
+    allow_pickle: bool = False
+    """Open a pickle that holds more than tensors; for `mmfilter sae convert` only"""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "scale"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SAEError(f"SAE option {name}={value} must be above 0")
+
+    def stated(self) -> dict[str, Any]:
+        """The options that say something."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default}
+
+
+NO_OPTIONS = SAEOptions()
+
+
+def parse_options(statements: Sequence[str]) -> SAEOptions:
+    """Options from `KEY=VALUE` statements; raises `SAEError` for an unknown key or a value of the wrong kind."""
+    values = {}
+    for statement in statements:
+        key, equals, value = statement.partition("=")
+        if not equals:
+            raise SAEError(f"SAE option {statement!r} is not KEY=VALUE; the keys are {', '.join(_kinds())}")
+        values[key.strip()] = value.strip()
+    return make_options(values)
+
+
+def make_options(values: Mapping[str, Any]) -> SAEOptions:
+    """Options from a mapping whose values are of the right kind, or text that says them."""
+    kinds = _kinds()
+    for key in values:
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise SAEError(f"no SAE option {key!r}; {hint}There is {', '.join(kinds)}")
+    return SAEOptions(**{key: _value(key, kinds[key], value) for key, value in values.items()})
+
+
+def _kinds() -> dict[str, Any]:
+    """Option -> its type, or the tuple of words it takes."""
+    hints = get_type_hints(SAEOptions)
+    kinds = {}
+    for item in fields(SAEOptions):
+        kind = hints[item.name]
+        if get_origin(kind) is types.UnionType or type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+        kinds[item.name] = get_args(kind) if get_origin(kind) is Literal else kind
+    return kinds
+
+
+def _value(key: str, kind: Any, value: Any) -> Any:
+    text = str(value)
+    if isinstance(kind, tuple):
+        if text in kind:
+            return text
+        raise SAEError(f"SAE option {key}={text!r}: expected one of {', '.join(kind)}")
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise SAEError(f"SAE option {key}={text!r}: expected true or false")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise SAEError(f"SAE option {key}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from error
