@@ -92,7 +92,7 @@ EXPLAINED = {
     "no match": (["score", "nowhere/*.tar"], "nowhere/*.tar"),
     "pipe": (["score", "pipe:cat x.tar"], "would run a shell"),
     "no card": (["score", "{source}/00000.tar", "--model", "huge"], "no card 'huge' (there is tiny); for a folder or hub id give --layer and --sae as well"),
-    "no SAE": (["score", "{source}/00000.tar", "--sae", "nowhere"], "SAE 'nowhere' has no cfg.json"),
+    "no SAE": (["score", "{source}/00000.tar", "--sae", "nowhere"], "SAE 'nowhere' is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER"),
     "no GPU": (["score", "{source}/00000.tar", "--device", "cuda:7"], "device 'cuda:7' was asked for"),
     "run among shards": (["score", "{source}/00000.tar", "--run", "{source}"], "is the folder of shard"),
     "batch": (["score", "{source}/00000.tar", "--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),

@@ -25,6 +25,8 @@ from mmfilter.core.model.sae_options import SAEOptions
 from mmfilter.errors import SAEError
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".pkl")
+TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""Marks PyTorch's files from before they were zips."""
 LFS = b"version https://git-lfs"
 FETCH = "download it again (mmfilter sae fetch hf:OWNER/REPO/FOLDER resumes and checks)"
 
@@ -122,7 +124,7 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         try:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         except ValueError as error:
@@ -132,7 +134,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     with path.open("rb") as file:
-        if file.read(1) == b"{":  # a line of JSON, then the weights
+        head = file.read(32)
+        if head.startswith(b"\x80") and TORCH_MAGIC not in head:
+            raise SAEError(f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors")
+        if head.startswith(b"{"):  # a line of JSON, then the weights
             file.seek(0)
             content[HEADER] = json.loads(file.readline())
             file = io.BytesIO(file.read())

@@ -24,7 +24,7 @@ from mmfilter.errors import SAEError
 HUB, SAELENS = "hf:", "saelens:"
 WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz", "checkpoints/final.safetensors", "ae.pt", "sae.pt")
 """Names that publishers give the weights, the surest first."""
-NOT_WEIGHTS = ("sparsity", "optim", "trainer_state", "activations_store", "activation_whitening", "weights.safetensors")
+NOT_WEIGHTS = ("sparsity.", "optim", "trainer_state", "activations_store", "activation_whitening")
 
 
 def load_sae(source: str | Path, options: SAEOptions = NO_OPTIONS, *, convert: bool = False) -> SAE:
@@ -65,7 +65,7 @@ def _located(source: str) -> tuple[Path, str]:
 def find_weights(path: Path, source: str, options: SAEOptions = NO_OPTIONS) -> Path:
     """The file with the weights, where `path` is it or the folder around it; raises `SAEError`."""
     if not path.is_dir():
-        if not path.exists() and not path.parent.is_dir():
+        if not path.exists() and not (path.suffix in SUFFIXES and path.parent.is_dir()):
             raise SAEError(f"SAE {source!r} is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID or a card's name")
         check_whole(path)
         return path
