@@ -68,6 +68,8 @@ def card_for(
     from mmfilter.core.model.sae_options import parse_options
 
     options = parse_options(sae_option) if sae_option or sae is not None else None
+    if options is not None and sae is None and model in card_names():  # the card's own SAE, with more said about it
+        options = replace(load_card(model).sae_options, **options.stated())
     changes: dict[str, object] = {
         name: value
         for name, value in (("layer", layer), ("sae", sae), ("sae_options", options), ("prompt", prompt), ("text_context", text_context))

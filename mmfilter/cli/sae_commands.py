@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from mmfilter.cli import options
+from mmfilter.errors import SAEError
+
 if TYPE_CHECKING:
+    from mmfilter.core.model.cards import Card
     from mmfilter.ops.sae import Description, Listed
 
 sae_app = typer.Typer(
@@ -36,7 +40,6 @@ def list_command(
 
     Example: mmfilter sae list qwen
     """
-    from mmfilter.errors import SAEError
     from mmfilter.ops import sae as operation
 
     entries = operation.list_saes(word)
@@ -49,19 +52,64 @@ def list_command(
 
 
 @sae_app.command()
-def show(sae: Source, sae_option: Statements = None, as_json: AsJson = False) -> None:
+def show(
+    sae: Source,
+    on: Annotated[Optional[list[str]], typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")] = None,
+    model: Annotated[Optional[str], typer.Option(help="With --on: card name, local folder or hub id (default: the card called like the SAE).")] = None,
+    layer: Annotated[Optional[int], typer.Option(help="With --on: layer whose output the SAE reads (default: the card's, else what the SAE states).")] = None,
+    prompt: options.Prompt = None,
+    text_context: options.TextContext = None,
+    caption: options.Caption = "auto",
+    sample: Annotated[int, typer.Option(help="With --on: pairs to measure on, from the heads of up to 10 shards.")] = 200,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    batch_size: options.BatchSize = 32,
+    sae_option: Statements = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what an SAE is: shapes, activation, hook point, what its publisher states.
 
-    Example: mmfilter sae show tiny
+    With --on it is also measured on your pairs, image and caption tokens apart: FVU, the share of the
+    states' variance that it does not explain; L0, the mean number of active features a token; and the
+    features that fire on no token.
+
+    Example: mmfilter sae show tiny --on 'examples/shards/*.tar'
     """
+    from mmfilter.cli import check_display, display
     from mmfilter.core.model.sae_options import parse_options
+    from mmfilter.ops import measure
     from mmfilter.ops import sae as operation
 
     description = operation.describe(sae, parse_options(sae_option or ()))
+    report = asdict(description)
+    if on:
+        card = _card_of(sae, model, layer if layer is not None else description.metadata.get("layer"), prompt, text_context, sae_option)
+        how = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
+        settings = measure.MeasureSettings(card, sample=sample, device=how, batch_size=batch_size, caption=caption)
+        with display.TerminalProgress() as progress:
+            measurement = measure.measure(on, settings, progress)
+        report["measured"] = check_display.measurement_json(measurement)
     if as_json:
-        print(json.dumps(asdict(description), indent=2, ensure_ascii=False))
-    else:
-        _show_description(description)
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    _show_description(description)
+    if on:
+        for note in measurement.notes:
+            display.note(note)
+        check_display.show_measurement(measurement)
+
+
+def _card_of(sae: str, model: str | None, layer: int | None, prompt: str | None, text_context: str | None, sae_option: list[str] | None) -> Card:
+    """The model to measure with: the one named, else the card called like the SAE."""
+    from mmfilter.core.model.cards import card_names
+
+    if model is None and sae not in card_names():
+        raise SAEError(f"--on needs the model that SAE {sae!r} belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it")
+    if model is None or model == sae:
+        return options.card_for(sae, None, None, prompt, text_context, None, sae_option or ())
+    return options.card_for(model, layer, sae, prompt, text_context, None, sae_option or ())
 
 
 @sae_app.command()
@@ -106,13 +154,20 @@ def _show_list(entries: list[Listed]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("SAE", "base model", "layers", "width", "layout", "trained on", "licence"):
-        table.add_column(heading, overflow="fold")
-    for entry in entries:
-        table.add_row(entry.name, entry.base, entry.layers, entry.width, entry.layout, entry.trained_on, entry.licence)
+    cards = [entry.name for entry in entries if entry.layout == "card"]
+    published = [entry for entry in entries if entry.layout != "card"]
     width = None if sys.stdout.isatty() else 200  # a pipe has no width, and folded cells are hard to grep
-    Console(markup=False, highlight=False, width=width).print(table)
+    console = Console(markup=False, highlight=False, width=width)
+    if cards:
+        console.print(f"SAEs of the cards (mmfilter models): {', '.join(cards)}")
+    if published:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("published", "base model", "layers", "trained on"):
+            table.add_column(heading, overflow="fold")
+        for entry in published:
+            table.add_row(entry.name, entry.base, entry.layers, entry.trained_on)
+        console.print(*([""] if cards else []), table, sep="\n")
+        console.print("\nWidths, layouts and licences: mmfilter sae list --json")
 
 
 def _show_description(description: Description) -> None:

@@ -91,7 +91,7 @@ EXPLAINED = {
     "missing shard": (["score", "nowhere.tar"], "nowhere.tar"),
     "no match": (["score", "nowhere/*.tar"], "nowhere/*.tar"),
     "pipe": (["score", "pipe:cat x.tar"], "would run a shell"),
-    "no card": (["score", "{source}/00000.tar", "--model", "huge"], "no card 'huge' (there is tiny); for a folder or hub id give --layer and --sae as well"),
+    "no card": (["score", "{source}/00000.tar", "--model", "huge"], "for a folder or hub id give --layer and --sae as well"),
     "no SAE": (["score", "{source}/00000.tar", "--sae", "nowhere"], "SAE 'nowhere' is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER"),
     "no GPU": (["score", "{source}/00000.tar", "--device", "cuda:7"], "device 'cuda:7' was asked for"),
     "run among shards": (["score", "{source}/00000.tar", "--run", "{source}"], "is the folder of shard"),
@@ -217,7 +217,7 @@ def test_the_command_reference_is_up_to_date():
     subprocess.run([sys.executable, ROOT / "docs" / "make_reference.py", "--check"], check=True)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["select", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["select", "--help"], ["check", "--help"]])
 def test_help_imports_nothing_heavy(argv):
     script = (
         f"import sys; from mmfilter.cli.app import main; main({argv!r}); print([m for m in ('torch', 'transformers', 'pyarrow', 'duckdb') if m in sys.modules])"
