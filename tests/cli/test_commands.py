@@ -210,7 +210,7 @@ def test_every_command_has_help_an_example_and_a_place_in_the_readme(command, ca
     assert main([*command, "--help"]) == 0
     said, words = capsys.readouterr().out, f"mmfilter {' '.join(command)}"
     assert re.search(rf"Example: {words}\s", said)
-    assert re.search(rf"{words}\s", (ROOT / "README.md").read_text("utf-8"))
+    assert re.search(rf"{words}\b", (ROOT / "README.md").read_text("utf-8"))
 
 
 def test_the_command_reference_is_up_to_date():
