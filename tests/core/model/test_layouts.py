@@ -698,6 +698,17 @@ def opened(path: Path, **options: Any):
     return load_sae(path, SAEOptions(**options))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gated", "topk, rescaled by decoder norm", "BatchTopKTrainingSAE training checkpoint"])
+def test_saelens_opens_what_was_folded_here(name, tmp_path):
+    """There and back: SAELens' files, opened and folded here, written, opened by SAELens again, are the same SAE."""
+    made = next(case for case in CASES if case.layout == "saelens" and case.what == name).write(tmp_path / "theirs")
+    load_sae(made.path).save(tmp_path / "ours")
+    again = from_saelens(sae_lens().SAE.load_from_disk(tmp_path / "ours"), tmp_path)
+    np.testing.assert_allclose(again.codes, made.codes, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(again.reconstruction, made.reconstruction, atol=1e-5, rtol=1e-5)
+
+
 STATED = {
     "sparsify": (_sparsify_lmms, {"model_name": "lmms-lab/llama3-llava-next-8b", "hf_hook_name": "model.layers.24", "layer": 24, "context_size": 2048}),
     "gemma_scope": (_gemma_scope, {"hook_name": "blocks.20.hook_resid_post", "layer": 20, "stated_l0": 71}),

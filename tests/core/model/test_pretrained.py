@@ -334,7 +334,7 @@ def test_a_pickle_opens_for_conversion_and_even_then_runs_nothing(tmp_path):
 
 def test_a_pickle_is_for_conversion_only(tmp_path):
     with pytest.raises(
-        SAEError, match="^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST$"
+        SAEError, match=r"^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST$"
     ):
         load_sae(legacy(tmp_path / "sae.pt"), SAEOptions(allow_pickle=True))
 
