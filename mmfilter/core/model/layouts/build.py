@@ -50,7 +50,10 @@ def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Read
     said = {name: value for name, value in options.stated().items() if name in ("activation", "k", "threshold", "scale", "normalisation", "subtract_b_dec")}
     if options.unit_decoder is not None:
         said["unit_decoder"] = options.unit_decoder
-    reading = replace(layout.read(checkpoint, options), **said)
+    try:
+        reading = replace(layout.read(checkpoint, options), **said)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the publisher's own code writes none of these
+        refuse(checkpoint, f"has a configuration that is not as layout {layout.name} has it ({type(error).__name__}: {error})")
     for name in ("activation", "subtract_b_dec", "normalisation", "scale"):
         if getattr(reading, name) is None:
             _doubt(checkpoint, reading, name)
@@ -109,8 +112,8 @@ def _features_last(checkpoint: Checkpoint, layout: Layout, reading: Reading, opt
 def _check_widths(checkpoint: Checkpoint, parts: dict[str, torch.Tensor], reading: Reading) -> None:
     d, n = parts["W_enc"].shape
     for what, told, found in (("d_model", reading.d_model, d), ("features", reading.n_features, n)):
-        if told is not None and int(told) != found:
-            refuse(checkpoint, f"states {int(told)} {what}, its encoder has {found}: the file belongs to another configuration")
+        if told is not None and told != found:
+            refuse(checkpoint, f"states {told} {what}, its encoder has {found}: the file belongs to another configuration")
     for name, shape in (("W_dec", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
         if tuple(parts[name].shape) != shape:
             refuse(checkpoint, f"has {name} of shape {tuple(parts[name].shape)}; an encoder of {d} × {n} asks for {shape}")
