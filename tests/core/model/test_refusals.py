@@ -104,7 +104,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "dictionary topk or batchtopk": (
         lambda p: (torch.save({**linear(parts(), "b_dec"), "k": torch.tensor(K), "threshold": torch.tensor(1.0)}, p / "ae.pt"), p / "ae.pt")[1],
         {},
-        "no config.json beside it that says which; settle it with --sae-option activation=relu|topk|jumprelu",
+        "no config.json beside it that says which; settle it with --sae-option activation=relu|topk|batchtopk|jumprelu",
     ),
     "dictionary batchtopk without threshold": (
         lambda p: (torch.save({**linear(parts(), "b_dec"), **TOPK_TENSORS}, p / "ae.pt"), p / "ae.pt")[1],

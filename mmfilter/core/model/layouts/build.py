@@ -64,7 +64,7 @@ def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Read
     return reading
 
 
-WORDS = {"activation": "relu|topk|jumprelu", "normalisation": "none|layer_norm|constant_norm_rescale", "subtract_b_dec": "true|false"}
+WORDS = {"activation": "relu|topk|batchtopk|jumprelu", "normalisation": "none|layer_norm|constant_norm_rescale", "subtract_b_dec": "true|false"}
 
 
 def _doubt(checkpoint: Checkpoint, reading: Reading, option: str) -> None:
