@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 BENCHMARKS: dict[str, list[str]] = {
     "quality": ["quality.py"],
     "startup": ["startup.py"],
+    "encode_speed": ["encode_speed.py"],
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
     "select_speed": ["select_speed.py", "--gib", "4"],
     "memory": ["memory.py", "--sizes", "1000", "10000", "100000", "--plot", str(HERE / "memory.png")],

@@ -10,14 +10,13 @@ from typing import Any
 
 import yaml
 
-from mmfilter.core.model.cards import Card, card_names, cards_folder, load_card
+from mmfilter.core.model.cards import REGISTRY, Card, card_names, cards_folder, load_card
 from mmfilter.core.model.checkpoints import check_whole
 from mmfilter.core.model.pretrained import HUB, find_weights, hub_snapshot, load_sae, parse_hub
 from mmfilter.core.model.sae import CONFIG, SAE, WEIGHTS
 from mmfilter.core.model.sae_options import NO_OPTIONS, SAEOptions
 from mmfilter.errors import SAEError
 
-REGISTRY = "saes.yaml"
 OURS = {CONFIG, WEIGHTS, "sparsity.safetensors"}
 """What a folder may hold that `convert` replaces."""
 

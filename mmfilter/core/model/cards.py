@@ -13,6 +13,8 @@ from mmfilter.core.model.sae_options import NO_OPTIONS, SAEOptions, make_options
 from mmfilter.errors import ModelError
 
 DEFAULT = "tiny"
+REGISTRY = "saes.yaml"
+"""The list of published SAEs, which is no card"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def cards_folder() -> Path:
 
 def card_names() -> list[str]:
     """Names of all cards."""
-    return sorted(path.stem for path in cards_folder().glob("*.yaml") if path.stem != "saes")
+    return sorted(path.stem for path in cards_folder().glob("*.yaml") if path.name != REGISTRY)
 
 
 def load_card(name: str) -> Card:

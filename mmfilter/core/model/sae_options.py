@@ -16,7 +16,7 @@ class SAEOptions:
     """Statements that settle what a file does not say; None leaves it to the file."""
 
     layout: str | None = None
-    """Name of the layout, where the files fit none or the wrong one (`mmfilter sae list --layouts`)"""
+    """Name of the layout, where the files fit none, or fit the wrong one"""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu"] | None = None
     """Activation function"""
     k: int | None = None

@@ -39,9 +39,7 @@ def convert(theirs: Any, source: str) -> SAE:
     """A SAELens SAE object as ours, by way of the tensors and the configuration that it would save."""
     tensors: dict[str, torch.Tensor] = {name: tensor.detach().cpu() for name, tensor in theirs.state_dict().items()}
     theirs.process_state_dict_for_saving(tensors)
-    config = theirs.cfg.to_dict()
-    metadata = {name: value for name, value in config["metadata"].items() if value is None or isinstance(value, (str, int, float, bool, list, dict))}
-    checkpoint = Checkpoint(Path("sae_weights.safetensors"), source, source, tensors, {**config, "metadata": metadata})
+    checkpoint = Checkpoint(Path(source) / "sae_weights.safetensors", source, source, tensors, theirs.cfg.to_dict())
     _, sae = interpret(checkpoint, NO_OPTIONS)
     sae.metadata.update({"layout": "saelens", "source": source})
     return sae

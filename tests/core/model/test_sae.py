@@ -84,6 +84,14 @@ def test_decode_follows_the_formula(normalisation):
     np.testing.assert_allclose(out, wanted, atol=2e-4)
 
 
+@pytest.mark.parametrize(("activation", "options"), KINDS, ids=lambda value: str(value))
+def test_no_states_have_no_codes(activation, options):
+    sae = make(activation, **options)
+    codes = sae.encode(torch.zeros(0, D))
+    assert codes.n_tokens == 0 and codes.n_features == N and len(codes.value) == 0
+    assert sae.decode(codes, torch.zeros(0, D)).shape == (0, D)
+
+
 def test_tokens_without_features_decode_to_the_bias():
     sae = make("jumprelu", threshold=torch.full((N,), 1e6))
     codes = sae.encode(states())

@@ -30,7 +30,7 @@ def build(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> SAE:
     _check_widths(checkpoint, parts, reading)
     folded = _fold(parts, reading)
     threshold = parts.get("threshold") if reading.activation == "jumprelu" else None
-    tensors = {name: parts[name].contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = {name: parts.pop(name).contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     for name, tensor in {**tensors, "threshold": threshold}.items():
         if tensor is not None and not tensor.isfinite().all():
             refuse(checkpoint, f"has values that are not finite in {name!r}: the file is damaged, or training failed")
@@ -50,7 +50,10 @@ def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Read
     said = {name: value for name, value in options.stated().items() if name in ("activation", "k", "threshold", "scale", "normalisation", "subtract_b_dec")}
     if options.unit_decoder is not None:
         said["unit_decoder"] = options.unit_decoder
-    reading = replace(layout.read(checkpoint, options), **said)
+    try:
+        reading = replace(layout.read(checkpoint, options), **said)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the publisher's own code writes none of these
+        refuse(checkpoint, f"has a configuration that is not as layout {layout.name} has it ({type(error).__name__}: {error})")
     for name in ("activation", "subtract_b_dec", "normalisation", "scale"):
         if getattr(reading, name) is None:
             _doubt(checkpoint, reading, name)
@@ -61,7 +64,7 @@ def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Read
     return reading
 
 
-WORDS = {"activation": "relu|topk|jumprelu", "normalisation": "none|layer_norm|constant_norm_rescale", "subtract_b_dec": "true|false"}
+WORDS = {"activation": "relu|topk|batchtopk|jumprelu", "normalisation": "none|layer_norm|constant_norm_rescale", "subtract_b_dec": "true|false"}
 
 
 def _doubt(checkpoint: Checkpoint, reading: Reading, option: str) -> None:
@@ -77,7 +80,8 @@ def _fetch(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SA
     missing = [theirs for ours, theirs in names.items() if theirs not in checkpoint.tensors and ours not in layout.optional]
     if missing:
         refuse(checkpoint, f"lacks the tensor {missing[0]!r} (layout {layout.name}); it has {', '.join(sorted(checkpoint.tensors))}")
-    parts = {ours: checkpoint.tensors[theirs].float() for ours, theirs in names.items() if theirs in checkpoint.tensors}
+    # taken out, so that a matrix of gigabytes is not kept twice
+    parts = {ours: checkpoint.tensors.pop(theirs).float() for ours, theirs in names.items() if theirs in checkpoint.tensors}
     for name in ("W_enc", "W_dec"):
         if parts[name].ndim != 2:
             refuse(checkpoint, f"has {names[name]!r} of shape {tuple(parts[name].shape)}, expected a matrix")
@@ -108,8 +112,8 @@ def _features_last(checkpoint: Checkpoint, layout: Layout, reading: Reading, opt
 def _check_widths(checkpoint: Checkpoint, parts: dict[str, torch.Tensor], reading: Reading) -> None:
     d, n = parts["W_enc"].shape
     for what, told, found in (("d_model", reading.d_model, d), ("features", reading.n_features, n)):
-        if told is not None and int(told) != found:
-            refuse(checkpoint, f"states {int(told)} {what}, its encoder has {found}: the file belongs to another configuration")
+        if told is not None and told != found:
+            refuse(checkpoint, f"states {told} {what}, its encoder has {found}: the file belongs to another configuration")
     for name, shape in (("W_dec", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
         if tuple(parts[name].shape) != shape:
             refuse(checkpoint, f"has {name} of shape {tuple(parts[name].shape)}; an encoder of {d} × {n} asks for {shape}")
@@ -152,21 +156,22 @@ def _spread_threshold(parts: dict[str, torch.Tensor], reading: Reading) -> None:
 
 
 def _fold_norms(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
+    on_norm = "threshold" in parts and reading.threshold_on_unit_decoder
+    if not (reading.unit_decoder or on_norm):
+        return []
     norms = parts["W_dec"].norm(dim=1).clamp(min=1e-8)
     if reading.unit_decoder:
         parts["W_enc"], parts["b_enc"] = parts["W_enc"] * norms, parts["b_enc"] * norms
         parts["W_dec"] = parts["W_dec"] / norms[:, None]
-        if "threshold" in parts and not reading.threshold_on_unit_decoder:
+        if "threshold" in parts and not on_norm:
             parts["threshold"] = parts["threshold"] * norms
         return ["decoder norms, so that every decoder row has norm 1"]
-    if "threshold" in parts and reading.threshold_on_unit_decoder:
-        parts["threshold"] = parts["threshold"] / norms
-        return ["decoder norms into the thresholds"]
-    return []
+    parts["threshold"] = parts["threshold"] / norms
+    return ["decoder norms into the thresholds"]
 
 
 def _metadata(reading: Reading, folded: list[str]) -> dict[str, Any]:
-    said = {name: value for name, value in reading.metadata.items() if value is not None}
+    said = {name: value for name, value in reading.metadata.items() if isinstance(value, (str, int, float, bool, list, dict))}
     layer = said.get("layer", _layer_of(said.get("hook_name")))
     extra = {"layer": layer, "folded": folded, "notes": reading.notes}
     return said | {name: value for name, value in extra.items() if value not in (None, [])}
