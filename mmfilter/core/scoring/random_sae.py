@@ -1,0 +1,79 @@
+"""The control that an SAE is held against: random directions in its shape, as sparse as it is on the same states.
+
+If scores through random directions tell true pairs from shuffled ones as well as the trained SAE does,
+then what tells them is the geometry of the model's states, which random projections preserve (Johnson
+and Lindenstrauss 1984), and not what the SAE has learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mmfilter.core.model.backbone import Activations
+from mmfilter.core.model.codes import pool
+from mmfilter.core.model.sae import DENSE_CHUNK_ELEMENTS, SAE
+
+
+@dataclass(frozen=True)
+class RandomSAE:
+    """A random SAE and its τ."""
+
+    sae: SAE
+    threshold: float
+    """τ at which as many of its features count as present, on a side of a pair on average, as of the trained SAE's at its τ"""
+
+
+def random_twin(sae: SAE, batches: Sequence[Activations], threshold: float, *, seed: int) -> RandomSAE:
+    """The random SAE for the states of some pairs, and the τ that makes `cooccurrence` and `saev` comparable.
+
+    Activations of random directions have a scale of their own, so the trained SAE's τ would let many
+    more or many fewer features through. Its twin's τ is the one above which lie as many of the maxima
+    u_j and v_j over these pairs.
+    """
+    twin = random_sae(sae, torch.cat([batch.states for batch in batches]), seed=seed)
+    maxima = [torch.cat([_maxima(each, batch) for batch in batches]) for each in (sae, twin)]
+    return RandomSAE(twin, cut_leaving(maxima[1], int((maxima[0] > threshold).sum())))
+
+
+def random_sae(sae: SAE, states: torch.Tensor, *, seed: int) -> SAE:
+    """Random unit directions in the shape of `sae`, encoder and decoder tied, with its mean L0 on `states` (tokens, d_model).
+
+    Normalised as `sae` is and centred as it is, on its `b_dec`; where it subtracts none, on the mean of
+    the states, since without a centre every state would look alike. A topk SAE keeps its k; any other
+    gets one threshold for all features. L0 is counted as the scores see it, at most 50 a token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=1).to(sae.W_dec)
+    nothing = torch.zeros_like(sae.b_enc)
+    twin = replace(sae, W_enc=rows.T.contiguous(), b_enc=nothing, W_dec=rows, metadata={})
+    if not sae.subtract_b_dec:
+        twin = replace(twin, b_enc=-_mean_preactivation(twin, states))
+    if sae.activation == "topk":
+        return twin
+    twin = replace(twin, activation="jumprelu", threshold=nothing)
+    cut = cut_leaving(twin.encode(states).value, len(sae.encode(states).value))
+    return replace(twin, threshold=nothing + cut)
+
+
+def _mean_preactivation(sae: SAE, states: torch.Tensor) -> torch.Tensor:
+    """(n_features,), over all states."""
+    chunk = max(1, DENSE_CHUNK_ELEMENTS // sae.n_features)
+    return sum(sae.preactivations(part).sum(0) for part in states.split(chunk)) / len(states)
+
+
+def cut_leaving(values: torch.Tensor, wanted: int) -> float:
+    """The number ≥ 0 above which lie `wanted` of the positive `values`; 0 when there are no more than that."""
+    ordered = values[values > 0].sort(descending=True).values.double()
+    if wanted >= len(ordered):
+        return 0.0
+    above = ordered[wanted - 1] if wanted else 2 * ordered[0]
+    return float((above + ordered[wanted]) / 2)
+
+
+def _maxima(sae: SAE, batch: Activations) -> torch.Tensor:
+    """The positive maxima of all features on both sides of the batch's pairs, in no order."""
+    sides = pool(sae.encode(batch.states), batch.sample, batch.side, batch.n_samples)
+    return torch.cat([side.maximum[side.maximum > 0] for side in sides])
