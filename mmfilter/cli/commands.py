@@ -11,6 +11,7 @@ import typer
 
 from mmfilter import __version__
 from mmfilter.cli import options
+from mmfilter.cli.check_command import check
 from mmfilter.cli.models_commands import models_app
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
 from mmfilter.cli.sae_commands import sae_app
@@ -140,3 +141,6 @@ def select(
         print(json.dumps(display.selection_report(selection), indent=2), file=sys.stderr)
     else:
         display.show_funnel(selection.funnel)
+
+
+app.command()(check)

@@ -20,7 +20,7 @@ def make(activation: str, **options) -> SAE:
         return torch.randn(*shape, generator=g)
 
     if activation == "jumprelu":
-        options["threshold"] = normal(N).abs() + (5 if "normalisation" in options else 14)
+        options["threshold"] = normal(N).abs() + (7 if "normalisation" in options else 14)
     bias = -20.0 if activation == "relu" else 0.0
     return SAE(normal(D, N), normal(N) + bias, normal(N, D), normal(D), activation=activation, **options)
 

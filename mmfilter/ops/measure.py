@@ -1,0 +1,116 @@
+"""Measure how faithfully an SAE reconstructs the states of the user's own pairs, for image and caption tokens apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.shards import expand
+from mmfilter.core.model.cards import Card
+from mmfilter.core.progress import Progress
+from mmfilter.core.scoring.engine import DeviceSettings, load
+from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
+from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
+from mmfilter.core.scoring.scorer import explained_memory
+from mmfilter.errors import MMFilterError
+
+STEADY_PAIRS = 50
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What to measure, and on how many pairs."""
+
+    card: Card
+    """Model, layer, SAE and how to prompt"""
+    sample: int = 200
+    """Pairs whose tokens are reconstructed, from the heads of up to 10 shards"""
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    """Where and how the model runs"""
+    batch_size: int = 32
+    workers: int = 4
+    """Threads that decode and pre-process"""
+    caption: str = "auto"
+    """Where the caption is (see `DecodeSettings`)"""
+
+    def __post_init__(self) -> None:
+        for name in ("sample", "batch_size", "workers"):
+            if getattr(self, name) < 1:
+                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the SAE does on the pairs, beside what its publisher says of it."""
+
+    fidelity: Fidelity
+    published: dict[str, str | int | float | bool]
+    """The SAE's metadata, nested names joined by dots: what was stated, on other data"""
+    n_pairs: int
+    shards: list[str]
+    """Where the pairs are from"""
+    reasons: Counter[str]
+    """Kind of problem -> samples that could not be used"""
+    notes: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the SAE fits the model's states on these pairs, in one sentence."""
+        sides = self.fidelity.hardly_reconstructed
+        if sides:
+            levels = ", ".join(f"{self.fidelity.sides[side].fvu:.2f}" for side in sides)
+            return f"The SAE hardly reconstructs {' and '.join(sides)} tokens (FVU {levels}; 1 is no better than their mean): scores through it mean little."
+        image, text = (f"{100 * (1 - side.fvu):.0f} %" for side in (self.fidelity.image, self.fidelity.text))
+        return f"The SAE explains {image} of the variance of image tokens and {text} of that of text tokens."
+
+
+def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progress) -> Measurement:
+    """Reconstruct the states of a sample of pairs, in one pass over the model.
+
+    Raises `ShardError` for a pattern that names nothing, `ModelError` and `SAEError` for what cannot be
+    loaded or does not fit, `MMFilterError` when no pair is usable.
+    """
+    shards = expand(patterns)
+    backbone, sae = load(settings.card, settings.device)
+    meter, n_pairs = FidelityMeter(sae), 0
+    with PairSample() as sample:
+        sample.gather(shards, settings.sample, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
+        numbers, reasons = range(len(sample)), sample.reasons
+        with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+            progress.start("measuring", sample.nbytes(numbers))
+            for window in feed.windows(sample.read(numbers), "sample"):
+                for batch in window.batches:
+                    with explained_memory(len(batch.pairs)):
+                        activations = backbone.activations(batch.inputs)
+                        meter.add(activations.states, activations.side)
+                    n_pairs += activations.n_samples
+                reasons.update(pair.reason.split(":")[0] for pair in window.pairs if pair.reason is not None)
+                progress.advance(len(window.pairs), sum(pair.columns["nbytes"] for pair in window.pairs))
+    if not n_pairs:
+        said = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3)) or "they are empty"
+        raise MMFilterError(f"the shards hold no usable pair to measure the SAE on ({said})")
+    return Measurement(meter.fidelity, flat(sae.metadata), n_pairs, sample.shards, reasons, notes(sample, n_pairs))
+
+
+def notes(sample: PairSample, n_pairs: int) -> list[str]:
+    """What limits the measurement."""
+    found = [f"{error}; the pairs before that are used" for error in sample.failures]
+    if n_pairs < STEADY_PAIRS:
+        found.append(f"measured on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady")
+    return found
+
+
+def flat(metadata: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """The scalars of nested metadata, under names joined by dots."""
+    found: dict[str, str | int | float | bool] = {}
+    for name, value in metadata.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (str, int, float, bool)):
+            found[f"{prefix}{name}"] = value
+    return found
