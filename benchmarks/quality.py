@@ -6,7 +6,8 @@
 half of the captions are shuffled among samples. `mmfilter` scores the pairs with the embedded default, and each score's
 ROC AUC is that of true against shuffled pairs (0.5 is chance), with the bootstrap's 95 % interval over pairs. The
 controls: caption length, a seeded random number, the raw states without an SAE, and an SAE of random directions with
-the same mean number of active features, whose feature weights are fitted on the pairs themselves.
+the same mean number of active features a token and a τ at which as many co-occur in a pair, whose feature weights are
+fitted on the pairs themselves.
 
 Needs node's npm (it fetches the icons and words once, 30 MB) and resvg-py.
 """
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "models" / "recipe"))
 
-from evaluate import interval, random_sae, states_of  # noqa: E402
+from evaluate import CONTROL_SEED, CONTROL_STEP, interval, states_of  # noqa: E402
 from evaluate_raw import auc  # noqa: E402
 from machine import machine  # noqa: E402
 from pairs import make_tar  # noqa: E402
@@ -35,6 +36,7 @@ from pairs import make_tar  # noqa: E402
 from mmfilter.core.data.shards import read_samples  # noqa: E402
 from mmfilter.core.model.cards import Card, load_card  # noqa: E402
 from mmfilter.core.scoring.engine import DeviceSettings, load  # noqa: E402
+from mmfilter.core.scoring.random_sae import random_twin  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
 
 SHARD = ROOT / "build" / "recipe" / "eval" / "report.tar"
@@ -62,8 +64,9 @@ def scored(card: Card, run: Path) -> dict[str, np.ndarray]:
 def control(card: Card, folder: Path) -> Card:
     """The card with an SAE of random directions, saved in the folder."""
     backbone, sae = load(card, DeviceSettings(device="cpu"))
-    random_sae(sae, states_of(SHARD, backbone)).save(folder)
-    return replace(card, sae=str(folder), weights=None)
+    twin = random_twin(sae, states_of(SHARD, backbone).batches[::CONTROL_STEP], card.threshold, seed=CONTROL_SEED)
+    twin.sae.save(folder)
+    return replace(card, sae=str(folder), weights=None, threshold=twin.threshold)
 
 
 def facts() -> dict[str, np.ndarray]:

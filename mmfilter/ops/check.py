@@ -252,7 +252,7 @@ class Comparison:
 
     def run(self, feed: Feed, progress: Progress) -> None:
         """The pass."""
-        progress.start("scoring true and shuffled pairs", self._sample.nbytes(self._numbers))
+        progress.start("comparing pairs", self._sample.nbytes(self._numbers))
         captions = [self._sample.pairs[number].caption for number in self._sources]
         bad: dict[int, str] = {}
         for window in feed.windows(self._sample.read(self._numbers, captions), "sample"):

@@ -34,6 +34,7 @@ from mmfilter.core.model.pretrained import load_sae
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
 from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.random_sae import random_twin
 from mmfilter.core.scoring.scorer import pool_pairs
 from mmfilter.core.scoring.scores import SCORES, PooledPairs
 
@@ -42,6 +43,8 @@ WIDTHS, KS, STEPS = (2048, 3072, 4096), (8, 16, 24, 32), (200, 400)
 TAU_QUANTILES = (0.0, 0.25, 0.5, 0.75)
 REPORTED = ("similarity", "support", "saev", "cooccurrence", "l0", "caption length", "raw", "similarity, idf of each side")
 OF_RANDOM_SAE = ("similarity", "support", "saev")
+CONTROL_SEED, CONTROL_STEP = 3, 4
+"""Of the random SAE, and which batches set its threshold and τ"""
 
 
 @dataclass(frozen=True)
@@ -144,27 +147,6 @@ def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[flo
     return [0.0, *np.quantile(values, TAU_QUANTILES[1:]).round(3).tolist()]
 
 
-def random_sae(sae: SAE, reference: States, *, seed: int = 3) -> SAE:
-    """Random directions in the shape of ``sae``, centred as it is, with the threshold that gives the same mean L0.
-
-    The threshold is found by halving, since no token keeps more than its 50 strongest features.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=1)
-    nothing = torch.zeros_like(sae.b_enc)
-    sample = torch.cat([b.states for b in reference.batches])[::7]
-    wanted = len(sae.encode(sample).feature)
-
-    def control(cut: float) -> SAE:
-        return SAE(rows.T.contiguous(), nothing, rows, sae.b_dec, activation="jumprelu", threshold=nothing + cut)
-
-    low, high = 0.0, control(0.0).preactivations(sample).max().item()
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if len(control(middle).encode(sample).feature) > wanted else (low, middle)
-    return control(high)
-
-
 # --- the sweep -------------------------------------------------------------------------------
 
 
@@ -210,13 +192,13 @@ def report(build: Path, model: Path, threshold: float) -> dict[Split, dict[str, 
     """AUC with its interval of each reported score on both splits, for the exported model."""
     backbone, sae = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT), load_sae(model / "sae")
     weights, reference = load_weights(model / "sae" / "weights.safetensors"), states_of(reference_tar(build), backbone)
-    control = random_sae(sae, reference)
-    control_weights = weights_of(reference, control)
+    control = random_twin(sae, reference.batches[::CONTROL_STEP], threshold, seed=CONTROL_SEED)
+    control_weights = weights_of(reference, control.sae)
     result = {}
     for name in ("choice", "report"):
         split = states_of(make_tar(build / "eval" / f"{name}.tar", name), backbone)
         scores = scores_of(split, sae, weights, [threshold])
-        beside = scores_of(split, control, control_weights, [threshold])
+        beside = scores_of(split, control.sae, control_weights, [control.threshold])
         wanted = {s: scores[s] for s in REPORTED} | {f"{s} of a random SAE": beside[s] for s in OF_RANDOM_SAE}
         shuffled = split.shuffled
         result[name] = {s: [auc(values[~shuffled], values[shuffled]), *interval(values, shuffled)] for s, values in wanted.items()}

@@ -217,7 +217,7 @@ def test_the_command_reference_is_up_to_date():
     subprocess.run([sys.executable, ROOT / "docs" / "make_reference.py", "--check"], check=True)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["select", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["select", "--help"], ["check", "--help"]])
 def test_help_imports_nothing_heavy(argv):
     script = (
         f"import sys; from mmfilter.cli.app import main; main({argv!r}); print([m for m in ('torch', 'transformers', 'pyarrow', 'duckdb') if m in sys.modules])"

@@ -23,19 +23,20 @@ class RandomSAE:
 
     sae: SAE
     threshold: float
-    """τ at which as many of its features count as present, on a side of a pair on average, as of the trained SAE's at its τ"""
+    """τ at which as many of its features co-occur in a pair, on average, as of the trained SAE's at its τ"""
 
 
 def random_twin(sae: SAE, batches: Sequence[Activations], threshold: float, *, seed: int) -> RandomSAE:
-    """The random SAE for the states of some pairs, and the τ that makes `cooccurrence` and `saev` comparable.
+    """The random SAE for the states of some true pairs, and the τ that makes `cooccurrence` and `saev` comparable.
 
-    Activations of random directions have a scale of their own, so the trained SAE's τ would let many
-    more or many fewer features through. Its twin's τ is the one above which lie as many of the maxima
-    u_j and v_j over these pairs.
+    Activations of random directions have a scale of their own, so the trained SAE's τ means nothing to
+    them. Both scores are sums over C(s), the features j with min(u_j, v_j) > τ; the twin's τ is the one
+    that gives these pairs as many of them in all, so the two SAEs differ in which features co-occur and
+    not in how many.
     """
     twin = random_sae(sae, torch.cat([batch.states for batch in batches]), seed=seed)
-    maxima = [torch.cat([_maxima(each, batch) for batch in batches]) for each in (sae, twin)]
-    return RandomSAE(twin, cut_leaving(maxima[1], int((maxima[0] > threshold).sum())))
+    wanted, found = (torch.cat([_on_both_sides(each, batch) for batch in batches]) for each in (sae, twin))
+    return RandomSAE(twin, cut_leaving(found, int((wanted > threshold).sum())))
 
 
 def random_sae(sae: SAE, states: torch.Tensor, *, seed: int) -> SAE:
@@ -73,7 +74,8 @@ def cut_leaving(values: torch.Tensor, wanted: int) -> float:
     return float((above + ordered[wanted]) / 2)
 
 
-def _maxima(sae: SAE, batch: Activations) -> torch.Tensor:
-    """The positive maxima of all features on both sides of the batch's pairs, in no order."""
-    sides = pool(sae.encode(batch.states), batch.sample, batch.side, batch.n_samples)
-    return torch.cat([side.maximum[side.maximum > 0] for side in sides])
+def _on_both_sides(sae: SAE, batch: Activations) -> torch.Tensor:
+    """min(u_j, v_j) of all features and pairs of the batch where it is positive, in no order."""
+    image, text = pool(sae.encode(batch.states), batch.sample, batch.side, batch.n_samples)
+    least = torch.minimum(image.maximum, text.maximum)
+    return least[least > 0]

@@ -74,15 +74,16 @@ def test_cuts_leave_what_is_wanted():
     assert cut_leaving(torch.zeros(3), 0) == 0.0
 
 
-def test_as_many_features_are_present_at_its_threshold():
+def test_as_many_features_co_occur_at_its_threshold():
     sae, x = make("jumprelu"), states()
     sample, side = torch.arange(TOKENS) // 20, torch.arange(TOKENS) % 2
     batches = [Activations(x[half], sample[half] - sample[half][0], side[half], side[half], 5) for half in (slice(0, 100), slice(100, 200))]
     twin = random_twin(sae, batches, 20.0, seed=0)
 
-    def present(sae: SAE, threshold: float) -> int:
+    def co_occurring(sae: SAE, threshold: float) -> int:
         dense = sae.encode(x).dense()
-        return sum(int((dense[(sample == s) & (side == w)].amax(0) > threshold).sum()) for s in range(10) for w in (0, 1))
+        present = [[dense[(sample == s) & (side == w)].amax(0) > threshold for w in (0, 1)] for s in range(10)]
+        return sum(int((image & text).sum()) for image, text in present)
 
-    assert present(twin.sae, twin.threshold) == present(sae, 20.0) > 50
+    assert co_occurring(twin.sae, twin.threshold) == co_occurring(sae, 20.0) > 50
     assert len(twin.sae.encode(x).value) == len(sae.encode(x).value)
