@@ -15,6 +15,7 @@ def check(
     model: options.ModelName = "tiny",
     layer: options.Layer = None,
     sae: options.SAESource = None,
+    sae_option: options.SAEOption = None,
     prompt: options.Prompt = None,
     text_context: options.TextContext = None,
     threshold: options.Threshold = None,
@@ -45,7 +46,7 @@ def check(
 
     options.one_of("--text-context", text_context, ("image", "none"))
     settings = operation.CheckSettings(
-        card=options.card_for(model, layer, sae, prompt, text_context, threshold),
+        card=options.card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
         sample=sample, seed=seed, bootstrap=bootstrap, batch_size=batch_size, workers=workers, caption=caption,
     )  # fmt: skip
