@@ -11,6 +11,7 @@ from typing import Any
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.shards import expand
 from mmfilter.core.model.cards import Card
+from mmfilter.core.model.sae import SAE
 from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.engine import DeviceSettings, load
 from mmfilter.core.scoring.feed import Feed
@@ -20,6 +21,8 @@ from mmfilter.core.scoring.scorer import explained_memory
 from mmfilter.errors import MMFilterError
 
 STEADY_PAIRS = 50
+HOW_OPENED = ("layout", "source")
+"""Metadata that says how the SAE was opened, and nothing of what its publisher states."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
     if not n_pairs:
         said = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3)) or "they are empty"
         raise MMFilterError(f"the shards hold no usable pair to measure the SAE on ({said})")
-    return Measurement(meter.fidelity, flat(sae.metadata), n_pairs, sample.shards, reasons, notes(sample, n_pairs))
+    return Measurement(meter.fidelity, published(sae), n_pairs, sample.shards, reasons, notes(sample, n_pairs))
 
 
 def notes(sample: PairSample, n_pairs: int) -> list[str]:
@@ -103,6 +106,11 @@ def notes(sample: PairSample, n_pairs: int) -> list[str]:
     if n_pairs < STEADY_PAIRS:
         found.append(f"measured on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady")
     return found
+
+
+def published(sae: SAE) -> dict[str, str | int | float | bool]:
+    """What the SAE's publisher states."""
+    return flat({name: value for name, value in sae.metadata.items() if name not in HOW_OPENED})
 
 
 def flat(metadata: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

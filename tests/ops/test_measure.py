@@ -51,7 +51,7 @@ def test_an_sae_that_fires_on_nothing(tiny, make_shard, quiet, tmp_path):
     card, _, sae = tiny
     SAE(sae.W_enc, sae.b_enc - 1e6, sae.W_dec, sae.b_dec).save(tmp_path / "sae")
     found = run(replace(card, sae=str(tmp_path / "sae")), make_shard(n=5), quiet)
-    assert found.fidelity.n_dead == sae.n_features and found.published.keys() <= {"sae_lens_version", "layout", "source"}
+    assert found.fidelity.n_dead == sae.n_features and found.published.keys() <= {"sae_lens_version"}
     levels = f"FVU {found.fidelity.image.fvu:.2f}, {found.fidelity.text.fvu:.2f}"
     assert found.verdict == f"The SAE hardly reconstructs image and text tokens ({levels}; 1 is no better than their mean): scores through it mean little."
 
