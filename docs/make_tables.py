@@ -55,10 +55,10 @@ def families_table(found: dict[str, dict[str, str]]) -> str:
 def layouts_table(found: dict[str, dict[str, str]]) -> str:
     """One row a case of a layout."""
     lines = ["| layout | publisher | case | verified by | result |", "|---|---|---|---|---|"]
-    for name, row in found.items():
+    for row in found.values():
         if "layout" in row:
             result = f"**{row['failed']} fails**" if "failed" in row else "codes and reconstructions equal to 1e-5"
-            lines.append(f"| `{row['layout']}` | {row.get('publisher', '')} | {name} | {row['verified_by']} | {result} |")
+            lines.append(f"| `{row['layout']}` | {row['publisher']} | {row['what']} | {row['verified_by']} | {result} |")
     return "\n".join(lines)
 
 
