@@ -20,6 +20,7 @@ from mmfilter.core.model.families import FAMILIES, family_name
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.model.probe import changed_positions, check_roles
 from mmfilter.core.model.stream import is_encoder_decoder
+from mmfilter.core.model.towers import TwoTowers
 from mmfilter.errors import ModelError
 from tests.zoo import ZOO, Specimen, build, fit_codebook, picture, save
 
@@ -290,6 +291,31 @@ def test_both_towers_end_in_one_space(name, tmp_path, record_property):
     record_property("class", type(specimen.model).__name__)
     record_property("batched - alone", worst)
     assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_patches_of_a_tower_are_where_the_picture_changes_them(name, record_property):
+    specimen = build(name)
+    with torch.no_grad():
+        for parameter, weight in specimen.model.named_parameters():
+            if parameter.startswith("vision_model.encoder") and parameter.endswith("out_proj.weight"):
+                weight.zero_()
+    backbone = TwoTowers(specimen.model, specimen.processor)
+    hits = []
+    for shape in SHAPES:
+        canvas = picture(3, shape)
+        boxes = backbone.boxes(backbone.prepare([canvas], ["x"]), 0)
+        places = [i for i, box in enumerate(boxes) if box is not None and all(0.02 < edge < 0.98 for edge in _centre(box))]
+        for i in places[:: max(1, len(places) // 8)]:
+            x, y = (part * length for part, length in zip(_centre(boxes[i]), shape, strict=True))
+            other = canvas.copy()
+            ImageDraw.Draw(other).rectangle((x - 3, y - 3, x + 3, y + 3), fill=(255, 0, 255))
+            found = backbone.activations(backbone.prepare([canvas, other], ["x", "x"]))
+            first, second = (found.states[(found.sample == j) & (found.side == IMAGE)] for j in (0, 1))
+            changed = int((first - second)[1:].norm(dim=1).argmax()) + 1  # the embedding is of the whole picture
+            hits.append(_covers(boxes[changed], x / shape[0], y / shape[1]))
+    record_property("boxes", f"{sum(hits)} of {len(hits)}")
+    assert len(hits) >= 12 and all(hits)
 
 
 def test_a_dual_encoder_has_no_layer_in_the_middle(tmp_path):
