@@ -62,7 +62,7 @@ class Optimiser:
         for name, weight in self._weights.named().items():
             parts = {part: state[f"{part}.{name}"] for part in (*MOMENTS, "step") if f"{part}.{name}" in state}
             if parts:
-                self._adam.state[weight] = {part: tensor.to(weight.device) for part, tensor in parts.items()}
+                self._adam.state[weight] = {part: tensor.to(weight.device, copy=True) for part, tensor in parts.items()}
 
 
 def _remove_parallel(gradient: torch.Tensor, rows: torch.Tensor) -> None:
