@@ -42,7 +42,7 @@ def sparse_step(
     parts, values = layered.decode_with_dots(weights.W_dec)
     errors = _running_sum(parts.detach().view(len(settings.groups), len(x), d)).add_(weights.b_dec - x)
     factor = 1 / (batch_tokens * d * len(settings.groups))
-    loss = factor * errors.square().sum()
+    loss = factor * torch.linalg.vector_norm(errors).square()
     slopes = _running_sum(errors.flip(0)).flip(0) * (2 * factor)
     table = slopes.view(-1, d)
     by_value = torch.autograd.grad(parts, values, table)[0]

@@ -63,8 +63,8 @@ class Sums:
             mask = (side == which).to(centred.dtype)
             sums[which, :d] = mask @ centred
             sums[which, d] = mask.sum()
-            sums[which, d + 1] = mask @ centred.square().sum(1)
-            sums[which, d + 2] = mask @ outcome.error.square().sum(1)
+            sums[which, d + 1] = mask @ _square_norms(centred)
+            sums[which, d + 2] = mask @ _square_norms(outcome.error)
         sums[:, d + 3] = outcome.firing.counts.sum(1)
         self._sums = sums
 
@@ -77,6 +77,11 @@ class Sums:
         means = wanted[:, :-4].square().sum(1)
         rows = torch.cat([wanted[:, -4:], means.unsqueeze(1)], 1).tolist()
         return [_quality(*row) for row in rows], flat[self._sums.numel() :].tolist()
+
+
+def _square_norms(rows: torch.Tensor) -> torch.Tensor:
+    """‖row‖² of each, without an array of squares."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
 
 
 def _quality(tokens: float, squares: float, errors: float, active: float, sum_squared: float) -> Quality:

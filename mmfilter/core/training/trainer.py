@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -76,21 +77,26 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, states: torch.Tensor, side: torch.Tensor | None = None) -> StepStats:
-        """Train on raw states (tokens, d_model) of any float type; `side` (tokens,) is IMAGE or TEXT, for the figures only."""
+        """Train on raw states (tokens, d_model) of any float type; `side` (tokens,) is IMAGE or TEXT, for the figures only.
+
+        Raises `SAEError`, with the weights as they were, when the loss is not finite.
+        """
         if states.ndim != 2 or states.shape[1] != self.d_model or not len(states):
             raise SAEError(f"training takes states of shape (tokens, {self.d_model}); it was given {tuple(states.shape)}")
         x = states.to(self.device, torch.float32) * self.scale
         sides = torch.full((len(x),), IMAGE, device=self.device) if side is None else side.to(self.device, torch.int64)
         batch_tokens = collective.total(len(x), self.device)
-        if self.settings.architecture == "jumprelu" and not self.step_count:
-            self._start_thresholds(x)
+        if self.settings.architecture != "relu" and not self.step_count:
+            self._fit_start(x)
         outcome = self._outcome(x, sides, batch_tokens)
         sums = Sums(x - self.weights.b_dec, sides, outcome)
         collective.sum_(*outcome.gradients.named().values(), outcome.firing.counts)
         collective.maximum_(outcome.firing.maximum)
+        (quality, image, text), (loss, auxiliary) = sums.shared(outcome.loss, outcome.auxiliary)
+        if not math.isfinite(loss):
+            raise SAEError(f"training has a loss of {loss} at step {self.step_count + 1}: the batch holds states that are not finite, or lr is too high")
         rate = self.settings.rate(self.tokens)
         norm = self._optimiser.update(outcome.gradients, rate)
-        (quality, image, text), (loss, auxiliary) = sums.shared(outcome.loss, outcome.auxiliary)
         self._count(outcome, [image.tokens, text.tokens])
         told = side is not None
         return StepStats(
@@ -122,12 +128,25 @@ class Trainer:
             self._threshold_sum = decay * self._threshold_sum + (1 - decay) * float(outcome.threshold)
             self._threshold_weight = decay * self._threshold_weight + (1 - decay)
 
-    def _start_thresholds(self, x: torch.Tensor) -> None:
-        """`jumprelu` starts with the one threshold at which the first batch has k active features a token."""
+    def _fit_start(self, x: torch.Tensor) -> None:
+        """Scale the encoder so that what it chooses in the first batch reconstructs that best, by least squares.
+
+        Without biases a scale changes no choice, so x̂ − b_dec is proportional to it. As W_decᵀ alone, a wide encoder
+        starts far too strong or too weak, which depends on the states. `jumprelu` begins with the one threshold
+        at which that batch has k active features a token.
+        """
         inputs = x - self.weights.b_dec if self.settings.subtract_b_dec else x
-        start = replace(self.settings, architecture="batchtopk")
-        _, threshold = active_entries(inputs, self.weights, start, BatchTopK())
-        self.weights.log_threshold.fill_(float(threshold.clamp(min=1e-3).log()))
+        kind = self.settings if self.settings.sparse else replace(self.settings, architecture="batchtopk")
+        entries, threshold = active_entries(inputs, self.weights, kind, BatchTopK())
+        parts = entries.decode(self.weights.W_dec)
+        products = torch.stack([(parts * (x - self.weights.b_dec)).sum(), parts.square().sum()])
+        collective.sum_(products)
+        if not products.isfinite().all():
+            return  # the step will say so
+        factor = float(products[0] / products[1]) if min(products) > 0 else 1.0
+        self.weights.W_enc *= factor
+        if self.weights.log_threshold is not None:
+            self.weights.log_threshold.fill_(math.log(max(factor * float(threshold), 1e-3)))
 
     def export(self) -> SAE:
         """The SAE on raw states, decoder rows of norm 1, so that activations are in units of the states.

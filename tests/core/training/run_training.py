@@ -1,4 +1,4 @@
-"""A small training in a process of its own, to be killed: run_training.py FOLDER STEPS_A_CHECKPOINT [ARCHITECTURE]."""
+"""A small training in a process of its own, to be killed: FOLDER, STEPS_A_CHECKPOINT, ARCHITECTURE."""
 
 from __future__ import annotations
 

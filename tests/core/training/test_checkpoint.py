@@ -18,27 +18,27 @@ from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.errors import SAEError
 
-SCRIPT = Path(__file__).with_name("run_training.py")
+ROOT = Path(__file__).parents[3]
 D = 8
 
 
 def command(folder: Path, architecture: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(folder), "7", architecture]
+    return [sys.executable, "-m", "tests.core.training.run_training", str(folder), "7", architecture]
 
 
 @pytest.mark.slow
 def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path):
     architecture = random.choice(["batchtopk", "topk", "jumprelu", "relu"])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole, architecture), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(whole, architecture), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     stops = sorted(random.sample(range(9, 58), 2))
     for stop in stops:
-        with subprocess.Popen(command(cut, architecture), stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command(cut, architecture), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if int(line) >= stop:
                     process.kill()
         assert process.returncode == -9 and not (cut / "end.safetensors").exists()
-    subprocess.run(command(cut, architecture), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(cut, architecture), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     wanted, found = load_file(whole / "end.safetensors"), load_file(cut / "end.safetensors")
     assert wanted.keys() == found.keys() and {"weights.W_enc", "adam.exp_avg_sq.W_dec", "since_fired"} <= wanted.keys()
     for name, tensor in wanted.items():

@@ -17,6 +17,7 @@ from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.trainer import Trainer
 from tests.core.training.synthetic import Synthetic
 
+ROOT = Path(__file__).parents[3]
 D, N, B, STEPS = 16, 96, 64, 12
 KINDS = {
     "batchtopk": {"groups": (0.5,), "dead_tokens": 200},
@@ -67,7 +68,7 @@ def as_process(folder: Path, rank: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    processes = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-m", __spec__.name, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for kind in KINDS:
         alone = trained(kind)
