@@ -168,17 +168,19 @@ def made(names: list[str], shape: Shape, states: States) -> dict[str, Arm]:
     return {name: MAKE[name](shape, sample) for name in names}
 
 
-def measure(arms: dict[str, Arm], shape: Shape, states: States, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each arm in each round, after one to warm up."""
+def measure(arms: dict[str, Arm], shape: Shape, states: States, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Tokens a second of each arm in each round, after one to warm up, and the median CPU seconds of a step."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
+    cpu: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(rounds + 1):
         batch = states(shape.batch)
         for name, arm in arms.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             arm.step(batch)
             if i:
+                cpu[name].append(time.process_time() - cpu_started)
                 rates[name].append(shape.batch / (time.perf_counter() - started))
-    return rates
+    return rates, {name: statistics.median(seen) for name, seen in cpu.items()}
 
 
 def learn(arms: dict[str, Arm], shape: Shape, states: States, steps: int) -> dict[str, float]:
@@ -203,18 +205,22 @@ def main() -> None:
     about = machine()
     shape, small = Shape(*options.shape), Shape(*options.learn_shape)
     states = States(shape.d_model)
-    rates = measure(made(options.arms, shape, states), shape, states, options.rounds)
+    rates, cpu = measure(made(options.arms, shape, states), shape, states, options.rounds)
     small_states = States(small.d_model)
     quality = learn(made(options.arms, small, small_states), small, small_states, options.learn_steps)
     if options.json:
-        print(json.dumps({"machine": about, "shape": options.shape, "rates": rates, "learn shape": options.learn_shape, "fvu": quality}, indent=2))
+        print(
+            json.dumps(
+                {"machine": about, "shape": options.shape, "rates": rates, "cpu seconds": cpu, "learn shape": options.learn_shape, "fvu": quality}, indent=2
+            )
+        )
         return
     peers = [name for name in options.arms if not name.startswith("mmfilter")]
     print(f"{about}, {torch.get_num_threads()} threads\n\nd_model, features, k, batch: {options.shape}\n")
-    print(f"| arm | tokens/s (median of {options.rounds}) |{''.join(f' × {name} |' for name in peers)}\n|---|---|{'---|' * len(peers)}")
+    print(f"| arm | tokens/s (median of {options.rounds}) | CPU s a step |{''.join(f' × {name} |' for name in peers)}\n|---|---|---|{'---|' * len(peers)}")
     for name, seen in rates.items():
         ratios = (statistics.median(a / b for a, b in zip(seen, rates[peer], strict=True)) for peer in peers)
-        print(f"| {name} | {statistics.median(seen):,.0f} |{''.join(f' {ratio:.2f} |' for ratio in ratios)}")
+        print(f"| {name} | {statistics.median(seen):,.0f} | {cpu[name]:.2f} |{''.join(f' {ratio:.2f} |' for ratio in ratios)}")
     print(f"\nd_model, features, k, batch: {options.learn_shape}, {options.learn_steps * small.batch:,} tokens\n\n| arm | FVU |\n|---|---|")
     for name, value in quality.items():
         print(f"| {name} | {value:.4f} |")
