@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "encode_speed": ["encode_speed.py"],
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
     "select_speed": ["select_speed.py", "--gib", "4"],
+    "train_speed": ["train_speed.py", "--rounds", "4", "--learn-steps", "300"],
     "memory": ["memory.py", "--sizes", "1000", "10000", "100000", "--plot", str(HERE / "memory.png")],
 }
 

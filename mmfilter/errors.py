@@ -5,7 +5,7 @@
     ├── RunError             a run directory is missing, incomplete or made with other settings
     ├── SelectionError       a selection names a column, condition or output that cannot be
     ├── ModelError           a model, card or processor cannot be loaded or used
-    ├── SAEError             an SAE cannot be loaded, or does not fit the model
+    ├── SAEError             an SAE cannot be loaded or trained, or does not fit the model
     └── MissingExtra         an optional package is not installed; names the line to type
 
 A message names the thing, what was expected, and the next step. A *sample* that cannot be read is
@@ -40,7 +40,7 @@ class ModelError(MMFilterError):
 
 
 class SAEError(MMFilterError):
-    """An SAE cannot be loaded, or does not fit the model."""
+    """An SAE cannot be loaded or trained, or does not fit the model."""
 
 
 class MissingExtra(MMFilterError):

@@ -1,0 +1,1 @@
+"""Training of sparse autoencoders on residual states of image and text tokens."""

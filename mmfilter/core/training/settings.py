@@ -1,0 +1,170 @@
+"""How an SAE is trained: every choice with its default, its unit and, where one exists, its source."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from mmfilter.errors import SAEError
+
+Architecture = Literal["batchtopk", "topk", "jumprelu", "relu"]
+Precision = Literal["float32", "bfloat16"]
+Penalty = Literal["target", "linear"]
+
+CHOICES = {"architecture": get_args(Architecture), "dtype": get_args(Precision), "l0_penalty": get_args(Penalty)}
+COUNTS = ("n_features", "k", "tokens", "batch_size", "aux_k", "dead_tokens")
+POSITIVE = ("lr", "clip", "bandwidth", "target_l0")
+NOT_NEGATIVE = ("aux_coefficient", "l1_coefficient", "l0_coefficient")
+FRACTIONS = ("warm_up", "decay", "sparsity_warm_up", "threshold_decay")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the weights besides the states themselves.
+
+    States are trained on after multiplication with the trainer's `scale`, so that the mean square of a
+    centred state is d_model; "scaled units" below are those. A `None` is filled in by `resolved`.
+    """
+
+    architecture: Architecture = "batchtopk"
+    """`batchtopk`: the k·B strongest activations of a batch of B tokens (Bussmann et al. 2024, arXiv 2412.06410).
+    `topk`: the k strongest of each token (Gao et al. 2024, arXiv 2406.04093).
+    `jumprelu`: a learned threshold a feature (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    `relu`: L1 weighted with decoder norms, which stay free; the recipe of SAE-V (arXiv 2502.17514)."""
+    n_features: int | None = None
+    """None: 8 · d_model"""
+    k: int = 32
+    """Active features a token, in the mean for `batchtopk`; of `jumprelu` the start, and the aim unless `target_l0` is given"""
+    groups: tuple[int | float, ...] = ()
+    """Matryoshka prefixes (Bussmann et al. 2025, arXiv 2503.17547), top-k kinds only: counts of features, or fractions
+    below 1 of `n_features`. Each prefix must reconstruct alone; the whole dictionary is always the last."""
+    tokens: int = 100_000_000
+    """Tokens of the whole training; the schedules are stretched over them"""
+    batch_size: int = 4096
+    """Tokens a step, over all processes"""
+    lr: float | None = None
+    """Peak learning rate of Adam. None: 2e-4 / √(n_features / 2¹⁴), the scaling of Gao et al."""
+    warm_up: float = 0.02
+    """Fraction of the tokens over which the rate rises from 0"""
+    decay: float = 0.2
+    """Fraction of the tokens, the last ones, over which the rate falls to 0"""
+    clip: float = 1.0
+    """Largest norm of the gradient of all weights together"""
+    aux_k: int | None = None
+    """Dead features that reconstruct what the others leave (AuxK, Gao et al., A.2), a token; top-k kinds only. None: d_model / 2"""
+    aux_coefficient: float = 1 / 32
+    """Weight of that reconstruction in the loss; 0 turns it off"""
+    dead_tokens: int | None = None
+    """Tokens without firing that make a feature dead. None: a tenth of `tokens`, at most ten million"""
+    l1_coefficient: float = 5.0
+    """`relu`: weight of the L1 term against the squared error summed over d_model, scaled units"""
+    l0_penalty: Penalty = "target"
+    """`jumprelu`: `target` is c · (L0 / target_l0 − 1)², `linear` is c · L0 against the squared error summed over d_model"""
+    l0_coefficient: float = 1.0
+    """`jumprelu`: c"""
+    target_l0: float | None = None
+    """`jumprelu`: active features a token that `target` aims at. None: k"""
+    bandwidth: float = 0.001
+    """`jumprelu`: width of the kernel that stands in for the derivative of a step, in root mean square norms of a centred state"""
+    sparsity_warm_up: float = 0.05
+    """Fraction of the tokens over which the L1 or L0 coefficient rises from 0"""
+    threshold_decay: float = 0.99
+    """`batchtopk`: decay a step of the running mean of the smallest activation kept, which becomes the threshold of inference"""
+    subtract_b_dec: bool = True
+    """Whether the encoder sees x − b_dec or x (SAE-V: x)"""
+    seed: int = 0
+    """Seed of the first weights"""
+    dtype: Precision = "float32"
+    """Of the large matrix products. In bfloat16 the top-k kinds only *choose* features by it: activations and gradients of the
+    chosen ones, and all weights, are float32."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            _check(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        for name in COUNTS:
+            _check(self, name, _is_count(getattr(self, name)), "a whole number from 1")
+        for name in POSITIVE:
+            _check(self, name, getattr(self, name) is None or (_is_number(getattr(self, name)) and getattr(self, name) > 0), "a number above 0")
+        for name in NOT_NEGATIVE:
+            _check(self, name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0")
+        for name in FRACTIONS:
+            _check(self, name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a fraction from 0 to below 1")
+        _check(self, "seed", isinstance(self.seed, int) and not isinstance(self.seed, bool), "a whole number")
+        _check(self, "subtract_b_dec", isinstance(self.subtract_b_dec, bool), "true or false")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.warm_up + self.decay > 1:
+            raise SAEError(f"training has warm_up {self.warm_up!r} and decay {self.decay!r}; together they may be at most 1")
+        if self.n_features is not None and self.k > self.n_features:
+            raise SAEError(f"training has k={self.k} and n_features={self.n_features}; k may be at most n_features")
+        if not all(_is_number(size) and size > 0 for size in self.groups):
+            raise SAEError(f"training has groups {self.groups!r}; expected counts of features, or fractions below 1")
+        if self.groups and not self.sparse:
+            raise SAEError(f"training has groups with architecture {self.architecture!r}; Matryoshka prefixes go with batchtopk and topk")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the number of active features is set by k, so that a step needs no dense gradients."""
+        return self.architecture in ("batchtopk", "topk")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainSettings:
+        """Settings from a recipe; raises `SAEError` naming the nearest known key for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
+                raise SAEError(f"training has no setting {key!r}; the nearest is {near[0]!r}")
+        given = dict(values)
+        if isinstance(given.get("groups"), list):
+            given["groups"] = tuple(given["groups"])
+        return cls(**given)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What `from_mapping` takes, ready for JSON."""
+        return asdict(self) | {"groups": list(self.groups)}
+
+    def resolved(self, d_model: int) -> TrainSettings:
+        """The same with every None filled in and `groups` as rising counts that end with `n_features`."""
+        n = self.n_features or 8 * d_model
+        counts = {round(size * n) if size < 1 else size for size in self.groups} | {n}
+        sizes = sorted(int(size) for size in counts)
+        if sizes[0] < 1 or sizes[-1] > n:
+            raise SAEError(f"training has groups {self.groups!r}; expected prefixes of {n} features")
+        return replace(
+            self,
+            n_features=n,
+            groups=tuple(sizes) if self.sparse else (),
+            lr=self.lr or 2e-4 / math.sqrt(n / 2**14),
+            aux_k=min(self.aux_k or max(1, d_model // 2), n),
+            dead_tokens=self.dead_tokens or min(10_000_000, max(1, self.tokens // 10)),
+            target_l0=self.target_l0 or float(self.k),
+        )
+
+    def rate(self, tokens: int) -> float:
+        """Learning rate for the step that begins after `tokens` tokens; resolved settings only."""
+        done = (tokens + self.batch_size) / self.tokens
+        rise = min(1.0, done / self.warm_up) if self.warm_up else 1.0
+        left = max(0.0, 1 - tokens / self.tokens)
+        return self.lr * rise * (min(1.0, left / self.decay) if self.decay else 1.0)
+
+    def sparsity(self, tokens: int) -> float:
+        """Share of the L1 or L0 coefficient that counts in that step."""
+        return min(1.0, (tokens + self.batch_size) / (self.sparsity_warm_up * self.tokens)) if self.sparsity_warm_up else 1.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _check(settings: TrainSettings, name: str, fine: bool, expected: str) -> None:
+    if not fine:
+        raise SAEError(f"training has {name} {getattr(settings, name)!r}; expected {expected}")
