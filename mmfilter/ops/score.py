@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import transformers
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
+from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone, load_backbone, model_hash
@@ -72,16 +73,6 @@ class ScoreSettings:
         if self.dtype == "auto":
             return torch.float32 if self.resolved_device() == "cpu" else torch.bfloat16
         return getattr(torch, self.dtype)
-
-
-class Progress(Protocol):
-    """What the operation tells while it runs."""
-
-    def start(self, phase: str, total_bytes: int | None) -> None: ...
-
-    def advance(self, samples: int, nbytes: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass
