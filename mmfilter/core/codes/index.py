@@ -53,7 +53,7 @@ class IndexSettings:
     """Which sides count"""
     dims: int = 256
     """Numbers a sketch"""
-    nonzeros: int = 4
+    nonzeros: int = 16
     """… that a feature adds to"""
     seed: int = 0
     """Of the projection"""

@@ -2,7 +2,8 @@
 
 So every dropped sample has a kept one that it is close to, and the order of the input plays no part:
 scores that tie are ordered by key, then shard, then row. Samples of one group (the same hashes) are at
-similarity 1 to each other, and share their similarity to all others.
+similarity 1 to each other and share their similarity to all others: the best of them is kept, or all
+are dropped for the same one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Duplicates:
     """What the rule drops; one value a row of the run."""
 
     of: np.ndarray
-    """int64, position of the kept sample that the row is a duplicate of: the closest, then the best; −1 if none"""
+    """int64, position of the kept sample that the row is a duplicate of: of those that rank before the
+    best of its group the closest, then the best; −1 if none"""
     similarity: np.ndarray
     """float32, to that one; 1 for an exact duplicate"""
     exact: np.ndarray

@@ -138,12 +138,13 @@ def _blocks(rows: np.ndarray, at_most: int) -> list[slice]:
 class Sketch:
     """A seeded sparse random projection: unit vectors of a few hundred numbers that keep the cosine.
 
-    Each feature of each side adds ±1/√s to s of the `dims` numbers, one in each of s blocks (Kane &
-    Nelson, "Sparser Johnson-Lindenstrauss transforms", J. ACM 2014). Both sides are brought to length 1
+    Each feature of each side adds ±1 to s of the `dims` numbers, one in each of s blocks (Kane & Nelson,
+    "Sparser Johnson-Lindenstrauss transforms", J. ACM 2014); with fewer than 16, two strong features
+    that meet in a number spoil every pair that has both. Both sides are brought to length 1
     first, so the cosine of two sketches of both sides stands for the mean of the two sides' cosines.
     """
 
-    def __init__(self, idf: np.ndarray, sides: Sequence[str], *, dims: int = 256, nonzeros: int = 4, seed: int = 0) -> None:
+    def __init__(self, idf: np.ndarray, sides: Sequence[str], *, dims: int = 256, nonzeros: int = 16, seed: int = 0) -> None:
         self._idf, self._sides, self.dims = idf, tuple(sides), dims
         raw = np.random.PCG64(seed).random_raw(len(SIDES) * len(idf) * nonzeros).reshape(len(SIDES), nonzeros, len(idf))
         block = dims // nonzeros
@@ -167,10 +168,11 @@ class Sketch:
 
 
 def margin(similarity: float, dims: int, noise: float = 0.0) -> float:
-    """How far below a pair's cosine its sketches' cosine may lie, but for 3 pairs in 1,000.
+    """How far below a pair's cosine the cosine of its sketches may lie, but for 1 pair in 1,000 or so.
 
-    The cosine of two sketches of unit vectors at cosine c errs by (1 − c²)/√dims in standard deviation:
-    the projection stretches their difference by a factor of 1 ± 1/√dims, and that is what the angle
-    is made of. `noise` is the mean squared length of the error of stored vectors. Three deviations.
+    The sketches of unit vectors at cosine c err by (1 − c²)/√dims in standard deviation: the projection
+    stretches their difference by a factor of 1 ± 1/√dims, and that is what the angle is made of. Four
+    deviations, since what a few strong features share falls off more slowly than a normal law. `noise`
+    is the mean squared length of the error of stored vectors; a thousandth is left for rounding.
     """
-    return 3 * float(np.sqrt(((1 - similarity**2) ** 2 + 2 * noise) / dims)) + 1e-3
+    return 4 * float(np.sqrt(((1 - similarity**2) ** 2 + 2 * noise) / dims)) + 1e-3
