@@ -100,6 +100,8 @@ def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
     if not len(positions):
         raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}")
     if len(positions) > 1:
+        if len(set(shards)) == 1:
+            raise SelectionError(f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample")
         few = ", ".join(map(repr, shards[:3])) + (", …" if len(shards) > 3 else "")
         raise SelectionError(f"key {settings.key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path")
     if not scores.scored[positions[0]]:

@@ -125,7 +125,10 @@ def test_nothing_depends_on_order_shards_or_workers(tmp_path, quiet, monkeypatch
     run_dedup(other, quiet, 0.9, workers=3)
     assert decided(one / "dedup.parquet") == decided(other / "dedup.parquet")
     pairs = [
-        {(frozenset([(r["shard"], r["row"]), (r["other_shard"], r["other_row"])]), r["image"], r["text"]) for r in pq.read_table(run / "duplicates.parquet").to_pylist()}
+        {
+            (frozenset([(r["shard"], r["row"]), (r["other_shard"], r["other_row"])]), r["image"], r["text"])
+            for r in pq.read_table(run / "duplicates.parquet").to_pylist()
+        }
         for run in (one, other)
     ]
     assert pairs[0] == pairs[1]
