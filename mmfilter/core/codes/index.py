@@ -111,7 +111,8 @@ class CodeIndex:
 
         check_gpu()
         try:
-            self._searched = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self._index)
+            self._resources = faiss.StandardGpuResources()  # to live as long as the index on the GPU
+            self._searched = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
         except RuntimeError as error:
             raise MMFilterError(f"--gpu: the index of {len(self):,} samples cannot be put on the GPU ({str(error).splitlines()[0]}); go without") from error
 

@@ -18,6 +18,9 @@ from mmfilter.core.data import artifacts
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError
 
+READERS = 8
+"""Tables decoded at one time at most: each is in memory whole"""
+
 
 class CodeTables:
     """The code tables beside a run's score tables. Raises `RunError` when one is missing or is another's."""
@@ -25,7 +28,7 @@ class CodeTables:
     def __init__(self, scores: ScoreTables, *, workers: int | None = None) -> None:
         self._run, self._starts = scores.run, scores.starts
         self._paths = [scores.run.codes(name) for name in scores.names]
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = min(workers or os.cpu_count() or 1, READERS)
         for path, shard in zip(self._paths, scores.shards, strict=True):
             if not path.exists():
                 raise RunError(
