@@ -29,9 +29,9 @@ BELOW = 0.02
 NEIGHBOURS = (16, 64, 256)
 """Neighbours asked for; whose list may go on is asked about again with the next number, and after the
 last counts as crowded"""
-ROWS_AT_ONCE = 250_000
-"""Samples whose codes are in memory at one time while pairs are measured; a block of pairs needs twice
-as many (some 700 MB)"""
+ROWS_AT_ONCE = 100_000
+"""Samples whose codes are read and sorted at one time while pairs are measured; pairs between two such
+blocks need both in memory (some 1 GB in all)"""
 
 SAME = {"both": "same image and text", "image": "same image", "text": "same text"}
 """What the hashes of exact duplicates say"""
