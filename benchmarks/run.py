@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: what `make bench` runs (some twenty minutes on two cores).
+"""Every benchmark, one after the other: what `make bench` runs (some fifty minutes on two cores, half of them dedup_scale).
 
 python benchmarks/run.py              all
 python benchmarks/run.py startup      one or more by name
@@ -19,6 +19,10 @@ BENCHMARKS: dict[str, list[str]] = {
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
     "select_speed": ["select_speed.py", "--gib", "4"],
     "train_speed": ["train_speed.py", "--rounds", "4", "--learn-steps", "300"],
+    "dedup_scale": [
+        *("dedup_scale.py", "--sizes", "10000", "30000", "100000", "300000", "1000000"),
+        *("--recall", "100000", "--plot", str(HERE / "dedup_scale.png")),
+    ],
     "memory": ["memory.py", "--sizes", "1000", "10000", "100000", "--plot", str(HERE / "memory.png")],
 }
 

@@ -187,7 +187,7 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            tables.write_decisions(run.parent / "selection.parquet", "similarity", decision, output, labels=labels, metadata={})
+            tables.write_decisions(run.parent / "selection.parquet", "similarity", decision, labels=labels, metadata={}, output=output)
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)

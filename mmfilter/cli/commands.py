@@ -12,9 +12,11 @@ import typer
 from mmfilter import __version__
 from mmfilter.cli import options
 from mmfilter.cli.check_command import check
+from mmfilter.cli.dedup_command import dedup
 from mmfilter.cli.models_commands import models_app
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
 from mmfilter.cli.sae_commands import sae_app
+from mmfilter.cli.search_command import search
 from mmfilter.errors import MMFilterError
 
 app = typer.Typer(
@@ -112,6 +114,8 @@ def select(
     min_score: Annotated[Optional[float], typer.Option("--min", help="Keep scores of at least this.")] = None,
     by: Annotated[str, typer.Option(help="Score column to rank by.")] = "similarity",
     where: Annotated[Optional[str], typer.Option(help="SQL condition on the score table: who is a candidate.")] = None,
+    dedup: Annotated[Optional[float], typer.Option(help="Of candidates whose codes are at least this close keep the best only.", metavar="COSINE")] = None,
+    dedup_on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     shuffle: Annotated[Optional[int], typer.Option(help="Shuffle the output with this seed (default: source order).", metavar="SEED")] = None,
     output: Annotated[Optional[str], typer.Option("-o", "--output", help="Directory to write shards to, or - for a tar stream on stdout.")] = None,
     output_format: Annotated[Optional[str], typer.Option("--format", help="shards, tar, or keys (default: shards for a directory, tar for a stream).")] = None,
@@ -128,11 +132,13 @@ def select(
     from mmfilter.cli.app import silence_stdout
     from mmfilter.ops import select as operation
 
+    one_of("--dedup-on", dedup_on, ("both", "image", "text"))
     form, path = destination(output, output_format, sys.stdout.isatty())
     settings = operation.SelectSettings(
-        top=top, min=min_score, by=by, where=where, shuffle=shuffle, format=form, output=path, shard_size=shard_size
+        top=top, min=min_score, by=by, where=where, dedup=dedup, dedup_on=dedup_on, shuffle=shuffle, format=form, output=path, shard_size=shard_size
     )  # fmt: skip
-    selection = operation.select(run, settings)
+    with display.TerminalProgress() as progress:
+        selection = operation.select(run, settings, progress=progress)
     if selection.reader_closed:
         silence_stdout()
     for warning in selection.warnings:
@@ -144,3 +150,5 @@ def select(
 
 
 app.command()(check)
+app.command()(dedup)
+app.command()(search)

@@ -155,6 +155,12 @@ def show_funnel(funnel: list[tuple[str, int]]) -> None:
         console.print(f"  {count:>{width},}  {label}", soft_wrap=True)
 
 
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of words in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def selection_report(selection: Selection) -> dict[str, Any]:
     """A selection as JSON values."""
     return {

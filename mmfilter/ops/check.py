@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.shards import expand
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
-from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.crossmodal import FeatureWeights
 from mmfilter.core.scoring.engine import DeviceSettings, card_weights, load
 from mmfilter.core.scoring.evidence import RAW, Evidence, Judgement, weigh

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.shards import expand
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
-from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.engine import DeviceSettings, load
 from mmfilter.core.scoring.feed import Feed
 from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter

@@ -18,13 +18,13 @@ import transformers
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
+from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
 from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.model.sae import SAE
-from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
 from mmfilter.core.scoring.engine import DeviceSettings, check_weights, load
 from mmfilter.core.scoring.feed import Batch, Feed, Prefetched

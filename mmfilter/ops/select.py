@@ -17,9 +17,13 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 
 from mmfilter import __version__
+from mmfilter.core.codes.duplicates import SAME, DuplicateSettings
+from mmfilter.core.codes.index import On
+from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_shards, write_tar
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shard_writer import write_all
@@ -41,6 +45,10 @@ class SelectSettings:
     """Column of the score table to rank by"""
     where: str | None = None
     """SQL condition over the score table; the rows that pass are the candidates"""
+    dedup: float | None = None
+    """Of candidates whose codes are at least this close only the best is kept; None keeps duplicates"""
+    dedup_on: On = "both"
+    """Which sides have to be that close (see `DuplicateSettings`)"""
     shuffle: int | None = None
     """Seed of a random output order; None keeps the order of the source"""
     format: Format = "shards"
@@ -68,6 +76,8 @@ class SelectSettings:
             raise SelectionError(f"--shard-size is {self.shard_size}; at least 1 is needed")
         if self.shuffle is not None and self.shuffle < 0:
             raise SelectionError(f"--shuffle is {self.shuffle}; a seed from 0 is needed")
+        if self.dedup is not None:
+            DuplicateSettings(self.dedup, self.dedup_on)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,10 @@ class Selection:
     """… of these that have a score"""
     at_least_min: int
     """… of these that score at least `min`"""
+    not_exact: int
+    """… of these without exact duplicates"""
+    not_near: int
+    """… of these without near-duplicates"""
     kept: int
     asked: int | None
     """Samples that `top` asks for; fewer are kept where too few have a score or reach `min`"""
@@ -112,12 +126,15 @@ class Selection:
         steps.append((f"have a score {settings.by!r}", self.scored))
         if settings.min is not None:
             steps.append((f"at least --min {settings.min}", self.at_least_min))
+        if settings.dedup is not None:
+            steps.append((f"without exact duplicates ({SAME[settings.dedup_on]})", self.not_exact))
+            steps.append((f"without near-duplicates (--dedup {settings.dedup})", self.not_near))
         fewer = f", of {self.asked:,} asked for" if self.asked is not None and self.kept < self.asked else ""
         steps.append((("kept" if settings.top is None else f"kept by --top {settings.top}") + fewer, self.kept))
         return steps
 
 
-def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = None) -> Selection:
+def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = None, progress: Progress | None = None) -> Selection:
     """Select from a run directory and write what is kept.
 
     `stdout` is a binary file with a descriptor, by default the process's own. A reader that closes
@@ -131,7 +148,8 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
             _check_output(Path(settings.output), settings.format, tables)
     column = tables.column(settings.by, settings.where)
     top = None if settings.top is None else Top.parse(settings.top)
-    decision = choose(column.values, column.present, column.passes, top=top, minimum=settings.min, first_by_key=tables.first_by_key)
+    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress or Silence())
+    decision = choose(column.values, column.present, column.passes, top=top, minimum=settings.min, first_by_key=tables.first_by_key, duplicates=drop)
     selection = _counted(settings, tables, decision, column.values)
     if settings.format == "keys":
         return _write_keys(selection, tables, decision, stdout)
@@ -140,7 +158,21 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     order = _order(len(members), settings.shuffle)
     if settings.format == "tar":
         return _write_tar(selection, members.take(order), stdout)
-    return _write_folder(selection, tables, decision, members.take(order), order)
+    return _write_folder(selection, tables, decision, members.take(order), order, drop)
+
+
+class _Drop:
+    """The duplicates among the rows of a mask; remembers of which kept sample they are duplicates."""
+
+    def __init__(self, tables: ScoreTables, settings: SelectSettings, values: np.ndarray, progress: Progress) -> None:
+        self._rule = Deduplicator(tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress)
+        self._values = values
+        self.named: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __call__(self, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = self._rule(self._values, among)
+        self.named = found.of, found.similarity
+        return found.exact, found.near
 
 
 # --- counting --------------------------------------------------------------------------------
@@ -150,6 +182,8 @@ def _counted(settings: SelectSettings, tables: ScoreTables, decision: np.ndarray
     counts = dict(zip(Decision, np.bincount(decision, minlength=len(Decision)).tolist(), strict=True))
     candidates = tables.rows - counts[Decision.NOT_IN_WHERE]
     scored = candidates - counts[Decision.NO_SCORE]
+    at_least_min = scored - counts[Decision.BELOW_MIN]
+    not_exact = at_least_min - counts[Decision.EXACT_DUPLICATE]
     dropped = {label: counts[code] for code, label in _labels(settings).items() if code != Decision.NO_SCORE}
     if counts[Decision.NO_SCORE]:
         label = _labels(settings)[Decision.NO_SCORE]
@@ -159,7 +193,9 @@ def _counted(settings: SelectSettings, tables: ScoreTables, decision: np.ndarray
         rows=tables.rows,
         candidates=candidates,
         scored=scored,
-        at_least_min=scored - counts[Decision.BELOW_MIN],
+        at_least_min=at_least_min,
+        not_exact=not_exact,
+        not_near=not_exact - counts[Decision.NEAR_DUPLICATE],
         kept=counts[Decision.KEPT],
         asked=None if settings.top is None else Top.parse(settings.top).of(candidates),
         cut=float(values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
@@ -176,6 +212,8 @@ def _labels(settings: SelectSettings) -> dict[Decision, str]:
         Decision.BELOW_MIN: f"below --min {settings.min}" if settings.min is not None else "below --min",
         Decision.BELOW_CUT: "below the cut",
         Decision.TIED: "at the cut, after others by key",
+        Decision.EXACT_DUPLICATE: f"exact duplicate ({SAME[settings.dedup_on]})",
+        Decision.NEAR_DUPLICATE: f"near-duplicate at --dedup {settings.dedup}",
     }
 
 
@@ -226,7 +264,7 @@ def _check_sources(members: Members, tables: ScoreTables) -> None:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarray, members: Members, order: np.ndarray) -> Selection:
+def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarray, members: Members, order: np.ndarray, drop: _Drop | None) -> Selection:
     settings = selection.settings
     with _explained(settings.output), new_folder(Path(settings.output)) as folder:
         shards = write_shards(folder, members, settings.shard_size)
@@ -234,7 +272,8 @@ def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarra
         output[np.flatnonzero(decision == Decision.KEPT)[order]] = shards.number
         about = _about(selection, tables)
         labels = [_labels(settings).get(code) for code in Decision]
-        tables.write_decisions(folder / "selection.parquet", settings.by, decision, output, labels=labels, metadata=about)
+        named = None if drop is None else drop.named
+        tables.write_decisions(folder / "selection.parquet", settings.by, decision, labels=labels, metadata=about, output=output, duplicates=named)
         artifacts.write_json(folder / "manifest.json", about)
     warnings = selection.warnings
     if shards.n_early:

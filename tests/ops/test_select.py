@@ -396,7 +396,7 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
 
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
-        ScoreTables(RunDirectory(run)).write_decisions(tmp_path / "none/x.parquet", "raw", nothing, nothing, labels=[None, "dropped"], metadata={})
+        ScoreTables(RunDirectory(run)).write_decisions(tmp_path / "none/x.parquet", "raw", nothing, labels=[None, "dropped"], metadata={})
 
 
 def test_sources_stay_as_they_are(run, tmp_path):

@@ -21,6 +21,8 @@ class Decision(IntEnum):
     BELOW_CUT = 4
     TIED = 5
     """Has the score of the cut, but other rows with that score come first"""
+    EXACT_DUPLICATE = 6
+    NEAR_DUPLICATE = 7
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ def choose(
     top: Top | None,
     minimum: float | None,
     first_by_key: Callable[[np.ndarray, int], np.ndarray],
+    duplicates: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> np.ndarray:
     """A `Decision` for every row, as int8.
 
     The candidates are the rows that pass. Of those with a value, and one of at least `minimum`, the
     `top.of(candidates)` largest are kept. `first_by_key(among, n)` gives the positions of the first
-    `n` rows of a mask: it is asked only about the rows that tie at the cut.
+    `n` rows of a mask: it is asked only about the rows that tie at the cut. `duplicates(among)` gives
+    the exact and the near duplicates among the rows of a mask, as masks; they are dropped before the
+    largest are kept, and count as candidates all the same.
     """
     decision = np.full(len(values), Decision.KEPT, np.int8)
     decision[~present] = Decision.NO_SCORE
@@ -71,6 +76,9 @@ def choose(
         if values.dtype.kind == "f":
             minimum = values.dtype.type(minimum)  # a stored 0.7 is at least 0.7, also as float32
         decision[(decision == Decision.KEPT) & (values < minimum)] = Decision.BELOW_MIN
+    if duplicates is not None:
+        exact, near = duplicates(decision == Decision.KEPT)
+        decision[exact], decision[near] = Decision.EXACT_DUPLICATE, Decision.NEAR_DUPLICATE
     if top is not None:
         _keep_largest(decision, values, top.of(int(passes.sum())), first_by_key)
     return decision

@@ -56,15 +56,18 @@ class ScoreTables:
         self.run = run
         self._paths = [path.resolve() for path in run.score_tables()]
         about = [artifacts.read_table_metadata(path) for path in self._paths]
+        self.names = [path.stem for path in self._paths]
+        """Of the shards in the run, as in the names of their tables"""
         self.shards = [ScoredShard(item["shard"], Stamp.from_metadata(item), item["rows"]) for item in about]
-        self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
+        self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
+        """Position of the first row of each shard, and after the last the number of all rows"""
         self._database = self._connect()
         self.types = {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
         """Column name -> DuckDB type"""
 
     @property
     def rows(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def _connect(self, *, locked: bool = False) -> duckdb.DuckDBPyConnection:
         """A database with the view `scores`; a locked one can read nothing else, nor write."""
@@ -92,15 +95,22 @@ class ScoreTables:
         except duckdb.Error as error:
             raise self._damaged(error) from error
 
-    def _execute(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
+    def _execute(self, sql: str, **arrays: Any) -> duckdb.DuckDBPyConnection:
         if arrays:
-            self._database.register("given", arrays)
+            self._database.register("given", artifacts.table(arrays))
         return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
         return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({_reason(error)}); score the shard again")
 
     # --- questions, each one scan ---
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(rows,) True where the sample has scores."""
+        found = self._query("SELECT coalesce(ok, false) AS ok FROM scores").fetchnumpy()["ok"]
+        self._check_rows(len(found))
+        return np.ma.getdata(found)
 
     def column(self, name: str, where: str | None = None) -> Column:
         """A numeric column, and which rows pass `where`, an SQL expression over the score table.
@@ -153,8 +163,8 @@ class ScoreTables:
             kept=kept,
         ).fetchnumpy()
         position = np.flatnonzero(kept)
-        shard = np.searchsorted(self._starts, position, side="right") - 1
-        if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self._starts[shard]):
+        shard = np.searchsorted(self.starts, position, side="right") - 1
+        if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
         paths = [shard.path for shard in self.shards]
         return Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
@@ -165,6 +175,46 @@ class ScoreTables:
         rows = self._query(f"SELECT key FROM scores POSITIONAL JOIN given WHERE given.rank >= 0 {order}", rank=rank)
         while chunk := rows.fetchmany(10_000):
             yield [key for (key,) in chunk]
+
+    def names_of(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns `key`, `shard` and `row` at ascending `positions`."""
+        return self.at(positions, ("key", "shard", "row"))
+
+    def at(self, positions: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns at ascending `positions`; null is NaN in a column of floats."""
+        among = np.zeros(self.rows, bool)
+        among[positions] = True
+        names = ", ".join(f"scores.{_name(column)}" for column in columns)
+        found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among).fetchnumpy()
+        return {name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column) for name, column in found.items()}
+
+    def with_key(self, key: str) -> np.ndarray:
+        """Positions of the rows with this key."""
+        found = self._query(f"SELECT key = {_literal(key)} AS same FROM scores").fetchnumpy()["same"]
+        return np.flatnonzero(np.ma.filled(found, False))
+
+    def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Positions of rows of shards; `shard` indexes `paths`."""
+        start = {shard.path: start for shard, start in zip(self.shards, self.starts.tolist(), strict=False)}
+        return np.array([start[path] for path in paths], np.int64)[shard] + row
+
+    def groups(self, *columns: str) -> np.ndarray:
+        """(rows,) int64: for rows that share the values of these columns the position of the first of them.
+
+        The first by key, then shard, then row; a row alone, without a score or with a null is its own.
+        """
+        names = ", ".join(map(_name, columns))
+        there = " AND ".join(f"{_name(column)} IS NOT NULL" for column in columns)
+        digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()["h"]
+        among = _repeated(np.ma.getdata(digest), ~np.ma.getmaskarray(digest))
+        group = np.arange(self.rows)
+        if among.any():
+            sql = f"""
+                SELECT given.position AS p, first_value(given.position) OVER (PARTITION BY {names} ORDER BY key, shard, scores.row) AS first
+                FROM scores POSITIONAL JOIN given WHERE given.among"""
+            found = self._query(sql, among=among, position=np.arange(self.rows)).fetchnumpy()
+            group[found["p"]] = found["first"]
+        return group
 
     def reasons(self, among: np.ndarray) -> dict[str, int]:
         """Why rows have no score, by kind (what comes before a colon), most frequent first."""
@@ -178,32 +228,59 @@ class ScoreTables:
         path: Path,
         by: str,
         decision: np.ndarray,
-        output: np.ndarray,
         *,
         labels: Sequence[str | None],
         metadata: Mapping[str, Any],
+        output: np.ndarray | None = None,
+        duplicates: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Write a table with a row for every row of the score tables: kept or why not, and where to.
 
         `decision` indexes `labels`, the reasons (None is kept, a label that ends in `: ` goes on with
-        the reason of the score table); `output` is the number of the output shard, negative if none.
+        the reason of the score table). `output` is the number of the output shard, negative if none.
+        `duplicates` are the position of the kept sample that a row is a duplicate of, negative if none,
+        and their similarity.
         """
         cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
         about = f"{{{artifacts.METADATA_KEY.decode()}: {_literal(json.dumps(dict(metadata)))}}}"
+        given, more = {"decision": decision}, ""
+        if output is not None:
+            given["output"] = output
+            more += ", CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard"
+        if duplicates is not None:
+            given |= self._representatives(*duplicates)
+            more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"
         sql = f"""
             COPY (
                 SELECT key, shard, scores.row AS row, CASE WHEN ok THEN {_name(by)} END AS score,
                     given.decision = {labels.index(None)} AS kept,
-                    CASE given.decision {cases} END AS reason,
-                    CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard
+                    CASE given.decision {cases} END AS reason {more}
                 FROM scores POSITIONAL JOIN given
             ) TO {_literal(str(path))} (
                 FORMAT parquet, COMPRESSION zstd, DICTIONARY_SIZE_LIMIT 1000, KV_METADATA {about}
             )"""  # without the limit it tries a dictionary for the keys, which are all different
         try:
-            self._execute(sql, decision=decision, output=output).fetchall()
+            self._execute(sql, **given).fetchall()
         except duckdb.Error as error:
             raise SelectionError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
+
+    def _representatives(self, of: np.ndarray, similarity: np.ndarray) -> dict[str, Any]:
+        """Columns that name the kept sample of each row; each name is held once, however many rows have it."""
+        positions = np.unique(of[of >= 0])
+        names = self.names_of(positions)
+        index = np.where(of >= 0, np.searchsorted(positions, of), -1)
+        found = {f"duplicate_{'of' if name == 'key' else name}": artifacts.encoded(values, index) for name, values in names.items()}
+        return found | {"closeness": similarity}
+
+
+def _repeated(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """True where a value, among those that are there, comes more than once."""
+    at = np.flatnonzero(there)
+    order = at[np.argsort(values[at], kind="stable")]
+    same = values[order[1:]] == values[order[:-1]]
+    found = np.zeros(len(values), bool)
+    found[order[1:][same]] = found[order[:-1][same]] = True
+    return found
 
 
 def _label(label: str) -> str:

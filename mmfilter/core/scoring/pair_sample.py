@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mmfilter.core.data.decode import IMAGE_EXTENSIONS, DecodeSettings, Pair, decode
+from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.shards import RawSample, read_samples
-from mmfilter.core.progress import Progress
 from mmfilter.core.scoring.feed import in_order
 from mmfilter.core.scoring.reference import REFERENCE_SHARDS, spread
 from mmfilter.errors import ShardError

@@ -1,0 +1,56 @@
+"""`mmfilter search`: parse, look for samples, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from mmfilter.cli.options import DEFAULT_RUN, one_of
+
+if TYPE_CHECKING:
+    from mmfilter.ops.search import Hit
+
+SHOWN_SCORES = ("similarity", "support", "saev")
+
+
+def search(
+    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
+    key: Annotated[Optional[str], typer.Option(help="Find the samples most like the one with this key.")] = None,
+    shard: Annotated[Optional[str], typer.Option(help="End of the path of the shard that the key is in, where keys repeat.")] = None,
+    feature: Annotated[Optional[int], typer.Option(help="Find the samples in which this SAE feature is strongest.")] = None,
+    on: Annotated[str, typer.Option(help="Sides to compare, or to look for the feature on: both, image, or text.")] = "both",
+    n: Annotated[int, typer.Option("-n", "--number", help="Samples to list.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Find samples by their codes.
+
+    Like a sample: by the exact cosine of their codes, through the index of the run, which is made if
+    there is none. With a feature: by its maximum over the tokens of a side, in a pass over all codes.
+
+    Example: mmfilter search runs/icons --key 000000012 -n 5
+    """
+    from mmfilter.cli import display
+    from mmfilter.ops import search as operation
+
+    one_of("--on", on, ("both", "image", "text"))
+    settings = operation.SearchSettings(key=key, shard=shard, feature=feature, on=on, n=n)
+    with display.TerminalProgress() as progress:
+        hits = operation.search(run, settings, progress)
+    if as_json:
+        print(json.dumps([{"key": hit.key, "shard": hit.shard, "row": hit.row} | hit.found | {"scores": hit.scores} for hit in hits], indent=2))
+    elif hits:
+        print("\n".join(display.aligned(_rows(hits))))
+    else:
+        display.note("nothing found")
+
+
+def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:
+    """The table, headings first: why it was found, then some scores, then where it is."""
+    rows = [(*hits[0].found, *SHOWN_SCORES, "key", "shard")]
+    for hit in hits:
+        scores = ("" if hit.scores.get(name) is None else f"{hit.scores[name]:.3f}" for name in SHOWN_SCORES)
+        rows.append((*(f"{value:.4f}" for value in hit.found.values()), *scores, hit.key, hit.shard))
+    return rows

@@ -1,0 +1,124 @@
+"""Find samples of a run: those most like one of them, or those in which a feature is strongest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfilter.core.codes.duplicates import representatives
+from mmfilter.core.codes.index import IndexSettings, On, open_index
+from mmfilter.core.codes.nearest import nearest, only, strongest
+from mmfilter.core.codes.tables import CodeTables
+from mmfilter.core.data.artifacts import SCORES, RunDirectory
+from mmfilter.core.data.progress import Progress
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.errors import RunError, SelectionError
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What to look for: a key or a feature."""
+
+    key: str | None = None
+    """Samples like the one with this key"""
+    shard: str | None = None
+    """… in the shard whose path ends so, where keys repeat"""
+    feature: int | None = None
+    """Samples in which this SAE feature is strongest"""
+    on: On = "both"
+    """Sides to compare, or to look for the feature on"""
+    n: int = 20
+    """Samples to list"""
+
+    def __post_init__(self) -> None:
+        if (self.key is None) == (self.feature is None):
+            raise SelectionError("say what to look for: --key KEY or --feature NUMBER, one of them")
+        if self.shard is not None and self.key is None:
+            raise SelectionError("--shard says which sample a --key means; give both")
+        if self.n < 1:
+            raise SelectionError(f"-n is {self.n}; at least 1 is needed")
+        IndexSettings(self.on)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A sample that was found."""
+
+    key: str
+    shard: str
+    row: int
+    found: dict[str, float]
+    """Why: `cosine`, `image` and `text` for a key; `image` and `text`, the feature's maxima, for a feature"""
+    scores: dict[str, float | None]
+    """Score name -> value"""
+
+
+def search(run: Path, settings: SearchSettings, progress: Progress) -> list[Hit]:
+    """The samples found, the best first. A sample that is looked for by key is not among them.
+
+    Raises `SelectionError` for a key, shard or feature that is not in the run.
+    """
+    scores = ScoreTables(RunDirectory(run))
+    tables = CodeTables(scores)
+    sides = IndexSettings(settings.on).sides
+    if settings.feature is not None:
+        return _with_feature(scores, tables, settings, sides)
+    return _like(scores, tables, settings, sides, progress)
+
+
+def _with_feature(scores: ScoreTables, tables: CodeTables, settings: SearchSettings, sides: tuple[str, ...]) -> list[Hit]:
+    if not 0 <= settings.feature < len(tables.idf):
+        raise SelectionError(f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}")
+    position, maxima = strongest(tables, settings.feature, settings.n, sides)
+    return _hits(scores, position, {"image": maxima[:, 0], "text": maxima[:, 1]})
+
+
+def _like(scores: ScoreTables, tables: CodeTables, settings: SearchSettings, sides: tuple[str, ...], progress: Progress) -> list[Hit]:
+    sample = _sample(scores, settings)
+    groups = scores.groups("image_hash", "text_hash")
+    try:
+        index = open_index(tables, representatives(scores, groups), IndexSettings(), scores.run.index, progress)
+    except OSError as error:
+        raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
+    query = only(tables.take(np.array([sample])), sides)
+    found = nearest(query, settings.n + 1, index, tables, groups)
+    other = np.flatnonzero(found.position != sample)[: settings.n]
+    return _hits(scores, found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *sides)})
+
+
+def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
+    """The position of the one scored sample that is meant."""
+    positions = scores.with_key(settings.key)
+    shards = [scores.shards[i].path for i in np.searchsorted(scores.starts, positions, side="right") - 1]
+    if settings.shard is not None:
+        chosen = [(p, shard) for p, shard in zip(positions.tolist(), shards, strict=True) if shard.endswith(settings.shard)]
+        positions, shards = np.array([p for p, _ in chosen], np.int64), [shard for _, shard in chosen]
+    where = f"in a shard that ends with {settings.shard!r} of run" if settings.shard else "in run"
+    if not len(positions):
+        raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}")
+    if len(positions) > 1:
+        if len(set(shards)) == 1:
+            raise SelectionError(f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample")
+        few = ", ".join(map(repr, shards[:3])) + (", …" if len(shards) > 3 else "")
+        raise SelectionError(f"key {settings.key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path")
+    if not scores.scored[positions[0]]:
+        raise SelectionError(f"the sample with key {settings.key!r} has no codes: it could not be scored")
+    return int(positions[0])
+
+
+def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray]) -> list[Hit]:
+    if not len(position):
+        return []
+    named = [name for name in SCORES if name in scores.types]
+    ascending = np.sort(position)
+    columns: dict[str, Any] = scores.at(ascending, ("key", "shard", "row", *named))
+    hits = []
+    for i, at in enumerate(np.searchsorted(ascending, position).tolist()):
+        values = {name: float(columns[name][at]) for name in named}
+        values = {name: value if np.isfinite(value) else None for name, value in values.items()}
+        why = {name: float(column[i]) for name, column in found.items()}
+        hits.append(Hit(str(columns["key"][at]), str(columns["shard"][at]), int(columns["row"][at]), why, values))
+    return hits
