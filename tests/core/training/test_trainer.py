@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.model.sae import SAE, load_sae
+from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.model.sae import SAE
 from mmfilter.core.training.optimiser import Optimiser
 from mmfilter.core.training.selection import BatchTopK
 from mmfilter.core.training.settings import TrainSettings
