@@ -76,6 +76,10 @@ class TerminalProgress:
         self._samples += samples
         self._bar.update(self._task, advance=nbytes, samples=self._samples)
 
+    def describe(self, text: str) -> None:
+        """Put figures in the place of the phase's name."""
+        self._bar.update(self._task, description=text)
+
     def note(self, text: str) -> None:
         """Say something that the user should know, above the bar."""
         self._console.print(f"mmfilter: {text}", soft_wrap=True)

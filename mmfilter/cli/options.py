@@ -90,6 +90,21 @@ def card_for(
     return replace(card, **changes)
 
 
+def model_card(model: str, layer: int | None, prompt: str | None, text_context: str | None) -> Card:
+    """The model to train on: a card's, or a folder or hub id with --layer; no SAE is needed."""
+    from mmfilter.core.model.cards import Card, card_names, load_card
+
+    if model in card_names():
+        card = replace(load_card(model), cannot_score="")
+    elif layer is None:
+        raise ModelError(f"no card {model!r} (there is {', '.join(card_names())}); for a folder or hub id give --layer as well")
+    else:
+        card = Card(name=model, model=model, layer=layer, sae="")
+    changes = {name: value for name, value in (("layer", layer), ("prompt", prompt), ("text_context", text_context)) if value is not None}
+    one_of("--text-context", text_context, ("image", "none"))
+    return replace(card, **changes)
+
+
 def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:
     """The format to write and where to (None: stdout); a tar is never poured into a terminal."""
     one_of("--format", form, ("shards", "tar", "keys"))

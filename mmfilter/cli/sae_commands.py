@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from mmfilter.cli import options
+from mmfilter.cli.sae_train_command import train
 from mmfilter.errors import SAEError
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from mmfilter.ops.sae import Description, Listed
 
 sae_app = typer.Typer(
-    help="List, show, convert and fetch sparse autoencoders.",
+    help="Train, list, show, convert and fetch sparse autoencoders.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+sae_app.command()(train)
 
 Source = Annotated[str, typer.Argument(help="Folder or file, hf:OWNER/REPO[@REVISION]/FOLDER, saelens:RELEASE/ID, or a card's name.", metavar="SAE")]
 Statements = Annotated[Optional[list[str]], typer.Option(help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")]

@@ -128,6 +128,11 @@ class Backbone(OwnProcessor):
         return next(self._layers[-1].parameters()).device
 
     @property
+    def block(self) -> torch.nn.Module:
+        """The block whose output is taken."""
+        return self._layers[self.layer]
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from mmfilter.core.data.artifacts import atomic
 from mmfilter.core.model.codes import TokenCodes
 from mmfilter.errors import SAEError
 
@@ -148,7 +149,8 @@ class SAE:
         """Write the SAELens 6 layout: `cfg.json` and `sae_weights.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        with atomic(folder / WEIGHTS) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         config = {
             "architecture": "standard" if self.activation == "relu" else self.activation,
             "d_in": self.d_model,

@@ -1,0 +1,23 @@
+"""What a training leaves beside the SAE: cross-modal weights of its features."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import closing
+from typing import Any
+
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.shards import read_samples
+from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.sae import SAE
+from mmfilter.core.scoring.crossmodal import FeatureWeights
+from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.reference import fit_weights
+
+
+def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, caption: str, pairs: int, workers: int, progress: Any) -> FeatureWeights:
+    """Weights fitted on the heads of the training shards, as `score` fits them."""
+    with closing(Feed(backbone, DecodeSettings(caption), batch_size=pairs, workers=workers)) as feed:
+        return fit_weights(
+            shards, lambda shard, n: itertools.islice(read_samples(shard), n), feed, backbone, sae.to(backbone.device), lambda n: progress.advance(n, 0)
+        )  # fmt: skip

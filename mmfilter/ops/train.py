@@ -1,0 +1,46 @@
+"""Train sparse autoencoders on the image and text states of the user's own pairs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from mmfilter.core.data.shards import expand
+from mmfilter.core.scoring.engine import DeviceSettings, load_model
+from mmfilter.core.training.run import TrainProgress, TrainRunSettings, TrainSummary
+from mmfilter.core.training.session import TrainRun
+
+
+def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainProgress) -> TrainSummary:
+    """Train, and write each SAE with its statistics, weights, log and curves; goes on where a killed run stopped.
+
+    Raises `ShardError` for a pattern that names nothing, `ModelError` for a model that cannot be loaded, and
+    `SAEError` for states that are not finite, too little memory or disk, and checkpoints of other settings.
+    """
+    shards = expand(patterns)
+    with together(settings.device) as device:
+        backbone = load_model(settings.card, device)
+        run = TrainRun(shards, backbone, settings, device, progress)
+        run.prepare()
+        return run.train()
+
+
+@contextmanager
+def together(device: DeviceSettings) -> Iterator[DeviceSettings]:
+    """Join the other processes under torchrun for the length of the block, each on its own device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    cuda = device.resolved_device.startswith("cuda")
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        if cuda:
+            device = replace(device, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+            torch.cuda.set_device(device.device)
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
