@@ -10,7 +10,6 @@ All states, codes, weights and scores are mmfilter's own; only the cross-check c
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from evaluate_raw import auc
 from export import PROMPT
 from model import HOOK_LAYER
 from pairs import Split, make_tar
-from sae import SAESettings, load_states, quality, train_sae
+from sae import train_sae
 from weights import reference_tar
 
 from mmfilter.core.data.decode import DecodeSettings
@@ -34,12 +33,13 @@ from mmfilter.core.model.pretrained import load_sae
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
 from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.fidelity import FidelityMeter
 from mmfilter.core.scoring.random_sae import random_twin
 from mmfilter.core.scoring.scorer import pool_pairs
 from mmfilter.core.scoring.scores import SCORES, PooledPairs
 
 ROOT = Path(__file__).parents[2]
-WIDTHS, KS, STEPS = (2048, 3072, 4096), (8, 16, 24, 32), (200, 400)
+WIDTHS, KS, TOKENS = (1024, 2048, 4096), (16, 24, 32), (60_000, 160_000, 400_000)
 TAU_QUANTILES = (0.0, 0.25, 0.5, 0.75)
 REPORTED = ("similarity", "support", "saev", "cooccurrence", "l0", "caption length", "raw", "similarity, idf of each side")
 OF_RANDOM_SAE = ("similarity", "support", "saev")
@@ -150,39 +150,33 @@ def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[flo
 # --- the sweep -------------------------------------------------------------------------------
 
 
-def sweep(build: Path, trained: Path, model: Path, widths: list[int], steps: list[int]) -> list[dict]:
-    """One row for each SAE: AUCs on the choice split, at each threshold; SAEs and rows are kept for the next call."""
+def sweep(build: Path, model: Path, widths: list[int], tokens: list[int]) -> None:
+    """Train SAEs of every width and k for several numbers of tokens; one line each with what it does on the choice split."""
     backbone = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT)
     split = states_of(make_tar(build / "eval" / "choice.tar", "choice"), backbone)
     reference = states_of(reference_tar(build), backbone)
-    rows = []
-    for n_features, k, n_steps in itertools.product(widths, KS, steps):
-        settings = SAESettings(n_features=n_features, k=k, steps=n_steps)
-        folder = build / "sweep" / f"{trained.stem}-{n_features}-{k}-{n_steps}"
-        if not (folder / "row.json").exists():
-            training = load_states(build, trained, settings)
-            sae = train_sae(training, settings)
-            sae.save(folder)
-            (folder / "row.json").write_text(json.dumps(sweep_row(sae, settings, split, reference) | quality(sae, training)))
-        rows.append(json.loads((folder / "row.json").read_text()))
-        print(sweep_line(rows[-1]), flush=True)
-    return rows
+    print("| features | k | tokens | FVU image | FVU text | L0 image | L0 text | weighted | similarity | support | saev | τ |\n" + "|---" * 12 + "|")
+    for n_tokens in tokens:
+        folder = build / "sweep" / str(n_tokens)
+        if not folder.exists():
+            train_sae(build, model, folder, "--tokens", str(n_tokens), "--widths", ",".join(map(str, widths)), "--k", ",".join(map(str, KS)))
+        for path in sorted(folder.glob("width-*")):
+            print(sweep_line(load_sae(path), json.loads((path / "manifest.json").read_text())["settings"], split, reference), flush=True)
 
 
-def sweep_line(row: dict) -> str:
-    """A row as a line of a Markdown table, with the threshold at which `saev` is best."""
-    best = max(range(len(row["thresholds"])), key=lambda i: row[f"saev@{i}"])
-    facts = [row["n_features"], row["k"], row["steps"], row["fvu_image"], row["fvu_context"], row["on_both"], row["weighted"]]
-    found = [row["similarity"], row["similarity, idf of each side"], row["support"], row[f"saev@{best}"], row["thresholds"][best]]
-    return "| " + " | ".join(str(value) for value in facts + found) + " |"
-
-
-def sweep_row(sae: SAE, settings: SAESettings, split: States, reference: States) -> dict:
-    """The AUCs of one SAE on the choice split."""
+def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> str:
+    """A line of a Markdown table: fidelity on the split's pairs, AUCs, and the threshold at which `saev` is best."""
     weights = weights_of(reference, sae)
     thresholds = thresholds_of(reference, sae, weights)
-    facts = {"n_features": settings.n_features, "k": settings.k, "steps": settings.steps, "thresholds": thresholds, "weighted": weights.n_weighted}
-    return facts | aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
+    found = aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
+    best = max(range(len(thresholds)), key=lambda i: found[f"saev@{i}"])
+    meter = FidelityMeter(sae)
+    for batch in split.batches:
+        meter.add(batch.states, batch.side)
+    image, text = meter.fidelity.image, meter.fidelity.text
+    facts = [sae.n_features, settings["k"], settings["tokens"], *(f"{value:.3f}" for value in (image.fvu, text.fvu)), f"{image.l0:.1f}", f"{text.l0:.1f}"]
+    cells = [*facts, weights.n_weighted, found["similarity"], found["support"], found[f"saev@{best}"], thresholds[best]]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -286,14 +280,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate the tiny model's scores.")
     parser.add_argument("what", choices=("sweep", "report", "check"))
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "recipe")
-    parser.add_argument("--trained", type=Path, help="sweep: model.pt or a checkpoint.pt; default: BUILD/run/model.pt")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny")
     parser.add_argument("--threshold", type=float, help="default: that of models/tiny.yaml")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     options = parser.parse_args()
     if options.what == "sweep":
-        sweep(options.build, options.trained or options.build / "run" / "model.pt", options.model, options.widths, options.steps)
+        sweep(options.build, options.model, options.widths, options.tokens)
         return
     threshold = options.threshold
     if threshold is None:

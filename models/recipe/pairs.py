@@ -10,7 +10,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ SIDE, QUALITY = 128, 90
 CHOICE_DRAWS = 2
 """Pairs made of each held-out icon, with other captions and backgrounds."""
 REFERENCE_SEED, REFERENCE_PAIRS = 11, 1000
+TRAINING_SEED, TRAINING_PAIRS, STRETCH = 1_000_000, 20_000, 250
 Split = Literal["choice", "report"]
 
 
@@ -98,9 +99,20 @@ def evaluation_pairs(split: Split) -> list[Pair]:
 
 def reference_pairs(icons: Icons) -> list[Pair]:
     """Training pairs without disguise, on which the feature weights are fitted."""
-    rng, numbers = random.Random(REFERENCE_SEED), np.random.default_rng(REFERENCE_SEED)
-    scenes = train_scenes(icons, REFERENCE_PAIRS, numbers, rng)
-    drawn = draw(icons, scenes, torch.Generator().manual_seed(REFERENCE_SEED), disguise=False)
+    return drawn_pairs(icons, REFERENCE_PAIRS, REFERENCE_SEED, disguise=False)
+
+
+def training_pairs(icons: Icons) -> Iterator[Pair]:
+    """Training pairs for the SAE, every other stretch of them in disguise."""
+    for start in range(0, TRAINING_PAIRS, STRETCH):
+        yield from drawn_pairs(icons, STRETCH, TRAINING_SEED + start, disguise=start % (2 * STRETCH) == 0)
+
+
+def drawn_pairs(icons: Icons, n: int, seed: int, *, disguise: bool) -> list[Pair]:
+    """Freshly drawn training pairs; the same ones for a seed."""
+    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    scenes = train_scenes(icons, n, numbers, rng)
+    drawn = draw(icons, scenes, torch.Generator().manual_seed(seed), disguise=disguise)
     pixels = (drawn * 255).round().byte().permute(0, 2, 3, 1).numpy()
     pairs = []
     for scene, image in zip(scenes, pixels, strict=True):
@@ -111,7 +123,7 @@ def reference_pairs(icons: Icons) -> list[Pair]:
     return pairs
 
 
-def write_tar(path: Path, pairs: list[Pair]) -> None:
+def write_tar(path: Path, pairs: Iterable[Pair]) -> None:
     """One WebDataset shard, written under a temporary name and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -130,4 +142,12 @@ def make_tar(path: Path, split: Split) -> Path:
     """The split's shard, made if it is not there."""
     if not path.exists():
         write_tar(path, evaluation_pairs(split))
+    return path
+
+
+def training_tar(build: Path) -> Path:
+    """The shard that the SAE is trained on, made if it is not there."""
+    path = build / "train.tar"
+    if not path.exists():
+        write_tar(path, training_pairs(Icons(build / "icons.npz")))
     return path

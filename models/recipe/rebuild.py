@@ -24,7 +24,7 @@ from evaluate import check, load_backbone, report
 from export import PROMPT, export, verify
 from icons import render_all
 from model import HOOK_LAYER
-from sae import SAESettings, load_states, quality, train_sae
+from sae import train_sae
 from scenes import Icons
 from tokenizer import train_tokenizer
 from train import Settings, train
@@ -54,15 +54,6 @@ def make_export(build: Path, trained: Path, folder: Path) -> None:
     """Export the trained model and compare its states."""
     export(trained, build / "tokenizer", folder)
     print(f"hook states agree to {verify(trained, folder):.2e}")
-
-
-def make_sae(build: Path, trained: Path, folder: Path) -> None:
-    """Train the SAE with the chosen settings and save it."""
-    settings = SAESettings()
-    states = load_states(build, trained, settings)
-    sae = train_sae(states, settings, build / "sae.jsonl")
-    sae.save(folder)
-    print(json.dumps(quality(sae, states)))
 
 
 def make_weights(build: Path, model: Path) -> None:
@@ -113,7 +104,7 @@ def main() -> None:
     step("tokenizer", build / "tokenizer" / "tokenizer.json", lambda: train_tokenizer(Icons(icons), build / "tokenizer"))
     step("training", run / "model.pt", lambda: train(Icons(icons), run, settings))
     step("export", model / "config.json", lambda: make_export(build, run / "model.pt", model))
-    step("SAE", model / "sae" / "sae_weights.safetensors", lambda: make_sae(build, run / "model.pt", model / "sae"))
+    step("SAE", model / "sae" / "sae_weights.safetensors", lambda: train_sae(build, model, model / "sae"))
     step("weights", model / "sae" / "weights.safetensors", lambda: make_weights(build, model))
     step("evaluation", build / "report.json", lambda: make_report(build, model, build / "report.json"))
     print_report(build / "report.json")
