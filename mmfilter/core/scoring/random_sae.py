@@ -59,6 +59,25 @@ def random_sae(sae: SAE, states: torch.Tensor, *, seed: int) -> SAE:
     return replace(twin, threshold=nothing + cut)
 
 
+def with_fitted_decoder(twin: SAE, states: torch.Tensor) -> SAE:
+    """The random SAE with the same codes and the decoder of the scale that reconstructs `states` (tokens, d_model) best.
+
+    The decoder of `random_sae` has unit rows, whose sum is too long when many are active; held against a
+    trained SAE it would lose for its scale alone. The scale is the least-squares one of what the features
+    add to the offset; the offset is b_dec, or the mean state where the SAE subtracts no b_dec.
+    """
+    if not twin.subtract_b_dec:
+        twin = replace(twin, b_dec=twin.normalised(states).mean(0))
+    along = length = 0.0
+    for part in states.split(max(1, DENSE_CHUNK_ELEMENTS // twin.n_features)):
+        codes = twin.encode(part, max_active=twin.n_features)
+        offset = twin.decode(replace(codes, value=torch.zeros_like(codes.value)), part).double()
+        added = twin.decode(codes, part).double() - offset
+        along += float(((part.double() - offset) * added).sum())
+        length += float(added.square().sum())
+    return replace(twin, W_dec=twin.W_dec * (along / length if length else 1.0))
+
+
 def _mean_preactivation(sae: SAE, states: torch.Tensor) -> torch.Tensor:
     """(n_features,), over all states."""
     chunk = max(1, DENSE_CHUNK_ELEMENTS // sae.n_features)
