@@ -164,7 +164,8 @@ def beside_random(
         states = [batch.states for batch in few_states(sample, numbers, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)]
         some = torch.cat(states)
         some = some[some.isfinite().all(1)]
-        saes = {TRAINED: sae, RANDOM: with_fitted_decoder(random_sae(sae, some, seed=settings.seed), some)}
+        twin = with_fitted_decoder(random_sae(sae, some, seed=settings.seed, max_active=sae.n_features), some)
+        saes = {TRAINED: sae, RANDOM: twin}
         progress.start("fitting feature weights", None)
         fitted = fit_all(["sample"], lambda _, n: sample.read(numbers[:n]), feed, backbone, list(saes.values()), lambda n: progress.advance(n, 0))
     return saes, {name: weight_spread(weights) for name, weights in zip(saes, fitted, strict=True)}

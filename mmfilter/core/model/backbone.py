@@ -101,9 +101,7 @@ class OwnProcessor:
 class Backbone(OwnProcessor):
     """One model up to the output of layer `layer` of its text stream (counted from 0); `whole` keeps what is behind it."""
 
-    def __init__(
-        self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image", whole: bool = False
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image", whole: bool = False) -> None:
         super().__init__(processor)
         self.model, self.layer, self.text_context, self.whole = model.eval(), layer, text_context, whole
         self.family = family_of(model.config)

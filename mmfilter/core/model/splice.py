@@ -76,25 +76,23 @@ def caption_loss(backbone: Backbone, tensors: dict[str, torch.Tensor], side: tor
 
     `tensors` and `side` (batch, length) as in `Inputs`, of either of its streams.
     """
-    n_tokens = _predicted(side).sum(1)
+    n_tokens = predicted_tokens(side).sum(1)
     total = torch.zeros(len(side), dtype=torch.float64)
     for rows, part in backbone.parts(tensors):
         of_tokens = torch.nn.functional.cross_entropy(*_logits(backbone, part, side[rows], instead), reduction="none")
-        owner = _predicted(side[rows]).nonzero()[:, 0]
+        owner = predicted_tokens(side[rows]).nonzero()[:, 0]
         total[rows] = total[rows].index_add(0, owner, of_tokens.double().cpu())
     return CaptionLoss(total, n_tokens)
 
 
-def _predicted(side: torch.Tensor) -> torch.Tensor:
+def predicted_tokens(side: torch.Tensor) -> torch.Tensor:
     """(batch, length − 1) bool: positions whose next token is of the caption."""
     return side[:, 1:] == TEXT
 
 
-def _logits(
-    backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None) -> tuple[torch.Tensor, torch.Tensor]:
     """((tokens, vocabulary) float32, (tokens,)): what the model says of every caption token, row by row, and which token it is."""
-    predicted = _predicted(side)
+    predicted = predicted_tokens(side)
     head = backbone.model.get_output_embeddings()
     handles = [head.register_forward_pre_hook(lambda _head, args: (_before(args[0], predicted), *args[1:]))]
     if instead is not None:

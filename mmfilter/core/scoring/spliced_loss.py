@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.splice import Replacement, caption_loss, sees_ahead, zeros
+from mmfilter.core.model.splice import Replacement, caption_loss, predicted_tokens, sees_ahead, zeros
 
 LEAST_RANGE = 0.01
 """Nats a token that zeroing has to cost for a share of them to mean something."""
@@ -39,6 +39,8 @@ class SplicedLoss:
     """Pairs of which one of the losses is not finite, or of which no token is predicted"""
     vocabulary: int
     """Tokens that the model chooses among"""
+    context_free: float
+    """Entropy of the predicted tokens' own frequencies: the least that guessing them without any context can cost"""
 
     @property
     def uniform(self) -> float:
@@ -60,6 +62,16 @@ class SplicedLoss:
         return ""
 
     @property
+    def caution(self) -> str:
+        """Why CE recovered should be read with care; empty where there is no reason."""
+        if self.meaningless or self.clean < self.context_free:
+            return ""
+        return (
+            f"the model's own loss, {self.clean:.2f}, is above the {self.context_free:.2f} of guessing by the frequencies of these tokens alone: "
+            "it is a poor language model of these captions"
+        )
+
+    @property
     def recovered(self) -> dict[str, float]:
         """CE recovered by each SAE; NaN where it would be meaningless."""
         if self.meaningless:
@@ -75,7 +87,9 @@ class LossMeter:
         self._ways: list[Replacement | None] = [None, zeros, *replacements.values()]
         self._names = list(replacements)
         self._totals = torch.zeros(len(self._ways), dtype=torch.float64)
-        self._n_tokens = self._n_left_out = 0
+        self._n_left_out = 0
+        self._vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
+        self._counts = torch.zeros(self._vocabulary, dtype=torch.int64)
         self._asked = False
         self.sees_ahead = False
         """Whether the model sees the tokens that it should predict; losses mean nothing then and are not added up"""
@@ -90,12 +104,15 @@ class LossMeter:
         totals, n_tokens = torch.stack([loss.total for loss in losses]), losses[0].n_tokens
         kept = totals.isfinite().all(0) & (n_tokens > 0)
         self._totals += totals[:, kept].sum(1)
-        self._n_tokens += int(n_tokens[kept].sum())
+        predicted = tensors["input_ids"][kept, 1:][predicted_tokens(side[kept])]
+        self._counts += torch.bincount(predicted.cpu(), minlength=self._vocabulary)
         self._n_left_out += int((~kept).sum())
 
     @property
     def loss(self) -> SplicedLoss:
         """What all batches so far come to."""
-        clean, zero, *spliced = (self._totals / (self._n_tokens or math.nan)).tolist()
-        vocabulary = self._backbone.model.get_output_embeddings().weight.shape[0]
-        return SplicedLoss(clean, zero, dict(zip(self._names, spliced, strict=True)), self._n_tokens, self._n_left_out, vocabulary)
+        n_tokens = int(self._counts.sum())
+        clean, zero, *spliced = (self._totals / (n_tokens or math.nan)).tolist()
+        entropy = float(torch.special.entr(self._counts.double() / (n_tokens or math.nan)).sum())
+        named = dict(zip(self._names, spliced, strict=True))
+        return SplicedLoss(clean, zero, named, n_tokens, self._n_left_out, self._vocabulary, entropy)
