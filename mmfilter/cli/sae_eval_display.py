@@ -29,7 +29,7 @@ def show_evaluation(evaluation: Evaluation, sae: str) -> None:
         soft_wrap=not console.is_terminal,
     )
     for trial in evaluation.trials:
-        _show_trial(console, trial)
+        _show_trial(console, trial, evaluation.n_pairs)
     console.print(f"\ncross-modal weights on {next(iter(evaluation.weights.values())).n_pairs:,} pairs")
     table = plain_table("SAE", "weighted", "one-sided", "caption", "image", "never", "10 %", "median", "90 %")
     for name, spread in evaluation.weights.items():
@@ -37,9 +37,10 @@ def show_evaluation(evaluation: Evaluation, sae: str) -> None:
     console.print(table)
 
 
-def _show_trial(console: Console, trial: Trial) -> None:
+def _show_trial(console: Console, trial: Trial, n_pairs: int) -> None:
     context = "captions alone, no image" if trial.text_only else "images and captions"
-    console.print(f"\n{trial.model}: {context}", soft_wrap=True)
+    fewer = "" if trial.n_pairs == n_pairs else f", {trial.n_pairs:,} pairs"
+    console.print(f"\n{trial.model}: {context}{fewer}", soft_wrap=True)
     table = plain_table("tokens", "number", "SAE", "FVU", "expl./dim.", "cosine", "active (L0)", "silent", "dense")
     for side, word in SIDES.items():
         for which, fidelity in trial.fidelity.items():
@@ -47,7 +48,8 @@ def _show_trial(console: Console, trial: Trial) -> None:
                 table.add_row(*_side_row(fidelity, side, word, which))
     console.print(table)
     for which, fidelity in trial.fidelity.items():
-        console.print(_features(which, fidelity, trial.text_only))
+        if not trial.text_only:
+            console.print(_features(which, fidelity))
     console.print(f"caption loss: {trial.no_loss}" if trial.loss is None else _loss(trial.loss), soft_wrap=not console.is_terminal)
 
 
@@ -57,9 +59,8 @@ def _side_row(fidelity: Fidelity, name: str, word: str, which: str) -> tuple[str
     return word, f"{side.n_tokens:,}", which, *figures, _percent(fidelity.fraction_silent[name]), f"{side.n_dense:,}"
 
 
-def _features(which: str, fidelity: Fidelity, text_only: bool) -> str:
-    fires = f"{which}: {fidelity.n_dead:,} features dead"
-    return fires if text_only else f"{fires}; {_percent(fidelity.fraction_shared)} of the others fire on both sides"
+def _features(which: str, fidelity: Fidelity) -> str:
+    return f"{which}: {fidelity.n_dead:,} features dead; {_percent(fidelity.fraction_shared)} of the others fire on both sides"
 
 
 def _loss(loss: SplicedLoss) -> str:
