@@ -60,6 +60,8 @@ def _side_row(fidelity: Fidelity, name: str, word: str, which: str) -> tuple[str
 
 
 def _features(which: str, fidelity: Fidelity) -> str:
+    if fidelity.n_dead == fidelity.n_features:
+        return f"{which}: all features dead"
     return f"{which}: {fidelity.n_dead:,} features dead; {_percent(fidelity.fraction_shared)} of the others fire on both sides"
 
 
@@ -78,7 +80,7 @@ def _spread_row(spread: WeightSpread) -> tuple[str, ...]:
 
 
 def _percent(share: float) -> str:
-    return "no" if math.isnan(share) else f"{100 * share:.1f} %".replace("-", "−")
+    return f"{100 * share:.1f} %".replace("-", "−")
 
 
 def evaluation_json(evaluation: Evaluation, sae: str) -> dict[str, Any]:

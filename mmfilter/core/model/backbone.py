@@ -229,7 +229,7 @@ class Backbone(OwnProcessor):
             try:
                 suffixes["none"] = self._suffix(self._text_prompt)
             except (ValueError, TypeError, AttributeError) as error:
-                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image") from error
+                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and no --text-only") from error
         return suffixes
 
     def _suffix(self, prompt: str, **images: Any) -> str:

@@ -26,8 +26,9 @@ from mmfilter.core.model.towers import TwoTowers
 
 Replacement = Callable[[torch.Tensor], torch.Tensor]
 """From states (tokens, d_model) to those that stand in for them."""
-LEAK = 1e-3
-"""Change of a logit, in standard deviations of the logits, above which a token is seen from before it."""
+LEAK = 0.1
+"""Change of a logit, in standard deviations of the logits, above which a token is seen from before it. Rounding
+changes them by less, in bfloat16 too, where experts are grouped otherwise."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def _replaced(output: Any, where: torch.Tensor, instead: Replacement) -> Any:
 
 
 @torch.inference_mode()
-def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> bool:
-    """Whether changing a caption's last token changes what the model says of the tokens before it.
+def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> bool | None:
+    """Whether changing a caption's last token changes what the model says of the tokens before it; None where the batch cannot tell.
 
     Models that read their prompt in both directions (PaliGemma) see the token that they should predict,
     and their loss on it is not a language model's. Needs no knowledge of the family.
@@ -132,6 +133,8 @@ def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch
     last = text.shape[1] - 1 - text.flip(1).int().argmax(1)
     ids = part["input_ids"].clone()
     ids[each, last] = ids[each, first]
+    if torch.equal(ids, part["input_ids"]):  # captions of one token
+        return None
     before = _logits(backbone, part, side[rows], None)[0]
     after = _logits(backbone, part | {"input_ids": ids}, side[rows], None)[0]
     return bool((after - before).abs().max() > LEAK * before[before.isfinite()].std())

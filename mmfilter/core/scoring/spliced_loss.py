@@ -90,14 +90,13 @@ class LossMeter:
         self._n_left_out = 0
         self._vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
         self._counts = torch.zeros(self._vocabulary, dtype=torch.int64)
-        self._asked = False
-        self.sees_ahead = False
-        """Whether the model sees the tokens that it should predict; losses mean nothing then and are not added up"""
+        self.sees_ahead: bool | None = None
+        """Whether the model sees the tokens that it should predict, so that its losses mean nothing; None until a batch can tell"""
 
     def add(self, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> None:
         """A batch of one of the model's streams: `tensors` and `side` (batch, length) as in `Inputs`."""
-        if not self._asked:
-            self.sees_ahead, self._asked = sees_ahead(self._backbone, tensors, side), True
+        if self.sees_ahead is None:
+            self.sees_ahead = sees_ahead(self._backbone, tensors, side)
         if self.sees_ahead:
             return
         losses = [caption_loss(self._backbone, tensors, side, way) for way in self._ways]

@@ -108,6 +108,12 @@ def test_a_model_that_reads_its_prompt_in_both_directions_is_found_out(made):
     assert sees_ahead(backbone, *prepared(specimen, backbone))
 
 
+def test_captions_of_one_token_cannot_tell(made):
+    backbone = made("paligemma")[1]
+    inputs = backbone.prepare([picture(0, (80, 60))], ["a"])
+    assert sees_ahead(backbone, {name: t.double() if t.is_floating_point() else t for name, t in inputs.tensors.items()}, inputs.side) is None
+
+
 @pytest.mark.parametrize("name", NO_LOSS)
 def test_models_that_predict_no_tokens_say_so(made, name):
     assert why_no_loss(made(name)[1]) == NO_LOSS[name]
