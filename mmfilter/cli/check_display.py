@@ -31,10 +31,10 @@ def show_check(report: CheckReport) -> None:
     console.print(
         f"{report.n_pairs:,} pairs of {len(report.shards)} {shards}, each with its own caption and with another pair's; feature weights of {weights}.\n"
     )
-    table = _table("score", "AUC", "95 % interval", "random SAE", "difference to it", "with length")
+    table = plain_table("score", "AUC", "95 % interval", "random SAE", "difference to it", "with length")
     for name in SHOWN:
         score = report.scores[name]
-        table.add_row(name, f"{score.auc:.3f}", _span(score.interval), *_beside_random(score), _number(score.length_correlation, "+.2f"))
+        table.add_row(name, f"{score.auc:.3f}", _span(score.interval), *_beside_random(score), number(score.length_correlation, "+.2f"))
     console.print(table)
     console.print()
     console.print(_fidelity_table(report.fidelity))
@@ -49,7 +49,8 @@ def show_measurement(measurement: Measurement) -> None:
     console.print(f"\n{measurement.verdict}")
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table without lines, numbers on the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -64,9 +65,9 @@ def _beside_random(score: Evidence) -> tuple[str, str]:
 
 
 def _fidelity_table(fidelity: Fidelity) -> Table:
-    table = _table("tokens", "number", "FVU", "cosine", "active (L0)", "silent features")
+    table = plain_table("tokens", "number", "FVU", "cosine", "active (L0)", "silent features")
     for name, side in fidelity.sides.items():
-        figures = (_number(side.fvu, ".3f"), _number(side.cosine, ".3f"), _number(side.l0, ".1f"))
+        figures = (number(side.fvu, ".3f"), number(side.cosine, ".3f"), number(side.l0, ".1f"))
         table.add_row(SIDES[name], f"{side.n_tokens:,}", *figures, f"{100 * fidelity.fraction_silent[name]:.1f} %")
     return table
 
@@ -75,7 +76,8 @@ def _span(interval: tuple[float, float], form: str = ".3f") -> str:
     return " to ".join(f"{end:{form}}".replace("-", "−") for end in interval)
 
 
-def _number(value: float, form: str) -> str:
+def number(value: float, form: str) -> str:
+    """The number with a real minus; nothing for NaN."""
     return "" if math.isnan(value) else f"{value:{form}}".replace("-", "−")
 
 
@@ -105,7 +107,7 @@ def _evidence_json(score: Evidence, raw: Evidence) -> dict[str, Any]:
         "low": low,
         "high": high,
         "above_chance": score.above_chance,
-        "length_correlation": _finite(score.length_correlation),
+        "length_correlation": finite(score.length_correlation),
     }
     for name, other in (("random_sae", score.random), ("raw", None if score is raw else raw)):
         if other is not None:
@@ -132,9 +134,9 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
     sides = {
         name: {
             "tokens": side.n_tokens,
-            "fvu": _finite(side.fvu),
-            "cosine": _finite(side.cosine),
-            "l0": _finite(side.l0),
+            "fvu": finite(side.fvu),
+            "cosine": finite(side.cosine),
+            "l0": finite(side.l0),
             "silent_features": fidelity.fraction_silent[name],
         }
         for name, side in fidelity.sides.items()
@@ -142,5 +144,6 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
     return sides | {"features": fidelity.n_features, "dead_features": fidelity.n_dead}
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number, None where JSON has none."""
     return value if math.isfinite(value) else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mmfilter.errors import ModelError
+from mmfilter.errors import ModelError, SAEError
 
 if TYPE_CHECKING:
     from mmfilter.core.model.cards import Card
@@ -23,6 +23,7 @@ Layer = Annotated[
     Optional[int], typer.Option("--layer", help="Layer whose output the SAE reads, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")
 ]
 SAESource = Annotated[Optional[str], typer.Option("--sae", help="SAE: folder, hf:OWNER/REPO/folder, saelens:RELEASE/ID, or a card (default: the card's own).")]
+SAEName = Annotated[str, typer.Argument(help="Folder or file, hf:OWNER/REPO[@REVISION]/FOLDER, saelens:RELEASE/ID, or a card's name.", metavar="SAE")]
 SAEOption = Annotated[Optional[list[str]], typer.Option("--sae-option", help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")]
 Prompt = Annotated[Optional[str], typer.Option("--prompt", help="Prompt with {caption} in it (default: the card's, or the model's chat template).")]
 TextContext = Annotated[Optional[str], typer.Option("--text-context", help="Text states with the 'image' in context, or 'none' (default: the card's).")]
@@ -103,6 +104,19 @@ def model_card(model: str, layer: int | None, prompt: str | None, text_context: 
     changes = {name: value for name, value in (("layer", layer), ("prompt", prompt), ("text_context", text_context)) if value is not None}
     one_of("--text-context", text_context, ("image", "none"))
     return replace(card, **changes)
+
+
+def card_of_sae(
+    sae: str, needed_by: str, model: str | None, layer: int | None, prompt: str | None, text_context: str | None, sae_option: Sequence[str] = ()
+) -> Card:
+    """The model to measure an SAE with: the one named, else the card called like the SAE."""
+    from mmfilter.core.model.cards import card_names
+
+    if model is None and sae not in card_names():
+        raise SAEError(f"{needed_by} needs the model that SAE {sae!r} belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it")
+    if model is None or model == sae:
+        return card_for(sae, None, None, prompt, text_context, None, sae_option)
+    return card_for(model, layer, sae, prompt, text_context, None, sae_option)
 
 
 def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from mmfilter.cli import options
+from mmfilter.cli.sae_eval_command import evaluate
 from mmfilter.cli.sae_train_command import train
 from mmfilter.errors import SAEError
 
 if TYPE_CHECKING:
-    from mmfilter.core.model.cards import Card
     from mmfilter.ops.sae import Description, Listed
 
 sae_app = typer.Typer(
-    help="Train, list, show, convert and fetch sparse autoencoders.",
+    help="Train, evaluate, list, show, convert and fetch sparse autoencoders.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,9 +27,9 @@ sae_app = typer.Typer(
 
 sae_app.command()(train)
 
-Source = Annotated[str, typer.Argument(help="Folder or file, hf:OWNER/REPO[@REVISION]/FOLDER, saelens:RELEASE/ID, or a card's name.", metavar="SAE")]
-Statements = Annotated[Optional[list[str]], typer.Option(help="What the SAE's files leave open, as KEY=VALUE; repeatable.", metavar="KEY=VALUE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+sae_app.command("eval")(evaluate)
 
 
 @sae_app.command("list")
@@ -56,7 +56,7 @@ def list_command(
 
 @sae_app.command()
 def show(
-    sae: Source,
+    sae: options.SAEName,
     on: Annotated[Optional[list[str]], typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")] = None,
     model: Annotated[Optional[str], typer.Option(help="With --on: card name, local folder or hub id (default: the card called like the SAE).")] = None,
     layer: Annotated[Optional[int], typer.Option(help="With --on: layer whose output the SAE reads (default: the card's, else what the SAE states).")] = None,
@@ -69,7 +69,7 @@ def show(
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     batch_size: options.BatchSize = 32,
-    sae_option: Statements = None,
+    sae_option: options.SAEOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what an SAE is: shapes, activation, hook point, what its publisher states.
@@ -88,7 +88,8 @@ def show(
     description = operation.describe(sae, parse_options(sae_option or ()))
     report = asdict(description)
     if on:
-        card = _card_of(sae, model, layer if layer is not None else description.metadata.get("layer"), prompt, text_context, sae_option)
+        stated = layer if layer is not None else description.metadata.get("layer")
+        card = options.card_of_sae(sae, "--on", model, stated, prompt, text_context, sae_option or ())
         how = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
         settings = measure.MeasureSettings(card, sample=sample, device=how, batch_size=batch_size, caption=caption)
         with display.TerminalProgress() as progress:
@@ -104,22 +105,11 @@ def show(
         check_display.show_measurement(measurement)
 
 
-def _card_of(sae: str, model: str | None, layer: int | None, prompt: str | None, text_context: str | None, sae_option: list[str] | None) -> Card:
-    """The model to measure with: the one named, else the card called like the SAE."""
-    from mmfilter.core.model.cards import card_names
-
-    if model is None and sae not in card_names():
-        raise SAEError(f"--on needs the model that SAE {sae!r} belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it")
-    if model is None or model == sae:
-        return options.card_for(sae, None, None, prompt, text_context, None, sae_option or ())
-    return options.card_for(model, layer, sae, prompt, text_context, None, sae_option or ())
-
-
 @sae_app.command()
 def convert(
-    sae: Source,
+    sae: options.SAEName,
     destination: Annotated[Path, typer.Argument(help="Folder to write, in the SAELens 6 layout.", metavar="DST")],
-    sae_option: Statements = None,
+    sae_option: options.SAEOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an SAE's folder that is there.")] = False,
 ) -> None:
     """Write an SAE as a folder that mmfilter and SAELens open as it is.

@@ -13,13 +13,14 @@ import torch
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.shards import expand
-from mmfilter.core.model.backbone import Activations, Backbone
+from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import FeatureWeights
 from mmfilter.core.scoring.engine import DeviceSettings, card_weights, load
 from mmfilter.core.scoring.evidence import RAW, Evidence, Judgement, weigh
 from mmfilter.core.scoring.feed import Batch, Feed
+from mmfilter.core.scoring.few_states import few_states
 from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
 from mmfilter.core.scoring.random_sae import random_twin
@@ -33,9 +34,6 @@ FEWEST_PAIRS = 20
 STEADY_PAIRS = 200
 """Below this many pairs the report says that its intervals are wide."""
 STEADY_WEIGHTS = 100
-TWIN_PAIRS = 64
-TWIN_ELEMENTS = 1 << 26
-"""Pairs, and numbers in their states, on which the random SAE's threshold and τ are set."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def compare(shards: list[str], backbone: Backbone, sae: SAE, settings: CheckSett
         sample.gather(shards, wanted, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
         fitting, scored, source = deal(sample, settings)
         with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
-            twin = random_twin(sae, states_of(sample, fitting, feed, backbone, settings), card.threshold, seed=settings.seed)
+            few = few_states(sample, fitting, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)
+            twin = random_twin(sae, few, card.threshold, seed=settings.seed)
             given = card_weights(card, sae)
             fitted = fit(sample, fitting, feed, backbone, [twin.sae] if given else [sae, twin.sae], progress)
             ways = [Way(sae, given or fitted[0], card.threshold), Way(twin.sae, fitted[-1], twin.threshold)]
@@ -170,26 +169,6 @@ def require(n_pairs: int, sample: PairSample, reasons: Counter[str], n_left_out:
     if n_left_out:
         said += f", and {n_left_out:,} of those to compare share their caption or image with most others"
     raise MMFilterError(f"{said}; a check needs at least {2 * FEWEST_PAIRS}, half of them to fit feature weights on: name more shards")
-
-
-def states_of(sample: PairSample, fitting: list[int], feed: Feed, backbone: Backbone, settings: CheckSettings) -> list[Activations]:
-    """States of a few of the fitting pairs, batch by batch, in bounded memory."""
-    few = np.random.default_rng(settings.seed).permutation(fitting)[:TWIN_PAIRS].tolist()
-    found: list[Activations] = []
-    for first in range(0, len(few), settings.batch_size):  # one batch at a time: a feed sorts what it is given by length
-        for window in feed.windows(sample.read(few[first : first + settings.batch_size]), "sample"):
-            found += [activations_of(backbone, batch) for batch in window.batches]
-        if sum(batch.states.numel() for batch in found) > TWIN_ELEMENTS:
-            break
-    if not found:
-        raise MMFilterError(f"none of {len(few)} pairs tried can be sent through the model; score a shard with --max-bad 100% to see why")
-    return found
-
-
-@torch.inference_mode()
-def activations_of(backbone: Backbone, batch: Batch) -> Activations:
-    with explained_memory(len(batch.pairs)):
-        return backbone.activations(batch.inputs)
 
 
 def fit(sample: PairSample, fitting: list[int], feed: Feed, backbone: Backbone, saes: list[SAE], progress: Progress) -> list[FeatureWeights]:

@@ -192,7 +192,7 @@ def test_score_takes_an_sae_with_options(make_shard, tmp_path, capsys):
     assert "no SAE option 'kk'; did you mean 'k'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["list", "show", "convert", "fetch"])
+@pytest.mark.parametrize("command", ["list", "show", "eval", "convert", "fetch"])
 def test_help_imports_nothing_heavy(command):
     script = f"import sys; from mmfilter.cli.app import main; main(['sae', {command!r}, '--help']); print([m for m in ('torch', 'transformers', 'huggingface_hub', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

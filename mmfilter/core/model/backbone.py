@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from mmfilter.core.model.boxes import Boxes, Picture
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.families import family_name, family_of
 from mmfilter.core.model.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, heard_with, listening
-from mmfilter.core.model.stream import cut_after, image_token_id, is_encoder_decoder, stream_layers
+from mmfilter.core.model.stream import check_layer, cut_after, image_token_id, is_encoder_decoder, stream_layers
 from mmfilter.errors import ModelError
 
 TextContext = Literal["image", "none"]
@@ -99,11 +99,11 @@ class OwnProcessor:
 
 
 class Backbone(OwnProcessor):
-    """One model up to the output of layer `layer` of its text stream (counted from 0)."""
+    """One model up to the output of layer `layer` of its text stream (counted from 0); `whole` keeps what is behind it."""
 
-    def __init__(self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image") -> None:
+    def __init__(self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image", whole: bool = False) -> None:
         super().__init__(processor)
-        self.model, self.layer, self.text_context = model.eval(), layer, text_context
+        self.model, self.layer, self.text_context, self.whole = model.eval(), layer, text_context, whole
         self.family = family_of(model.config)
         self.image_token_id = image_token_id(model.config)
         self.placeholder = self._placeholder(processor)
@@ -112,7 +112,7 @@ class Backbone(OwnProcessor):
             raise ModelError(f"prompt {self.prompt!r} has no {CAPTION}: say where the caption goes")
         self._escape = CaptionEscaper(processor.tokenizer)
         self._layers = stream_layers(model)
-        cut_after(self._layers, layer)
+        (check_layer if whole else cut_after)(self._layers, layer)
         self._suffixes = self._learn_suffixes()
 
     def _placeholder(self, processor: Any) -> str:
@@ -122,10 +122,19 @@ class Backbone(OwnProcessor):
         token = getattr(processor, self.family.placeholder, None) or getattr(processor, "image_token", None)
         return str(token or processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
+    def with_text_context(self, text_context: TextContext) -> Backbone:
+        """The same model, its weights shared, with the captions in another context; raises `ModelError` where it cannot be."""
+        return Backbone(self.model, self._shared, self.layer, prompt=self.prompt, text_context=text_context, whole=self.whole)
+
+    @property
+    def hooked(self) -> torch.nn.Module:
+        """The block whose output is the hook layer's."""
+        return self._layers[self.layer]
+
     @property
     def device(self) -> torch.device:
         """Where the states come out."""
-        return next(self._layers[-1].parameters()).device
+        return next(self.hooked.parameters()).device
 
     @property
     def block(self) -> torch.nn.Module:
@@ -225,7 +234,7 @@ class Backbone(OwnProcessor):
             try:
                 suffixes["none"] = self._suffix(self._text_prompt)
             except (ValueError, TypeError, AttributeError) as error:
-                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image") from error
+                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and no --text-only") from error
         return suffixes
 
     def _suffix(self, prompt: str, **images: Any) -> str:
@@ -251,24 +260,31 @@ class Backbone(OwnProcessor):
 
     def forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The truncated forward pass: (batch, length, d_model) after the hook layer."""
-        if self.family.one_size and "image_sizes" in tensors and len(tensors["image_sizes"].unique(dim=0)) > 1:
-            return self._forward_by_size(tensors)
-        return self._forward(tensors)
-
-    def _forward_by_size(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        sizes, group = tensors["image_sizes"].unique(dim=0, return_inverse=True)
+        n = len(tensors["input_ids"])
         hidden: torch.Tensor | None = None
-        for number, (height, width) in enumerate(sizes.tolist()):
-            rows = (group == number).nonzero()[:, 0]
-            part = {name: tensor[rows] for name, tensor in tensors.items()}
-            part["pixel_values"] = part["pixel_values"][..., :height, :width]
+        for rows, part in self.parts(tensors):
             states = self._forward(part)
-            hidden = states.new_empty(len(group), *states.shape[1:]) if hidden is None else hidden
+            if len(rows) == n:
+                return states
+            hidden = states.new_empty(n, *states.shape[1:]) if hidden is None else hidden
             hidden[rows.to(hidden.device)] = states
         return hidden
 
+    def parts(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """What may go through the model together, as (rows of the batch, their tensors): all of it, but in some families by size."""
+        if not self.family.one_size or "image_sizes" not in tensors:
+            yield torch.arange(len(tensors["input_ids"])), tensors
+            return
+        sizes, group = tensors["image_sizes"].unique(dim=0, return_inverse=True)
+        for number, (height, width) in enumerate(sizes.tolist()):
+            rows = (group == number).nonzero()[:, 0]
+            part = {name: tensor[rows] for name, tensor in tensors.items()} if len(sizes) > 1 else dict(tensors)
+            if len(sizes) > 1:
+                part["pixel_values"] = part["pixel_values"][..., :height, :width]
+            yield rows, part
+
     def _forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = self._run(tensors, lambda stop: self._layers[self.layer].register_forward_hook(lambda _module, _args, output: stop(output)))
+        hidden = self._run(tensors, lambda stop: self.hooked.register_forward_hook(lambda _module, _args, output: stop(output)))
         if hidden.dim() == 4:  # Gemma 3n keeps several versions of the stream; this one goes on
             hidden = hidden[self.model.config.get_text_config().altup_active_idx]
         return hidden
@@ -292,7 +308,7 @@ class Backbone(OwnProcessor):
 
         handle = hook(stop)
         try:
-            self.model(**self._to_device(tensors), **self._decoder_start(tensors), use_cache=False)
+            self.call(tensors)
         except _Stop:
             pass
         finally:
@@ -300,6 +316,10 @@ class Backbone(OwnProcessor):
         if not caught:
             raise ModelError(f"layer {self.layer} never ran: this model does not send pairs through it")
         return caught[0]
+
+    def call(self, tensors: dict[str, torch.Tensor]) -> Any:
+        """What the model itself makes of a batch's tensors."""
+        return self.model(**self._to_device(tensors), **self._decoder_start(tensors), use_cache=False)
 
     def _decoder_start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """An encoder-decoder wants a decoder input, though the pass ends in its encoder."""

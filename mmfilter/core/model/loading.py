@@ -1,4 +1,4 @@
-"""Load a model from a local folder or the hub's cache, truncated after one layer."""
+"""Load a model from a local folder or the hub's cache, truncated after one layer unless the whole is asked for."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class LoadSettings:
     """Compile the blocks: slow to start, faster after that"""
     trust_remote_code: bool = False
     """Run model code that the checkpoint brings along"""
+    whole: bool = False
+    """Keep what is behind the layer, the language model's head too"""
 
 
 def load_backbone(
@@ -51,7 +53,7 @@ def load_backbone(
     text_context: TextContext = "image",
     settings: LoadSettings | None = None,
 ) -> Backbone | TwoTowers:
-    """Load a local folder or a hub id up to `layer`; raises `ModelError` with the next step."""
+    """Load a local folder or a hub id up to `layer`, or whole; raises `ModelError` with the next step."""
     settings = settings or LoadSettings()
     local = Path(source).is_dir()
     options = {"revision": revision, "trust_remote_code": settings.trust_remote_code, "local_files_only": local}
@@ -64,7 +66,7 @@ def load_backbone(
             raise ModelError(f"model type {config.model_type!r} cannot be scored: {refused}")
         dual = config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE)
         model_class = _model_class(config, source, revision, settings)
-        model, report = _load(model_class if dual else truncated(model_class, layer), source, config, settings, options)
+        model, report = _load(model_class if dual or settings.whole else truncated(model_class, layer), source, config, settings, options)
         processor = load_processor(source, **options)
     except MMFilterError:
         raise
@@ -79,13 +81,23 @@ def load_backbone(
         model = model.to(settings.device)
     if dual:
         return TwoTowers(model, processor, layer)
-    backbone = Backbone(model, processor, layer, prompt=prompt, text_context=text_context)
+    backbone = Backbone(model, processor, layer, prompt=prompt, text_context=text_context, whole=settings.whole)
     if backbone.family is UNKNOWN:
         check_roles(backbone)
     if settings.compile:
         for block in stream_layers(model):
             block.compile(dynamic=True)
     return backbone
+
+
+def read_config(source: str, *, revision: str | None = None, settings: LoadSettings | None = None) -> Any:
+    """The configuration of a local folder or hub id, without its weights; raises `ModelError` with the next step."""
+    settings = settings or LoadSettings()
+    local = Path(source).is_dir()
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=settings.trust_remote_code, local_files_only=local)
+    except Exception as error:  # configuration code of a checkpoint raises anything
+        raise _explained(source, local, settings, error) from error
 
 
 def _load(model_class: Any, source: str, config: Any, settings: LoadSettings, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

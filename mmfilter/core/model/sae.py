@@ -121,10 +121,14 @@ class SAE:
 
     def preactivations(self, states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """h of every feature, dense (tokens, n_features), in `out` if given."""
-        x, _ = self._normalise(states.to(self.W_enc.dtype))
+        x = self.normalised(states)
         if self.subtract_b_dec:
             x = x - self.b_dec
         return torch.addmm(self.b_enc, x, self.W_enc, out=out)
+
+    def normalised(self, states: torch.Tensor) -> torch.Tensor:
+        """The states as `normalisation` leaves them, before any centring."""
+        return self._normalise(states.to(self.W_enc.dtype))[0]
 
     def decode(self, codes: TokenCodes, states: torch.Tensor) -> torch.Tensor:
         """Reconstructed states, (tokens, d_model); `states` are needed to undo a per-token scaling."""

@@ -27,10 +27,15 @@ def stream_layers(model: Any) -> torch.nn.ModuleList:
     raise ModelError(f"{type(model).__name__} has no list of text layers that can be hooked: this family is not supported")
 
 
-def cut_after(blocks: torch.nn.ModuleList, layer: int) -> None:
-    """Drop the blocks behind `layer`; raises `ModelError` when there is no such layer."""
+def check_layer(blocks: torch.nn.ModuleList, layer: int) -> None:
+    """Raise `ModelError` when there is no such layer."""
     if not 0 <= layer < len(blocks):
         raise ModelError(f"layer {layer} is not in the model, which has layers 0 to {len(blocks) - 1}")
+
+
+def cut_after(blocks: torch.nn.ModuleList, layer: int) -> None:
+    """Drop the blocks behind `layer`; raises `ModelError` when there is no such layer."""
+    check_layer(blocks, layer)
     del blocks[layer + 1 :]
 
 

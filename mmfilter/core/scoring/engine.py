@@ -51,29 +51,35 @@ class DeviceSettings:
         return getattr(torch, self.dtype)
 
 
-def load(card: Card, device: DeviceSettings) -> tuple[Backbone, SAE]:
-    """The card's model up to its layer, and its SAE, on the device; raises `ModelError` and `SAEError`."""
-    backbone = load_model(card, device)
+def load(card: Card, device: DeviceSettings, *, whole: bool = False) -> tuple[Backbone, SAE]:
+    """The card's model up to its layer (or `whole`), and its SAE, on the device; raises `ModelError` and `SAEError`."""
+    backbone = load_model(card, device, whole=whole)
     sae = load_sae(card.sae, card.sae_options)
     check_fit(backbone, sae)
     return backbone, sae.to(backbone.device)
 
 
-def load_model(card: Card, device: DeviceSettings) -> Backbone:
-    """The card's model up to its layer; raises `ModelError`, also for a card with which pairs cannot be scored."""
+def load_model(card: Card, device: DeviceSettings, *, whole: bool = False) -> Backbone:
+    """The card's model up to its layer (or `whole`); raises `ModelError`, also for a card with which pairs cannot be scored."""
     if card.cannot_score:
         raise ModelError(f"card {card.name!r} cannot score pairs: {card.cannot_score}")
-    settings = LoadSettings(
+    settings = load_settings(device, whole=whole)
+    return load_backbone(
+        card.model, card.layer, revision=card.revision, prompt=card.prompt, text_context=card.text_context, settings=settings
+    )  # fmt: skip
+
+
+def load_settings(device: DeviceSettings, *, whole: bool = False) -> LoadSettings:
+    """How to load a model on the device."""
+    return LoadSettings(
         device=device.resolved_device,
         dtype=device.resolved_dtype,
         device_map=device.device_map,
         attention=device.attention,
         compile=device.compile,
         trust_remote_code=device.trust_remote_code,
+        whole=whole,
     )
-    return load_backbone(
-        card.model, card.layer, revision=card.revision, prompt=card.prompt, text_context=card.text_context, settings=settings
-    )  # fmt: skip
 
 
 def card_weights(card: Card, sae: SAE) -> FeatureWeights | None:

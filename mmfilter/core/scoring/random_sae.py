@@ -7,7 +7,7 @@ and Lindenstrauss 1984), and not what the SAE has learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,12 +39,13 @@ def random_twin(sae: SAE, batches: Sequence[Activations], threshold: float, *, s
     return RandomSAE(twin, cut_leaving(found, int((wanted > threshold).sum())))
 
 
-def random_sae(sae: SAE, states: torch.Tensor, *, seed: int) -> SAE:
+def random_sae(sae: SAE, states: torch.Tensor, *, seed: int, max_active: int = 50) -> SAE:
     """Random unit directions in the shape of `sae`, encoder and decoder tied, with its mean L0 on `states` (tokens, d_model).
 
     Normalised as `sae` is and centred as it is, on its `b_dec`; where it subtracts none, on the mean of
     the states, since without a centre every state would look alike. A topk SAE keeps its k; any other
-    gets one threshold for all features. L0 is counted as the scores see it, at most 50 a token.
+    gets one threshold for all features. L0 is counted as the scores see it, at most 50 a token, unless
+    `max_active` says otherwise.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=1).to(sae.W_dec)
@@ -55,8 +56,42 @@ def random_sae(sae: SAE, states: torch.Tensor, *, seed: int) -> SAE:
     if sae.activation == "topk":
         return twin
     twin = replace(twin, activation="jumprelu", threshold=nothing)
-    cut = cut_leaving(twin.encode(states).value, len(sae.encode(states).value))
-    return replace(twin, threshold=nothing + cut)
+    chunks = states.split(max(1, DENSE_CHUNK_ELEMENTS // sae.n_features))
+    wanted = sum(len(sae.encode(part, max_active=max_active).value) for part in chunks)
+    values = _largest((twin.encode(part, max_active=max_active).value for part in chunks), wanted + 1)
+    return replace(twin, threshold=nothing + cut_leaving(values, wanted))
+
+
+def _largest(parts: Iterable[torch.Tensor], n: int) -> torch.Tensor:
+    """The `n` largest of all values, or more of them, in no order; what cannot be among them is not kept."""
+    kept: list[torch.Tensor] = []
+    floor = size = 0
+    for values in parts:
+        kept.append(values[values >= floor])
+        size += len(kept[-1])
+        if size > 2 * n + DENSE_CHUNK_ELEMENTS:
+            kept = [torch.cat(kept).topk(n).values]
+            floor, size = float(kept[0][-1]), n
+    return torch.cat(kept)
+
+
+def with_fitted_decoder(twin: SAE, states: torch.Tensor) -> SAE:
+    """The random SAE with the same codes and the decoder of the scale that reconstructs `states` (tokens, d_model) best.
+
+    The decoder of `random_sae` has unit rows, whose sum is too long when many are active; held against a
+    trained SAE it would lose for its scale alone. The scale is the least-squares one of what the features
+    add to the offset; the offset is b_dec, or the mean state where the SAE subtracts no b_dec.
+    """
+    if not twin.subtract_b_dec:
+        twin = replace(twin, b_dec=twin.normalised(states).mean(0))
+    along = length = 0.0
+    for part in states.split(max(1, DENSE_CHUNK_ELEMENTS // twin.n_features)):
+        codes = twin.encode(part, max_active=twin.n_features)
+        offset = twin.decode(replace(codes, value=torch.zeros_like(codes.value)), part).double()
+        added = twin.decode(codes, part).double() - offset
+        along += float(((part.double() - offset) * added).sum())
+        length += float(added.square().sum())
+    return replace(twin, W_dec=twin.W_dec * (along / length if length else 1.0))
 
 
 def _mean_preactivation(sae: SAE, states: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ N = 400
 
 
 def fidelity(image: float = 0.2, text: float = 0.3) -> Fidelity:
-    return Fidelity(SideFidelity(1000, image, 0.9, 20.0, 90), SideFidelity(1000, text, 0.8, 20.0, 80), 100, 5)
+    return Fidelity(SideFidelity(1000, image, 0.9, 20.0, 90, 3, 1 - image), SideFidelity(1000, text, 0.8, 20.0, 80, 3, 1 - text), 100, 5, 75)
 
 
 def judge(trained: dict[str, float], random: dict[str, float] | None = None, *, image_fvu: float = 0.2, along: float = 0.0, seed: int = 0) -> Judgement:

@@ -53,8 +53,11 @@ def formula(sae: SAE, x: torch.Tensor) -> dict[str, float]:
         f = np.where(h >= np.sort(h, 1)[:, -sae.k][:, None], f, 0)
     again = (f @ tensors["W_dec"] + tensors["b_dec"]) * std + mean
     cosine = (x * again).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(again, axis=1)
-    fvu = ((x - again) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    return {"n_tokens": len(x), "fvu": fvu, "cosine": cosine.mean(), "l0": (f > 0).sum(1).mean(), "n_active": (f > 0).any(0).sum()}
+    error, spread = ((x - again) ** 2).sum(0), ((x - x.mean(0)) ** 2).sum(0)
+    return {
+        "n_tokens": len(x), "fvu": error.sum() / spread.sum(), "cosine": cosine.mean(), "l0": (f > 0).sum(1).mean(),
+        "n_active": (f > 0).any(0).sum(), "n_dense": ((f > 0).mean(0) > 0.1).sum(), "explained_by_dimension": (1 - error / spread).mean(),
+    }  # fmt: skip
 
 
 KINDS = {
@@ -108,6 +111,25 @@ def test_dead_features_are_silent_on_both_sides():
     found = measured(sae, states, torch.tensor([IMAGE, TEXT, TEXT]))
     assert (found.image.n_active, found.text.n_active, found.n_dead) == (1, 1, D - 2)
     assert found.fraction_silent == {"image": 1 - 1 / D, "text": 1 - 1 / D}
+    assert (found.n_shared, found.fraction_shared) == (0, 0.0)
+    found = measured(sae, states, torch.tensor([IMAGE, TEXT, IMAGE]))
+    assert (found.n_shared, found.fraction_shared) == (1, 1 / 2)
+
+
+def test_dense_features_fire_on_more_than_a_tenth_of_a_side():
+    sae = SAE(torch.eye(D), torch.zeros(D), torch.eye(D), torch.zeros(D))
+    states = torch.zeros(20, D)
+    states[:2, 0] = states[:3, 1] = states[10:, 1] = states[10:, 2] = 1
+    found = measured(sae, states, torch.tensor([IMAGE] * 20))
+    assert (found.image.n_dense, found.text.n_dense) == (2, 0)  # feature 0 is on exactly a tenth
+    assert found.image.explained_variance == 1 - found.image.fvu
+
+
+def test_dimensions_that_do_not_vary_are_left_out():
+    sae = SAE(torch.zeros(2, 1), torch.zeros(1), torch.zeros(1, 2), torch.tensor([1.0, 5.0]))
+    states = torch.tensor([[0.0, 5.0], [1.0, 5.0]])
+    found = measured(sae, states, torch.tensor([TEXT, TEXT])).text
+    assert found.explained_by_dimension == found.explained_variance == -1.0
 
 
 def test_states_that_are_not_finite_and_sides_without_tokens():

@@ -8,7 +8,8 @@ import torch
 
 from mmfilter.core.model.backbone import Activations
 from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.random_sae import cut_leaving, random_sae, random_twin
+from mmfilter.core.scoring import random_sae as module
+from mmfilter.core.scoring.random_sae import cut_leaving, random_sae, random_twin, with_fitted_decoder
 
 D, N, TOKENS = 12, 300, 200
 
@@ -87,3 +88,36 @@ def test_as_many_features_co_occur_at_its_threshold():
 
     assert co_occurring(twin.sae, twin.threshold) == co_occurring(sae, 20.0) > 50
     assert len(twin.sae.encode(x).value) == len(sae.encode(x).value)
+
+
+@pytest.mark.parametrize("chunk", [N * 7, 10**7])
+def test_all_active_features_may_be_counted(monkeypatch, chunk):
+    """Far more than 50 are active here; the states may come in pieces."""
+    monkeypatch.setattr(module, "DENSE_CHUNK_ELEMENTS", chunk)
+    sae = make("jumprelu")
+    sae = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, activation="jumprelu", threshold=torch.full((N,), 1.0))
+    wanted = len(sae.encode(states(), max_active=N).value)
+    assert wanted > 100 * TOKENS
+    twin = random_sae(sae, states(), seed=0, max_active=N)
+    assert len(twin.encode(states(), max_active=N).value) == wanted
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize(("activation", "options"), KINDS, ids=str)
+def test_the_decoder_has_the_best_scale(activation, options, subtract):
+    sae, x = make(activation, subtract_b_dec=subtract, **options), states()
+    twin = random_sae(sae, x, seed=0)
+    fitted = with_fitted_decoder(twin, x)
+    codes = twin.encode(x, max_active=N)
+    again = fitted.encode(x, max_active=N)
+    assert torch.equal(codes.feature, again.feature) and torch.equal(codes.value, again.value), "the codes stay"
+
+    def error(scale: float) -> float:
+        other = SAE(
+            fitted.W_enc, fitted.b_enc, fitted.W_dec * scale, fitted.b_dec, fitted.activation, fitted.threshold, fitted.k, subtract, fitted.normalisation
+        )
+        return float((other.decode(codes, x).double() - x.double()).square().sum())
+
+    assert error(1.0) < min(error(0.98), error(1.02))
+    if not subtract and "normalisation" not in options:
+        assert torch.allclose(fitted.b_dec, x.mean(0))

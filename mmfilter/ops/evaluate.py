@@ -1,0 +1,235 @@
+"""Evaluate an SAE on the user's own pairs: reconstruction, loss, cross-modal features, and how it carries over to other states."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+
+from mmfilter.core.data.decode import DecodeSettings
+from mmfilter.core.data.progress import Progress
+from mmfilter.core.data.shards import expand
+from mmfilter.core.model.backbone import Backbone, Inputs
+from mmfilter.core.model.cards import Card
+from mmfilter.core.model.loading import read_config
+from mmfilter.core.model.sae import SAE
+from mmfilter.core.model.splice import reconstruction, why_no_loss
+from mmfilter.core.model.towers import TwoTowers
+from mmfilter.core.scoring.engine import DeviceSettings, load, load_model, load_settings
+from mmfilter.core.scoring.feed import Feed
+from mmfilter.core.scoring.few_states import few_states
+from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
+from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
+from mmfilter.core.scoring.random_sae import random_sae, with_fitted_decoder
+from mmfilter.core.scoring.reference import fit_all
+from mmfilter.core.scoring.scorer import check_fit, explained_memory
+from mmfilter.core.scoring.spliced_loss import LossMeter, SplicedLoss
+from mmfilter.core.scoring.weight_spread import WeightSpread, weight_spread
+from mmfilter.errors import MMFilterError, ModelError, SAEError
+
+STEADY_PAIRS = 50
+"""Below this many pairs the report says that its figures are unsteady."""
+TRAINED, RANDOM = "trained", "random"
+"""Names of the SAE and of the random one beside it."""
+AHEAD = "the model reads captions in both directions and sees the token that it should predict"
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What to evaluate, and on how many pairs."""
+
+    card: Card
+    """Model, layer, SAE and how to prompt"""
+    also: tuple[Card, ...] = ()
+    """Other checkpoints of the same architecture, whose states at the same layer the same SAE reconstructs"""
+    text_only: bool = False
+    """Reconstruct captions without an image too, through the language model alone"""
+    sample: int = 200
+    """Pairs to evaluate on, from the heads of up to 10 shards"""
+    seed: int = 0
+    """Seed of the random SAE"""
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    """Where and how the models run"""
+    batch_size: int = 32
+    workers: int = 4
+    """Threads that decode and pre-process"""
+    caption: str = "auto"
+    """Where the caption is (see `DecodeSettings`)"""
+
+    def __post_init__(self) -> None:
+        for name in ("sample", "batch_size", "workers"):
+            if getattr(self, name) < 1:
+                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How the SAE, and the random one, do on the states of one model in one context."""
+
+    model: str
+    """Card name, folder or hub id"""
+    text_only: bool
+    """Captions alone, without an image"""
+    fidelity: dict[str, Fidelity]
+    """Of the SAEs `trained` and `random`; without images only the text side has tokens"""
+    loss: SplicedLoss | None
+    """The language model's loss on the captions; None where there is no such thing"""
+    no_loss: str
+    """Why there is none"""
+    n_pairs: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an SAE is worth on the pairs."""
+
+    trials: list[Trial]
+    """The card's own model first, then its captions alone and other checkpoints, as asked"""
+    weights: dict[str, WeightSpread]
+    """Cross-modal weights of the SAEs `trained` and `random`, fitted on these pairs with the card's own model"""
+    layer: int
+    n_pairs: int
+    shards: list[str]
+    """Where the pairs are from"""
+    reasons: Counter[str]
+    """Kind of problem -> samples that could not be used"""
+    notes: list[str]
+
+    @property
+    def n_features(self) -> int:
+        return self.trials[0].fidelity[TRAINED].n_features
+
+
+def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Progress) -> Evaluation:
+    """Evaluate an SAE beside random directions in its shape, on the same pairs and the same states.
+
+    The models are loaded whole and one after the other. The random SAE is set on states of the card's own
+    model and stays the same for all. Raises `ShardError` for a pattern that names nothing, `ModelError`
+    and `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when no pair is usable.
+    """
+    shards = expand(patterns)
+    backbone, sae = load(settings.card, settings.device, whole=True)
+    for other in settings.also:
+        check_also(other, backbone, sae, settings)
+    contexts = contexts_of(backbone, settings)
+    with PairSample() as sample:
+        sample.gather(shards, settings.sample, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
+        if not len(sample):
+            raise MMFilterError(f"the shards hold no usable pair to evaluate the SAE on ({_counted(sample.reasons)})")
+        saes, weights = beside_random(backbone, sae, sample, settings, progress)
+        trials, reasons = [], Counter(sample.reasons)
+        for text_only, view in contexts:
+            tried, refused = trial(view, settings.card.name, text_only, saes, sample, settings, progress)
+            trials.append(tried)
+            reasons.update({} if text_only else refused)
+        del backbone, contexts, view  # the next model wants the memory
+        for other in settings.also:
+            trials += also_trials(other, saes, sample, settings, progress)
+        limits = notes(sample, trials, weights[TRAINED], settings)
+        return Evaluation(trials, weights, settings.card.layer, trials[0].n_pairs, sample.shards, reasons, limits)
+
+
+def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSettings) -> None:
+    """Raise, before anything is computed, when the other model is of another architecture or width; reads its configuration only."""
+    config = read_config(other.model, revision=other.revision, settings=load_settings(settings.device))
+    kinds = [" with ".join(dict.fromkeys((c.model_type, c.get_text_config().model_type))) for c in (config, backbone.model.config)]
+    if kinds[0] != kinds[1]:
+        raise ModelError(
+            f"--also {other.name!r} is {kinds[0]}, and {settings.card.name!r} is {kinds[1]}: an SAE is carried over between checkpoints of one architecture"
+        )
+    width = getattr(config.get_text_config(), "hidden_size", sae.d_model)
+    if not isinstance(backbone, TwoTowers) and width != sae.d_model:
+        raise SAEError(f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller than the SAE's own model")
+
+
+def contexts_of(backbone: Backbone, settings: EvaluateSettings) -> list[tuple[bool, Backbone]]:
+    """(whether without images, the model in that context) for each trial of a model."""
+    contexts = [(False, backbone)]
+    if settings.text_only:
+        if isinstance(backbone, TwoTowers):
+            raise ModelError(f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out --text-only")
+        contexts.append((True, backbone.with_text_context("none")))
+    return contexts
+
+
+def beside_random(
+    backbone: Backbone, sae: SAE, sample: PairSample, settings: EvaluateSettings, progress: Progress
+) -> tuple[dict[str, SAE], dict[str, WeightSpread]]:
+    """The SAE and random directions in its shape, and the cross-modal weights of both."""
+    numbers = range(len(sample))
+    with feed_of(backbone, settings) as feed:
+        states = [batch.states for batch in few_states(sample, numbers, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)]
+        some = torch.cat(states)
+        some = some[some.isfinite().all(1)]
+        twin = with_fitted_decoder(random_sae(sae, some, seed=settings.seed, max_active=sae.n_features), some)
+        saes = {TRAINED: sae, RANDOM: twin}
+        progress.start("fitting feature weights", None)
+        fitted = fit_all(["sample"], lambda _, n: sample.read(numbers[:n]), feed, backbone, list(saes.values()), lambda n: progress.advance(n, 0))
+    return saes, {name: weight_spread(weights) for name, weights in zip(saes, fitted, strict=True)}
+
+
+def also_trials(other: Card, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress) -> Iterator[Trial]:
+    """The trials of another checkpoint."""
+    backbone = load_model(other, settings.device, whole=True)
+    check_fit(backbone, saes[TRAINED])
+    for text_only, view in contexts_of(backbone, settings):
+        yield trial(view, other.name, text_only, saes, sample, settings, progress)[0]
+
+
+def trial(
+    backbone: Backbone, name: str, text_only: bool, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress
+) -> tuple[Trial, Counter[str]]:
+    """One pass over the pairs, and the kinds of problem with those that the model does not take."""
+    meters = {which: FidelityMeter(sae) for which, sae in saes.items()}
+    no_loss = why_no_loss(backbone)
+    losses = None if no_loss else LossMeter(backbone, {which: reconstruction(sae) for which, sae in saes.items()})
+    n_pairs, reasons = 0, Counter()
+    progress.start(f"{name}, captions alone" if text_only else name, sample.nbytes(range(len(sample))))
+    with feed_of(backbone, settings) as feed:
+        for window in feed.windows(sample.read(range(len(sample))), "sample"):
+            for batch in window.batches:
+                with explained_memory(len(batch.pairs)):
+                    add(backbone, Inputs(*batch.inputs.text_only) if text_only else batch.inputs, meters, losses)
+                n_pairs += len(batch.pairs)
+            reasons.update(pair.reason.split(":")[0] for pair in window.pairs if pair.reason is not None)
+            progress.advance(len(window.pairs), sum(pair.columns["nbytes"] for pair in window.pairs))
+    if not n_pairs:
+        raise MMFilterError(f"{name!r} takes none of the pairs ({_counted(reasons)})")
+    if losses is not None and losses.sees_ahead:
+        losses, no_loss = None, AHEAD
+    found = {which: meter.fidelity for which, meter in meters.items()}
+    return Trial(name, text_only, found, losses.loss if losses else None, no_loss, n_pairs), reasons
+
+
+def add(backbone: Backbone, inputs: Inputs, meters: Mapping[str, FidelityMeter], losses: LossMeter | None) -> None:
+    """Put a batch through the model: its states to the meters, and its captions' stream, spliced, to the losses."""
+    activations = backbone.activations(inputs)
+    for meter in meters.values():
+        meter.add(activations.states, activations.side)
+    if losses is not None:
+        losses.add(*(inputs.text_only or (inputs.tensors, inputs.side)))
+
+
+def feed_of(backbone: Backbone, settings: EvaluateSettings) -> closing[Feed]:
+    return closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers))
+
+
+def notes(sample: PairSample, trials: Sequence[Trial], weights: WeightSpread, settings: EvaluateSettings) -> list[str]:
+    """What limits the evaluation."""
+    found = [f"{error}; the pairs before that are used" for error in sample.failures]
+    n_pairs = trials[0].n_pairs
+    if n_pairs < STEADY_PAIRS:
+        found.append(f"evaluated on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady, and about 1,000 the cross-modal weights")
+    if settings.card.text_context == "none" and trials[0].loss is not None:
+        found.append("with text context 'none' captions do not see the image, so the caption loss says nothing of image tokens")
+    for tried in trials:
+        if tried.loss is not None and tried.loss.n_left_out:
+            found.append(f"{tried.loss.n_left_out:,} pairs of {tried.model!r} are left out of the caption loss: it is not finite, or predicts no token of them")
+    return found
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3)) or "they are empty"
