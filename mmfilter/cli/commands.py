@@ -117,9 +117,12 @@ def select(
     dedup: Annotated[Optional[float], typer.Option(help="Of candidates whose codes are at least this close keep the best only.", metavar="COSINE")] = None,
     dedup_on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     shuffle: Annotated[Optional[int], typer.Option(help="Shuffle the output with this seed (default: source order).", metavar="SEED")] = None,
-    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Directory to write shards to, or - for a tar stream on stdout.")] = None,
-    output_format: Annotated[Optional[str], typer.Option("--format", help="shards, tar, or keys (default: shards for a directory, tar for a stream).")] = None,
-    shard_size: Annotated[int, typer.Option(help="Samples in an output shard.")] = 10_000,
+    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Directory to write, or - for a tar stream on stdout.")] = None,
+    output_format: Annotated[
+        Optional[str],
+        typer.Option("--format", help="shards, tar, keys, datacomp, parquet, llava-json, or hf (default: shards for a directory, tar for a stream)."),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Samples in an output shard, parquet file or folder of images.")] = 10_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the funnel as JSON on stderr.")] = False,
 ) -> None:
     """Copy the best pairs of a run, byte for byte.

@@ -1,4 +1,4 @@
-"""Select the best samples of a run and copy them out, byte for byte: shards, one tar, or keys.
+"""Select the best samples of a run and copy them out, byte for byte, in the format that a trainer reads.
 
 Choosing reads one score column; copying moves byte ranges. Neither decodes a sample.
 """
@@ -24,13 +24,18 @@ from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision, Top, choose
 from mmfilter.core.data.progress import Progress, Silence
-from mmfilter.core.data.repack import Members, new_folder, write_shards, write_tar
+from mmfilter.core.data.repack import Members, new_folder, write_tar
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shard_writer import write_all
 from mmfilter.core.data.shards import STDIN, is_url, stamp
+from mmfilter.core.data.writers import FOLDER_WRITERS
+from mmfilter.core.data.writers.datacomp import write_subset
+from mmfilter.core.data.writers.kept import Kept
 from mmfilter.errors import SelectionError, ShardError
 
-Format = Literal["shards", "tar", "keys"]
+Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
+STREAMS = ("tar", "keys")
+"""Formats that are one file"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class SelectSettings:
     shuffle: int | None = None
     """Seed of a random output order; None keeps the order of the source"""
     format: Format = "shards"
-    """`shards`: a new folder; `tar`: one tar; `keys`: one key a line"""
+    """`tar`: one tar; `keys`: one key a line; `datacomp`: a file `*.npy` or a new folder; the others: a new folder"""
     output: str | Path | None = None
     """The folder or file to write; None is stdout"""
     shard_size: int = 10_000
@@ -66,10 +71,7 @@ class SelectSettings:
             Top.parse(self.top)
         if self.min is not None and self.min != self.min:
             raise SelectionError("--min is nan; give a number")
-        if self.format not in get_args(Format):
-            raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
-        if self.format == "shards" and self.output is None:
-            raise SelectionError("shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
+        self._check_format()
         if self.output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.output)):
             raise SelectionError(f"output {str(self.output)!r} is a URL; select into a local folder and upload that")
         if self.shard_size < 1:
@@ -78,6 +80,21 @@ class SelectSettings:
             raise SelectionError(f"--shuffle is {self.shuffle}; a seed from 0 is needed")
         if self.dedup is not None:
             DuplicateSettings(self.dedup, self.dedup_on)
+
+    def _check_format(self) -> None:
+        if self.format not in get_args(Format):
+            raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
+        if self.to_folder and self.output is None:
+            raise SelectionError(f"{self.format} cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
+        if self.format == "datacomp" and self.shuffle is not None:
+            raise SelectionError("--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out")
+
+    @property
+    def to_folder(self) -> bool:
+        """Whether a folder is written, with a table of all decisions, rather than one file."""
+        if self.format == "datacomp":
+            return self.output is not None and Path(self.output).suffix != ".npy"
+        return self.format not in STREAMS
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class Selection:
     dropped: dict[str, int]
     """Reason -> samples"""
     shards_written: int = 0
-    """Tars written"""
+    """Tars, parquet files or folders of images written"""
     nbytes_written: int = 0
     reader_closed: bool = False
     """The reader of the stream stopped early, as `head` does"""
@@ -145,7 +162,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     tables = ScoreTables(RunDirectory(run))
     if settings.output is not None:
         with _explained(settings.output):
-            _check_output(Path(settings.output), settings.format, tables)
+            _check_output(Path(settings.output), settings.to_folder, tables)
     column = tables.column(settings.by, settings.where)
     top = None if settings.top is None else Top.parse(settings.top)
     drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress or Silence())
@@ -153,12 +170,13 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     selection = _counted(settings, tables, decision, column.values)
     if settings.format == "keys":
         return _write_keys(selection, tables, decision, stdout)
-    members = tables.members(decision == Decision.KEPT)
-    _check_sources(members, tables)
-    order = _order(len(members), settings.shuffle)
-    if settings.format == "tar":
-        return _write_tar(selection, members.take(order), stdout)
-    return _write_folder(selection, tables, decision, members.take(order), order, drop)
+    order = _order(selection.kept, settings.shuffle)
+    kept = Kept(tables, np.flatnonzero(decision == Decision.KEPT)[order], settings.shard_size, _about(selection, tables))
+    if settings.format != "datacomp":
+        _check_sources(kept.members, tables)
+    if settings.to_folder:
+        return _write_folder(selection, kept, decision, drop)
+    return _write_tar(selection, kept.members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
 
 
 class _Drop:
@@ -232,12 +250,12 @@ def _order(n: int, seed: int | None) -> np.ndarray:
 # --- checks before anything is written -------------------------------------------------------
 
 
-def _check_output(output: Path, format: Format, tables: ScoreTables) -> None:
+def _check_output(output: Path, to_folder: bool, tables: ScoreTables) -> None:
     real, run = output.resolve(), tables.run.path.resolve()
     sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
     if real == run or run in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
-    if format == "shards":
+    if to_folder:
         if str(real) in {os.path.realpath(folder) for folder in sources}:
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
@@ -264,21 +282,21 @@ def _check_sources(members: Members, tables: ScoreTables) -> None:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarray, members: Members, order: np.ndarray, drop: _Drop | None) -> Selection:
+def _write_folder(selection: Selection, kept: Kept, decision: np.ndarray, drop: _Drop | None) -> Selection:
     settings = selection.settings
     with _explained(settings.output), new_folder(Path(settings.output)) as folder:
-        shards = write_shards(folder, members, settings.shard_size)
-        output = np.full(len(decision), -1, np.int32)
-        output[np.flatnonzero(decision == Decision.KEPT)[order]] = shards.number
-        about = _about(selection, tables)
+        written = FOLDER_WRITERS[settings.format](folder, kept)
+        output = None
+        if written.number is not None:
+            output = np.full(len(decision), -1, np.int32)
+            output[kept.positions] = written.number
         labels = [_labels(settings).get(code) for code in Decision]
-        named = None if drop is None else drop.named
-        tables.write_decisions(folder / "selection.parquet", settings.by, decision, labels=labels, metadata=about, output=output, duplicates=named)
-        artifacts.write_json(folder / "manifest.json", about)
-    warnings = selection.warnings
-    if shards.n_early:
-        warnings += (f"input shards share keys: {shards.n_early:,} output shards end early, so that keys are unique in each",)
-    return replace(selection, shards_written=shards.n_shards, nbytes_written=shards.nbytes, warnings=warnings)
+        kept.tables.write_decisions(
+            folder / "selection.parquet", settings.by, decision, labels=labels, metadata=kept.about,
+            output=output, output_name=written.name, duplicates=None if drop is None else drop.named,
+        )  # fmt: skip
+        artifacts.write_json(folder / "manifest.json", kept.about)
+    return replace(selection, shards_written=written.n_shards, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
 
 
 def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
@@ -317,6 +335,13 @@ def _write_keys(selection: Selection, tables: ScoreTables, decision: np.ndarray,
             write_all(fd, lines)
             nbytes += len(lines)
         return replace(selection, nbytes_written=nbytes)
+    return replace(selection, reader_closed=True)
+
+
+def _write_subset(selection: Selection, kept: Kept, stdout: BinaryIO | None) -> Selection:
+    with _stream(selection.settings.output, stdout) as fd:
+        written = write_subset(fd, kept)
+        return replace(selection, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
     return replace(selection, reader_closed=True)
 
 

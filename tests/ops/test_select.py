@@ -508,7 +508,7 @@ def test_remote_shards_are_copied(tmp_path):
         ({"top": "101%"}, "--top '101%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"top": "0"}, "--top '0' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"min": math.nan}, "--min is nan; give a number"),
-        ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys"),
+        ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf"),
         ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
         ({"top": "1", "output": "s3://bucket/best"}, "output 's3://bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": Path("s3://bucket/best")}, "output 's3:/bucket/best' is a URL; select into a local folder and upload that"),

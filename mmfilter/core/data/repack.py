@@ -11,12 +11,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from mmfilter.core.data import artifacts
+from mmfilter.core.data.ranges import Range, stream_remote
 from mmfilter.core.data.shard_writer import ShardWriter, Sources
+from mmfilter.core.data.shards import is_url
 
 _AT_ONCE = 100_000
 """Samples whose ranges become Python objects at one time"""
@@ -52,7 +55,7 @@ class Members:
         previous[order[1:][same]] = order[:-1][same]
         return previous
 
-    def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    def ranges(self, start: int, stop: int) -> Iterator[Range]:
         """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined."""
         source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
         end = offset + nbytes
@@ -105,8 +108,13 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
 def _write_range(fd: int, sources: Sources, members: Members, start: int, stop: int) -> int:
     writer = ShardWriter(fd, sources)
     for first in range(start, stop, _AT_ONCE):
-        for shard, offset, nbytes in members.ranges(first, min(first + _AT_ONCE, stop)):
-            writer.copy(shard, offset, nbytes)
+        for remote, ranges in groupby(members.ranges(first, min(first + _AT_ONCE, stop)), key=lambda part: is_url(part[0])):
+            if remote:
+                for content in stream_remote(ranges):
+                    writer.write(content)
+            else:
+                for part in ranges:
+                    writer.copy(*part)
     writer.finish()
     return writer.nbytes
 

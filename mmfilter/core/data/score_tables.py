@@ -176,6 +176,26 @@ class ScoreTables:
         while chunk := rows.fetchmany(10_000):
             yield [key for (key,) in chunk]
 
+    def take(self, positions: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The values of columns at `positions`, row by row in that order; positions may come more than once.
+
+        One query at a time: another question ends the iteration.
+        """
+        names = ", ".join(f"scores.{_name(column)}" for column in columns)
+        rank = np.arange(len(positions))
+        if (positions[1:] > positions[:-1]).all():
+            among = np.zeros(self.rows, bool)
+            among[positions] = True
+            found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among)
+        else:
+            self._database.register("wanted", artifacts.table({"at": positions, "rank": rank}))
+            sql = f"""
+                SELECT {names} FROM (SELECT * FROM scores POSITIONAL JOIN given) AS scores
+                JOIN wanted ON scores.position = wanted.at ORDER BY wanted.rank"""
+            found = self._query(sql, position=np.arange(self.rows))
+        while chunk := found.fetchmany(10_000):
+            yield from chunk
+
     def names_of(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Columns `key`, `shard` and `row` at ascending `positions`."""
         return self.at(positions, ("key", "shard", "row"))
@@ -232,12 +252,13 @@ class ScoreTables:
         labels: Sequence[str | None],
         metadata: Mapping[str, Any],
         output: np.ndarray | None = None,
+        output_name: str = "%08d.tar",
         duplicates: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Write a table with a row for every row of the score tables: kept or why not, and where to.
 
         `decision` indexes `labels`, the reasons (None is kept, a label that ends in `: ` goes on with
-        the reason of the score table). `output` is the number of the output shard, negative if none.
+        the reason of the score table). `output` is the number of the output shard, negative if none, and `output_name` makes it a name.
         `duplicates` are the position of the kept sample that a row is a duplicate of, negative if none,
         and their similarity.
         """
@@ -246,7 +267,7 @@ class ScoreTables:
         given, more = {"decision": decision}, ""
         if output is not None:
             given["output"] = output
-            more += ", CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard"
+            more += f", CASE WHEN given.output >= 0 THEN printf({_literal(output_name)}, given.output) END AS output_shard"
         if duplicates is not None:
             given |= self._representatives(*duplicates)
             more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"

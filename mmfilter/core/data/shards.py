@@ -8,10 +8,11 @@ tar readers otherwise take a truncated file for a shorter one.
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -150,6 +151,28 @@ def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryI
             yield file
 
 
+def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes of remote ranges (URL, start, end), many at a time where the file system can.
+
+    Fewer bytes come back where a shard ends before. Raises `ShardError` for the first that cannot be read.
+    """
+    places = [_filesystem(url) for url, _, _ in ranges]
+    found: list[Any] = [b""] * len(ranges)
+    for filesystem in {id(filesystem): filesystem for filesystem, _ in places}.values():
+        mine = [i for i, (other, _) in enumerate(places) if other is filesystem]
+        paths, starts, ends = [places[i][1] for i in mine], [ranges[i][1] for i in mine], [ranges[i][2] for i in mine]
+        for i, content in zip(mine, _remote(ranges[mine[0]][0], filesystem.cat_ranges, paths, starts, ends), strict=True):
+            found[i] = content
+    for (url, _, _), content in zip(ranges, found, strict=True):
+        if isinstance(content, BaseException):  # `cat_ranges` returns them, so that the shard can be named
+            _remote(url, _throw, content)
+    return found
+
+
+def _throw(error: BaseException) -> None:
+    raise error
+
+
 def _open_local(path: str) -> BinaryIO:
     try:
         return open(path, "rb", buffering=_CHUNK)
@@ -230,6 +253,16 @@ def read_samples(shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin:
                     f"duplicate key: {group.key!r}, first at row {first}; keys must be unique and the members of a sample adjacent (tar --sort=name)"
                 )
             yield RawSample(group.key, row, group.start, group.end - group.start, group.members, group.problem)
+
+
+def sample_members(content: bytes, key: str) -> dict[str, bytes] | None:
+    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called `key`."""
+    walk = TarWalk(key, io.BytesIO(content + bytes(2 * BLOCK)))
+    try:
+        [group] = _groups(walk, max(len(content), 1))
+    except (ShardError, ValueError):  # no tar, or not one sample
+        return None
+    return group.members if group.key == key and group.problem is None else None
 
 
 @dataclass
