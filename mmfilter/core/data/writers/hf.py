@@ -34,9 +34,9 @@ _CARD = """---
 | `image` | the image |
 | `caption` | the text it was scored with |
 | `json` | the sample's JSON as it was, if it had one |
-| `others` | members without a column of their own: name and bytes |
+| `others` | files of the sample that have no column of their own: extension and bytes |
 | `shard`, `row` | where the sample comes from |
-| others | of mmfilter's score table; definitions in mmfilter's docs/scores.md |
+| the rest | of mmfilter's score table; definitions in mmfilter's docs/scores.md |
 
 `selection.parquet` says of every input sample whether and why it was kept. Licence and terms are those of the source.
 
