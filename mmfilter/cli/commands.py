@@ -117,7 +117,9 @@ def select(
     dedup: Annotated[Optional[float], typer.Option(help="Of candidates whose codes are at least this close keep the best only.", metavar="COSINE")] = None,
     dedup_on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     shuffle: Annotated[Optional[int], typer.Option(help="Shuffle the output with this seed (default: source order).", metavar="SEED")] = None,
-    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Directory to write, or - for a tar stream on stdout.")] = None,
+    output: Annotated[
+        Optional[str], typer.Option("-o", "--output", help="Directory to write (a file for tar, keys and *.npy), or - for a stream on stdout.")
+    ] = None,
     output_format: Annotated[
         Optional[str],
         typer.Option("--format", help="shards, tar, keys, datacomp, parquet, llava-json, or hf (default: shards for a directory, tar for a stream)."),

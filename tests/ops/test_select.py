@@ -510,6 +510,8 @@ def test_remote_shards_are_copied(tmp_path):
         ({"min": math.nan}, "--min is nan; give a number"),
         ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf"),
         ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
+        ({"top": "1", "format": "hf"}, "hf cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
+        ({"top": "1", "format": "llava-json"}, "llava-json cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
         ({"top": "1", "output": "s3://bucket/best"}, "output 's3://bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": Path("s3://bucket/best")}, "output 's3:/bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": "x", "shard_size": 0}, "--shard-size is 0; at least 1 is needed"),

@@ -102,10 +102,12 @@ class Kept:
 def _sample(row: dict[str, Any], place: tuple[str, int, int], content: bytes, settings: DecodeSettings) -> KeptSample:
     shard, offset, _ = place
     members = sample_members(content, row["key"])
-    caption = None if members is None else caption_of(members, settings)
-    if members is None or caption is None or not (images := images_of(members)):
-        what = f"sample {row['key']!r}" if members is None else f"an image and a caption in sample {row['key']!r}"
-        raise ShardError(shard, f"does not hold {what} where it was scored: score it again; they should begin", offset=offset)
+    if members is None:
+        raise ShardError(shard, f"does not hold sample {row['key']!r} where it was scored: score it again; it should begin", offset=offset)
+    images, caption = images_of(members), caption_of(members, settings)
+    if not images or caption is None:
+        problem = f"holds sample {row['key']!r} without the image or the caption it was scored with: score it again; it begins"
+        raise ShardError(shard, problem, offset=offset)
     return KeptSample(row["key"], members, images, caption, row)
 
 
