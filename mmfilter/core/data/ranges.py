@@ -22,11 +22,11 @@ AT_ONCE = 64 << 20
 _RANGES_AT_ONCE = 512
 
 
-def read_ranges(sources: Sources, ranges: Sequence[Range]) -> list[bytes]:
-    """The bytes of each range; raises `ShardError` when a shard ends before one does."""
-    remote = [i for i, (shard, _, _) in enumerate(ranges) if is_url(shard)]
-    fetched = dict(zip(remote, _fetch_together([ranges[i] for i in remote]), strict=True))
-    return [fetched[i] if i in fetched else sources.read(*part) for i, part in enumerate(ranges)]
+def read_ranges(sources: Sources, ranges: Sequence[Range]) -> Iterator[bytes]:
+    """The bytes of each range, all remote ones asked for together; raises `ShardError` when a shard ends before one does."""
+    remote = _fetch_together([part for part in ranges if is_url(part[0])])
+    for part in ranges:
+        yield next(remote) if is_url(part[0]) else sources.read(*part)
 
 
 def stream_remote(ranges: Iterable[Range]) -> Iterator[bytes]:

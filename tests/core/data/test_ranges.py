@@ -97,7 +97,7 @@ def test_bytes_come_back_in_the_order_asked_for(counted, tmp_path):
     randomness = random.Random(1)
     asked = [(randomness.choice([url, str(tmp_path / "local")]), randomness.randrange(2 << 20), randomness.randrange(1, 100_000)) for _ in range(50)]
     with Sources() as sources:
-        found = read_ranges(sources, asked)
+        found = list(read_ranges(sources, asked))
     assert found == [(content if shard == url else content[::-1])[offset : offset + nbytes] for shard, offset, nbytes in asked]
 
 
@@ -176,12 +176,12 @@ def test_what_a_remote_shard_can_lack(counted):
     url = counted("short", b"x" * 1000)
     with Sources() as sources:
         with pytest.raises(ShardError, match=r"^shard 'counted:///short' has become shorter since it was scored: score it again; it ends at byte 1,000$"):
-            read_ranges(sources, [(url, 512, 1024)])
+            list(read_ranges(sources, [(url, 512, 1024)]))
         with pytest.raises(ShardError, match=r"^shard 'counted:///none' does not exist; check the URL$"):
-            read_ranges(sources, [(url, 0, 10), ("counted:///none", 512, 1024)])
+            list(read_ranges(sources, [(url, 0, 10), ("counted:///none", 512, 1024)]))
 
 
 def test_a_local_shard_that_ends_early(tmp_path):
     (tmp_path / "short").write_bytes(b"x" * 1000)
     with Sources() as sources, pytest.raises(ShardError, match=r"/short' has become shorter since it was scored: score it again; it ends at byte 1,000$"):
-        read_ranges(sources, [(str(tmp_path / "short"), 512, 1024)])
+        list(read_ranges(sources, [(str(tmp_path / "short"), 512, 1024)]))

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.decode import DecodeSettings, caption_of, images_of
-from mmfilter.core.data.ranges import AT_ONCE, read_ranges
+from mmfilter.core.data.ranges import read_ranges
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shard_writer import Sources
@@ -21,6 +21,8 @@ from mmfilter.core.data.shards import sample_members
 from mmfilter.errors import ShardError
 
 BATCH_ROWS = 1000
+BATCH_BYTES = 32 << 20
+"""Limits of a batch of samples; one sample alone may have more bytes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Kept:
         start = 0
         while start < len(self):
             before = end[start] - nbytes[start]
-            fit = int(np.searchsorted(end, before + AT_ONCE, side="right"))
+            fit = int(np.searchsorted(end, before + BATCH_BYTES, side="right"))
             stop = min(max(fit, start + 1), start + BATCH_ROWS, (start // self.shard_size + 1) * self.shard_size, len(self))
             yield start, stop
             start = stop

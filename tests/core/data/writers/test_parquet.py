@@ -79,7 +79,7 @@ def test_images_are_stored_and_the_rest_compressed(hard, written):
 def test_a_row_group_is_a_bounded_number_of_bytes(hard, written, monkeypatch):
     from mmfilter.core.data.writers import kept
 
-    monkeypatch.setattr(kept, "AT_ONCE", 12_000)
+    monkeypatch.setattr(kept, "BATCH_BYTES", 12_000)
     table = pq.ParquetFile(written(hard, "parquet") / "data/00000000.parquet")
     sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     held = iter(pq.read_table(hard / "scores/0-0.parquet")["nbytes"].to_pylist() + pq.read_table(hard / "scores/1-1.parquet")["nbytes"].to_pylist())
