@@ -1,7 +1,7 @@
 """A folder that `datasets.load_dataset` opens: parquet tables and a dataset card.
 
-Not the WebDataset layout: there the library takes the columns from the first five samples, and whatever
-another sample has more, or has under another extension, becomes None without a word.
+Not the WebDataset layout: there the library takes the columns from the first five samples; an image of
+another extension in a later one leaves None, and a member more is left out, both without a word.
 """
 
 from __future__ import annotations
