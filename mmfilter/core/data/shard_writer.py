@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO
 
-from mmfilter.core.data.shards import open_shard
+from mmfilter.core.data.shards import open_shard, with_suffix
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
@@ -97,6 +99,18 @@ class ShardWriter:
             offset += copied
             self.nbytes += copied
 
+    def copy_as(self, shard: str, offset: int, nbytes: int, suffix: str) -> None:
+        """Append the members of a sample under its key with a suffix; their content stays as it is."""
+        content = bytearray()
+        while len(content) < nbytes:
+            found = _read(self._sources.get(shard), offset + len(content), nbytes - len(content))
+            if not found:
+                raise ShardError(shard, "has become shorter since it was scored: score it again; it ends", offset=offset + len(content))
+            content += found
+        renamed = _renamed(bytes(content), suffix)
+        write_all(self._fd, renamed)
+        self.nbytes += len(renamed)
+
     def _copy_some(self, ways: list[_Copy], source: _Source, offset: int, nbytes: int) -> int:
         """Copy in the first way that works here; the system refuses those that do not."""
         while True:
@@ -141,9 +155,14 @@ def _sendfile(source: _Source, fd: int, offset: int, nbytes: int) -> int:
 
 def _read_and_write(source: _Source, fd: int, offset: int, nbytes: int) -> int:
     size = min(nbytes, _CHUNK)
-    content = _read_remote(source, offset, size) if source.fd is None else os.pread(source.fd, size, offset)
+    content = _read(source, offset, size)
     write_all(fd, content)
     return len(content)
+
+
+def _read(source: _Source, offset: int, size: int) -> bytes:
+    """Up to so many bytes, none at the end."""
+    return _read_remote(source, offset, size) if source.fd is None else os.pread(source.fd, size, offset)
 
 
 def _read_remote(source: _Source, offset: int, size: int) -> bytes:
@@ -153,3 +172,18 @@ def _read_remote(source: _Source, offset: int, size: int) -> bytes:
     except Exception as error:  # remote files raise what their library likes
         reason = " ".join(str(error).split())
         raise ShardError(source.shard, f"cannot be read ({type(error).__name__}: {reason})", offset=offset) from error
+
+
+def _renamed(content: bytes, suffix: str) -> bytes:
+    """Members of a sample under other names; headers are written anew, with all that they say of the file."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content + END_OF_ARCHIVE), mode="r:", encoding="utf-8") as tar:
+        for member in tar:
+            name = with_suffix(member.name, suffix)
+            if name is None or not member.isreg():
+                continue
+            start = member.offset_data
+            member.name = name
+            found.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+            found.write(content[start : start + member.size].ljust(-(-member.size // BLOCK) * BLOCK, b"\0"))
+    return found.getvalue()

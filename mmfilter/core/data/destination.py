@@ -1,0 +1,60 @@
+"""Where a selection goes: what may be written to, and streams that end quietly when their reader does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.shards import STDIN, is_url
+from mmfilter.errors import SelectionError
+
+Format = Literal["shards", "tar", "keys"]
+
+
+def check_output(output: Path, format: Format, tables: ScoreTables) -> None:
+    """Raise `SelectionError` for an output that is in the way, in the run, or among the input's shards."""
+    with explained(output):
+        _check(output, format, tables)
+
+
+def _check(output: Path, format: Format, tables: ScoreTables) -> None:
+    real, run = output.resolve(), tables.run.path.resolve()
+    sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
+    if real == run or run in real.parents:
+        raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
+    if format == "shards":
+        if str(real) in {os.path.realpath(folder) for folder in sources}:
+            raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
+        if real.exists() and (not real.is_dir() or any(real.iterdir())):
+            what = "is not empty" if real.is_dir() else "is a file"
+            raise SelectionError(f"output {str(output)!r} {what}; name a new folder, or delete it first")
+    elif real.exists():
+        raise SelectionError(f"output {str(output)!r} exists already; name a new file, or delete it first")
+
+
+@contextmanager
+def stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
+    """The file descriptor to write to. A reader of stdout that goes away ends the block, quietly."""
+    if output is not None:
+        with explained(output), artifacts.atomic(Path(output)) as temporary, open(temporary, "wb") as file:
+            yield file.fileno()
+        return
+    file = sys.stdout.buffer if stdout is None else stdout
+    with explained("stdout"), suppress(BrokenPipeError):
+        file.flush()
+        yield file.fileno()
+
+
+@contextmanager
+def explained(output: Path | str) -> Iterator[None]:
+    """What the system says against writing, as a `SelectionError`."""
+    try:
+        yield
+    except OSError as error:
+        raise SelectionError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
