@@ -57,7 +57,7 @@ class SelectSettings:
     repeat: str | None = None
     """Column or expression: a kept sample is written as often as it says, rounded; not at all where that is 0 or there is no value"""
     dry_run: bool = False
-    """Decide and count only, write nothing"""
+    """Decide and count only, write nothing; with `output` also check that it could be written"""
     shuffle: int | None = None
     """Seed of a random output order; None keeps the order of the source"""
     format: Format = "shards"
@@ -183,6 +183,8 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     copies = None if settings.repeat is None else _copies(settings.repeat, tables, decision)
     selection = _counted(settings, tables, decision, column, parts, copies)
     order = _order(selection.written, settings.shuffle)
+    if settings.dry_run and settings.output is None:
+        return selection  # the funnel needs no shard to be there
     if settings.format == "keys":
         return selection if settings.dry_run else _write_keys(selection, tables, _positions(decision, copies)[order], stdout)
     members = tables.members(decision == Decision.KEPT, copies).take(order)
