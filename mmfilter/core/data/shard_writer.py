@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
-from mmfilter.core.data.shards import open_shard
+from mmfilter.core.data.shards import open_shard, with_suffix
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
@@ -105,6 +107,10 @@ class ShardWriter:
             offset += copied
             self.nbytes += copied
 
+    def write_as(self, content: bytes, suffix: str) -> None:
+        """Append the members of a sample under its key with a suffix; their content stays as it is."""
+        self.write(_renamed(content, suffix))
+
     def _copy_some(self, source: int, offset: int, nbytes: int) -> int:
         """Copy in the first way that works here; the system refuses those that do not."""
         while True:
@@ -150,3 +156,18 @@ def _read_and_write(source: int, fd: int, offset: int, nbytes: int) -> int:
     content = os.pread(source, min(nbytes, _CHUNK), offset)
     write_all(fd, content)
     return len(content)
+
+
+def _renamed(content: bytes, suffix: str) -> bytes:
+    """Members of a sample under other names; headers are written anew, with all that they say of the file."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content + END_OF_ARCHIVE), mode="r:", encoding="utf-8") as tar:
+        for member in tar:
+            name = with_suffix(member.name, suffix)
+            if name is None or not member.isreg():
+                continue
+            start = member.offset_data
+            member.name = name
+            found.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+            found.write(content[start : start + member.size].ljust(-(-member.size // BLOCK) * BLOCK, b"\0"))
+    return found.getvalue()

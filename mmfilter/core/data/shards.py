@@ -138,8 +138,11 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryIO]:
-    """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open."""
+def open_shard(shard: str, *, stdin: BinaryIO | None = None, buffering: int = _CHUNK) -> Iterator[BinaryIO]:
+    """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open.
+
+    `buffering` is how much of a local file is read at one time.
+    """
     if shard == STDIN:
         yield stdin if stdin is not None else sys.stdin.buffer
     elif is_url(shard):
@@ -147,7 +150,7 @@ def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryI
         with _remote(shard, filesystem.open, path, "rb") as file:
             yield file
     else:
-        with _open_local(shard) as file:
+        with _open_local(shard, buffering) as file:
             yield file
 
 
@@ -173,9 +176,9 @@ def _throw(error: BaseException) -> None:
     raise error
 
 
-def _open_local(path: str) -> BinaryIO:
+def _open_local(path: str, buffering: int) -> BinaryIO:
     try:
-        return open(path, "rb", buffering=_CHUNK)
+        return open(path, "rb", buffering=buffering)
     except FileNotFoundError as error:
         raise ShardError(path, "does not exist; check the path") from error
     except OSError as error:
@@ -312,6 +315,23 @@ def _groups(walk: TarWalk, max_member_bytes: int) -> Iterator[_Group]:
         group.add(member, ext, walk, max_member_bytes)
     if group is not None:
         yield group
+
+
+def with_suffix(name: str, suffix: str) -> str | None:
+    """A member's name with a longer key; None for a member that belongs to no sample."""
+    match = _SAMPLE_NAME.fullmatch(name)
+    return None if match is None or _META_NAME.match(name) else f"{match[1]}{suffix}.{match[2]}"
+
+
+def key_at(shard: str, file: BinaryIO, offset: int) -> str | None:
+    """The key of the member that starts at a byte of an open shard; None where no member does."""
+    file.seek(offset)
+    try:
+        member = TarWalk(shard, file).next()
+    except ShardError:
+        return None
+    split = None if member is None else _split_name(member)
+    return None if split is None else split[0]
 
 
 def _split_name(member: Member) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from mmfilter.core.data import ranges
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.ranges import coalesce, read_ranges, stream_remote
 from mmfilter.core.data.shard_writer import Sources
-from mmfilter.core.data.shards import stamp
+from mmfilter.core.data.shards import read_samples, stamp
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import good, write_tar
@@ -140,6 +140,17 @@ def test_of_a_remote_shard_only_what_is_kept_is_read(remote_run, tmp_path, form)
     best = sorted(sorted(rows, key=lambda row: -row["similarity"])[:4], key=lambda row: row["row"])
     written = tmp_path / ("best/00000000.tar" if form == "shards" else "best")
     assert written.read_bytes() == b"".join(content[row["offset"] : row["offset"] + row["nbytes"]] for row in best) + bytes(1024)
+
+
+def test_copies_of_remote_samples_get_keys_of_their_own(remote_run, tmp_path):
+    run, content = remote_run
+    select(run, SelectSettings(top="2", repeat="2", output=tmp_path / "best"))
+    rows = pq.read_table(RunDirectory(run).scores("x-0")).to_pylist()
+    keys = [row["key"] for row in sorted(sorted(rows, key=lambda row: -row["similarity"])[:2], key=lambda row: row["row"])]
+    (tmp_path / "x.tar").write_bytes(content)
+    source = {sample.key: sample.members for sample in read_samples(str(tmp_path / "x.tar"))}
+    found = {sample.key: sample.members for sample in read_samples(str(tmp_path / "best/00000000.tar"))}
+    assert found == {key: source[key] for key in keys} | {f"{key}-2": source[key] for key in keys}
 
 
 def test_near_samples_share_a_request(remote_run, tmp_path):

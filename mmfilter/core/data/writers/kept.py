@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,16 +50,11 @@ class Kept:
     """Samples an output shard, file or folder of images"""
     about: Mapping[str, Any]
     """The manifest of the selection"""
+    members: Members | None = None
+    """Where the samples are, in output order; None for a format that only names them"""
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    @cached_property
-    def members(self) -> Members:
-        """Where the samples are, in output order."""
-        among = np.zeros(self.tables.rows, bool)
-        among[self.positions] = True
-        return self.tables.members(among).take(np.searchsorted(np.flatnonzero(among), self.positions))
 
     @property
     def number(self) -> np.ndarray:

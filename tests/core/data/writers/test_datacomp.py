@@ -128,3 +128,9 @@ def test_a_score_table_without_the_column(tmp_path):
 def test_it_is_sorted_and_cannot_be_shuffled(tmp_path):
     run = run_of(tmp_path, [uid(0)])
     assert error_of(run, shuffle=1) == "--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out"
+
+
+def test_repeat_is_what_the_resharder_understands(tmp_path):
+    uids = [uid(i) for i in range(5)]
+    select(run_of(tmp_path, uids), SelectSettings(top="100%", repeat="row", format="datacomp", output=tmp_path / "best.npy"))
+    assert copies(tmp_path / "best.npy", uids) == [0, 1, 2, 3, 4]

@@ -112,8 +112,8 @@ def test_nothing_is_left_of_a_write_that_fails(truncated, tmp_path, form):
 def test_a_sample_that_is_not_the_one_that_was_scored(hard, tmp_path):
     table = hard / "scores/0-0.parquet"
     rows = pq.read_table(table)
-    moved = rows.set_column(rows.schema.get_field_index("offset"), "offset", pa.array([0, 0, 0, 0], pa.int64()))
-    pq.write_table(moved.replace_schema_metadata(), table)
+    offsets = [0, 0, *rows["offset"].to_pylist()[2:]]  # of the second sample it is that of the first
+    moved = rows.set_column(rows.schema.get_field_index("offset"), "offset", pa.array(offsets, pa.int64()))
     now = (tmp_path / "data/0.tar").stat()
     add_table(hard, "0-0", str(tmp_path / "data/0.tar"), moved.to_pylist(), size=now.st_size, mtime_ns=now.st_mtime_ns)
     message = f"shard '{tmp_path}/data/0.tar' does not hold sample 'a.b/k1' where it was scored: score it again; it should begin at byte 0"
@@ -128,3 +128,11 @@ def test_a_sample_without_the_caption_it_was_scored_with(hard, tmp_path, caption
     )
     with pytest.raises(ShardError, match=f"^{re.escape(message)}$"):
         select(hard, SelectSettings(top="100%", format="parquet", output=tmp_path / "best"))
+
+
+def test_a_repeated_sample_is_a_row_each_time(hard, written):
+    """In the order of the other formats: after the first copies the second ones, and so on."""
+    best = written(hard, "parquet", repeat="CASE key WHEN 'k3' THEN 3 WHEN 'k4' THEN 2 ELSE 1 END", shard_size=4)
+    assert [row["key"] for row in rows_of(best)] == [*HARD, "k3", "k4", "k3"]
+    where = {row["key"]: (row["output_shard"], row["copies"]) for row in pq.read_table(best / "selection.parquet").to_pylist()}
+    assert (where["k3"], where["k4"]) == (("data/00000000.parquet", 3), ("data/00000001.parquet", 2))
