@@ -172,6 +172,7 @@ def selection_report(selection: Selection) -> dict[str, Any]:
         "candidates": selection.candidates,
         "scored": selection.scored,
         "kept": selection.kept,
+        "written": selection.written,
         "cut": selection.cut,
         "dropped": selection.dropped,
         "shards_written": selection.shards_written,

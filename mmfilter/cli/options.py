@@ -38,6 +38,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Pairs that go through the model together.")]
 Workers = Annotated[int, typer.Option("--workers", help="Threads that decode and pre-process.")]
 
+FORMATS = ("shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -120,14 +121,16 @@ def card_of_sae(
 
 
 def destination(output: str | None, form: str | None, stdout_is_terminal: bool) -> tuple[str, Path | None]:
-    """The format to write and where to (None: stdout); a tar is never poured into a terminal."""
-    one_of("--format", form, ("shards", "tar", "keys"))
+    """The format to write and where to (None: stdout); nothing binary is poured into a terminal."""
+    one_of("--format", form, FORMATS)
     path = None if output in (None, "-") else Path(output)
     form = form or ("shards" if path else "tar")
-    if form == "shards" and path is None:
-        raise typer.BadParameter("shards need a directory: -o DIR", param_hint="--format")
+    if form not in ("tar", "keys", "datacomp") and path is None:
+        raise typer.BadParameter(f"{form} needs a directory: -o DIR", param_hint="--format")
     if form == "tar" and path is None and stdout_is_terminal:
         raise typer.BadParameter("say where to: -o DIR for shards, or pipe the tar stream into a consumer", param_hint="-o")
+    if form == "datacomp" and path is None and stdout_is_terminal:
+        raise typer.BadParameter("say where to: -o subset.npy, or -o DIR for the subset file with a table of all decisions", param_hint="-o")
     return form, path
 
 

@@ -15,7 +15,7 @@ from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.score_tables import Column, ScoreTables
 from mmfilter.errors import RunError, SelectionError
 
 
@@ -102,14 +102,14 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
         run, settings, scores.rows, int(column.present.sum()), int(found.exact.sum()), int(found.near.sum()),
         len(close), len(close.crowded), rule.pairs.index, _borderline(scores, rule.pairs, settings),
     )  # fmt: skip
-    _write(scores, found, column.present, summary)
+    _write(scores, found, column, summary)
     return summary
 
 
-def _write(scores: ScoreTables, found: Duplicates, present: np.ndarray, summary: DedupSummary) -> None:
+def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: DedupSummary) -> None:
     duplicates = summary.settings.duplicates
     decision = np.where(found.exact, Decision.EXACT_DUPLICATE, np.where(found.near, Decision.NEAR_DUPLICATE, Decision.KEPT)).astype(np.int8)
-    decision[~present] = Decision.NO_SCORE
+    decision[~column.present] = Decision.NO_SCORE
     labels = ["" if code else None for code in Decision]
     labels[Decision.NO_SCORE] = "no score: "
     labels[Decision.EXACT_DUPLICATE] = f"exact duplicate ({SAME[duplicates.on]})"
@@ -118,7 +118,7 @@ def _write(scores: ScoreTables, found: Duplicates, present: np.ndarray, summary:
     about |= {"rows": summary.rows, "scored": summary.scored, "exact": summary.exact, "near": summary.near, "kept": summary.kept}
     try:
         with artifacts.atomic(scores.run.dedup) as temporary:
-            scores.write_decisions(temporary, summary.settings.by, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
+            scores.write_decisions(temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
     except OSError as error:
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {error.strerror or error}") from error
 

@@ -1,36 +1,38 @@
-"""Select the best samples of a run and copy them out, byte for byte: shards, one tar, or keys.
+"""Select the best samples of a run and copy them out, byte for byte, in the format that a trainer reads.
 
 Choosing reads one score column; copying moves byte ranges. Neither decodes a sample.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
 from mmfilter import __version__
 from mmfilter.core.codes.duplicates import SAME, DuplicateSettings
 from mmfilter.core.codes.index import On
+from mmfilter.core.codes.matching import Covering
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.choice import Decision, Top, choose, quotas
+from mmfilter.core.data.destination import Format, check_output, explained, stream, to_folder
 from mmfilter.core.data.progress import Progress, Silence
-from mmfilter.core.data.repack import Members, new_folder, write_shards, write_tar
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.repack import Members, new_folder, write_tar
+from mmfilter.core.data.score_tables import Column, ScoreTables
 from mmfilter.core.data.shard_writer import write_all
-from mmfilter.core.data.shards import STDIN, is_url, stamp
-from mmfilter.errors import SelectionError, ShardError
+from mmfilter.core.data.sources import check_sources
+from mmfilter.core.data.writers import FOLDER_WRITERS
+from mmfilter.core.data.writers.datacomp import write_subset
+from mmfilter.core.data.writers.kept import Kept
+from mmfilter.errors import SelectionError
 
-Format = Literal["shards", "tar", "keys"]
+MAX_COPIES = 1000
+"""More of one sample is a column mistaken for one of repetitions"""
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,27 @@ class SelectSettings:
     min: float | None = None
     """Keep what scores at least this; with `top`, what meets both"""
     by: str = "similarity"
-    """Column of the score table to rank by"""
+    """Column of the score table to rank by, or an SQL expression over its columns, in which rank(x) is x's percentile"""
     where: str | None = None
     """SQL condition over the score table; the rows that pass are the candidates"""
     dedup: float | None = None
     """Of candidates whose codes are at least this close only the best is kept; None keeps duplicates"""
     dedup_on: On = "both"
     """Which sides have to be that close (see `DuplicateSettings`)"""
+    per: str | None = None
+    """Column or expression: `top` holds within each of its values"""
+    diverse: bool = False
+    """Keep `top` samples that together cover all features, in place of the best"""
+    match: Path | None = None
+    """Keep `top` samples whose features are spread as in this run, in place of the best"""
+    repeat: str | None = None
+    """Column or expression: a kept sample is written as often as it says, rounded; not at all where that is 0 or there is no value"""
+    dry_run: bool = False
+    """Decide and count only, write nothing; with `output` also check that it could be written"""
     shuffle: int | None = None
     """Seed of a random output order; None keeps the order of the source"""
     format: Format = "shards"
-    """`shards`: a new folder; `tar`: one tar; `keys`: one key a line"""
+    """`tar`: one tar; `keys`: one key a line; `datacomp`: a file `*.npy` or a new folder; the others: a new folder"""
     output: str | Path | None = None
     """The folder or file to write; None is stdout"""
     shard_size: int = 10_000
@@ -66,10 +78,7 @@ class SelectSettings:
             Top.parse(self.top)
         if self.min is not None and self.min != self.min:
             raise SelectionError("--min is nan; give a number")
-        if self.format not in get_args(Format):
-            raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
-        if self.format == "shards" and self.output is None:
-            raise SelectionError("shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
+        self._check_format()
         if self.output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.output)):
             raise SelectionError(f"output {str(self.output)!r} is a URL; select into a local folder and upload that")
         if self.shard_size < 1:
@@ -78,6 +87,27 @@ class SelectSettings:
             raise SelectionError(f"--shuffle is {self.shuffle}; a seed from 0 is needed")
         if self.dedup is not None:
             DuplicateSettings(self.dedup, self.dedup_on)
+        self._check_ways()
+
+    def _check_ways(self) -> None:
+        ways = [option for option, given in (("--per", self.per is not None), ("--diverse", self.diverse), ("--match", self.match is not None)) if given]
+        if len(ways) > 1:
+            raise SelectionError(f"{' and '.join(ways)} are different ways to choose; give one of them")
+        if ways and self.top is None:
+            raise SelectionError(f"{ways[0]} needs to know how many: add --top 20% or --top 5000")
+
+    def _check_format(self) -> None:
+        if self.format not in get_args(Format):
+            raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
+        if self.to_folder and self.output is None and not self.dry_run:
+            raise SelectionError(f"{self.format} cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
+        if self.format == "datacomp" and self.shuffle is not None:
+            raise SelectionError("--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out")
+
+    @property
+    def to_folder(self) -> bool:
+        """Whether a folder is written, with a table of all decisions, rather than one file."""
+        return to_folder(self.format, self.output)
 
 
 @dataclass(frozen=True)
@@ -98,14 +128,19 @@ class Selection:
     not_near: int
     """… of these without near-duplicates"""
     kept: int
+    """Different samples"""
+    written: int
+    """Samples with their repetitions"""
     asked: int | None
     """Samples that `top` asks for; fewer are kept where too few have a score or reach `min`"""
+    n_parts: int | None
+    """Values of `per` among the candidates"""
     cut: float | None
     """Lowest score kept"""
     dropped: dict[str, int]
     """Reason -> samples"""
     shards_written: int = 0
-    """Tars written"""
+    """Tars, parquet files or folders of images written"""
     nbytes_written: int = 0
     reader_closed: bool = False
     """The reader of the stream stopped early, as `head` does"""
@@ -129,8 +164,12 @@ class Selection:
         if settings.dedup is not None:
             steps.append((f"without exact duplicates ({SAME[settings.dedup_on]})", self.not_exact))
             steps.append((f"without near-duplicates (--dedup {settings.dedup})", self.not_near))
-        fewer = f", of {self.asked:,} asked for" if self.asked is not None and self.kept < self.asked else ""
-        steps.append((("kept" if settings.top is None else f"kept by --top {settings.top}") + fewer, self.kept))
+        chosen = self.kept + self.dropped.get(_labels(settings)[Decision.NO_COPY], 0)
+        fewer = f", of {self.asked:,} asked for" if self.asked is not None and chosen < self.asked else ""
+        steps.append((_way(settings, self.n_parts) + fewer, chosen))
+        if settings.repeat is not None:
+            steps.append((f"at least once by --repeat {settings.repeat!r}", self.kept))
+            steps.append(("with their repetitions", self.written))
         return steps
 
 
@@ -139,33 +178,80 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
 
     `stdout` is a binary file with a descriptor, by default the process's own. A reader that closes
     it early is a normal end (`reader_closed`). Raises `SelectionError` before anything is written
-    when the selection cannot be made: an unknown column, a condition that is none, an output in the
-    way, a source shard that is missing or has changed since it was scored.
+    when the selection cannot be made: an unknown column, an expression that is none, more asked for than
+    there is, an output in the way, a source shard that is missing or has changed since it was scored.
     """
     tables = ScoreTables(RunDirectory(run))
+    progress = progress or Silence()
     if settings.output is not None:
-        with _explained(settings.output):
-            _check_output(Path(settings.output), settings.format, tables)
+        check_output(Path(settings.output), settings.to_folder, tables)
     column = tables.column(settings.by, settings.where)
-    top = None if settings.top is None else Top.parse(settings.top)
-    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress or Silence())
-    decision = choose(column.values, column.present, column.passes, top=top, minimum=settings.min, first_by_key=tables.first_by_key, duplicates=drop)
-    selection = _counted(settings, tables, decision, column.values)
+    _check_count(settings, column)
+    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
+    parts = None if settings.per is None else tables.parts("--per", settings.per, column.passes)
+    decision = choose(
+        column.values, column.present, column.passes, top=None if settings.top is None else Top.parse(settings.top), minimum=settings.min,
+        first_by_key=tables.first_by_key, duplicates=drop, parts=parts, chooser=_chooser(settings, tables, column, progress),
+    )  # fmt: skip
+    copies = None if settings.repeat is None else _copies(settings.repeat, tables, decision)
+    selection = _counted(settings, tables, decision, column, parts, copies)
+    order = _order(selection.written, settings.shuffle)
+    if settings.dry_run and settings.output is None:
+        return selection  # the funnel needs no shard to be there
     if settings.format == "keys":
-        return _write_keys(selection, tables, decision, stdout)
-    members = tables.members(decision == Decision.KEPT)
-    _check_sources(members, tables)
-    order = _order(len(members), settings.shuffle)
-    if settings.format == "tar":
-        return _write_tar(selection, members.take(order), stdout)
-    return _write_folder(selection, tables, decision, members.take(order), order, drop)
+        return selection if settings.dry_run else _write_keys(selection, tables, _positions(decision, copies)[order], stdout)
+    members = None
+    if settings.format != "datacomp":
+        members = tables.members(decision == Decision.KEPT, copies).take(order)
+        check_sources(tables, decision == Decision.KEPT)
+    if settings.dry_run:
+        return selection
+    kept = Kept(tables, _positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
+    if settings.to_folder:
+        return _write_folder(selection, kept, column, decision, order, drop, copies)
+    return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
+
+
+def _check_count(settings: SelectSettings, column: Column) -> None:
+    """A number of samples that are not there is refused; a share, or a number for each part, takes what there is."""
+    count = None if settings.top is None or settings.per is not None else Top.parse(settings.top).count
+    there = int((column.present & column.passes).sum())
+    if count is not None and count > there:
+        which = f"have a score {settings.by!r}" + ("" if settings.where is None else f" and pass --where {settings.where!r}")
+        raise SelectionError(f"--top {count} is more than there is: {there:,} samples {which}; give a smaller number, or --top 100%")
+
+
+def _chooser(settings: SelectSettings, tables: ScoreTables, column: Column, progress: Progress) -> Covering | None:
+    if not settings.diverse and settings.match is None:
+        return None
+    target = None if settings.match is None else ScoreTables(RunDirectory(settings.match))
+    return Covering(tables, column.values, target, progress)
+
+
+def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarray:
+    """(rows,) how often each kept row is to be written, 0 for the others; those with 0 are kept no longer."""
+    values, present = tables.numbers("--repeat", repeat, decision == Decision.KEPT)
+    wanted = np.floor(np.where(present, values, 0).astype(np.float64) + 0.5)
+    if wanted.max(initial=0) > MAX_COPIES:
+        raise SelectionError(f"--repeat {repeat!r} asks for {wanted.max():g} copies of a sample; up to {MAX_COPIES:,} are possible")
+    copies = np.maximum(wanted, 0).astype(np.int64)
+    decision[(decision == Decision.KEPT) & (copies == 0)] = Decision.NO_COPY
+    return copies
+
+
+def _positions(decision: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
+    """Positions of what is written, in the order of `ScoreTables.members`."""
+    kept = np.flatnonzero(decision == Decision.KEPT)
+    if copies is None:
+        return kept
+    return np.concatenate([kept, *(kept[copies[kept] > n] for n in range(1, int(copies.max(initial=0))))])
 
 
 class _Drop:
     """The duplicates among the rows of a mask; remembers of which kept sample they are duplicates."""
 
     def __init__(self, tables: ScoreTables, settings: SelectSettings, values: np.ndarray, progress: Progress) -> None:
-        self._rule = Deduplicator(tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress)
+        self._rule = Deduplicator(tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress, keep=not settings.dry_run)
         self._values = values
         self.named: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -178,7 +264,9 @@ class _Drop:
 # --- counting --------------------------------------------------------------------------------
 
 
-def _counted(settings: SelectSettings, tables: ScoreTables, decision: np.ndarray, values: np.ndarray) -> Selection:
+def _counted(
+    settings: SelectSettings, tables: ScoreTables, decision: np.ndarray, column: Column, parts: np.ndarray | None, copies: np.ndarray | None
+) -> Selection:
     counts = dict(zip(Decision, np.bincount(decision, minlength=len(Decision)).tolist(), strict=True))
     candidates = tables.rows - counts[Decision.NOT_IN_WHERE]
     scored = candidates - counts[Decision.NO_SCORE]
@@ -197,11 +285,29 @@ def _counted(settings: SelectSettings, tables: ScoreTables, decision: np.ndarray
         not_exact=not_exact,
         not_near=not_exact - counts[Decision.NEAR_DUPLICATE],
         kept=counts[Decision.KEPT],
-        asked=None if settings.top is None else Top.parse(settings.top).of(candidates),
-        cut=float(values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
+        written=counts[Decision.KEPT] if copies is None else int(copies.sum()),
+        asked=_asked(settings, candidates, parts),
+        n_parts=None if parts is None else int(parts.max(initial=-1)) + 1,
+        cut=float(column.values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
         dropped={label: n for label, n in dropped.items() if n},
         warnings=_unfinished(tables),
     )
+
+
+def _asked(settings: SelectSettings, candidates: int, parts: np.ndarray | None) -> int | None:
+    top = None if settings.top is None else Top.parse(settings.top)
+    if top is None or (parts is not None and top.count is not None):
+        return None
+    return top.of(candidates) if parts is None else int(quotas(top, parts[parts >= 0]).sum())
+
+
+def _way(settings: SelectSettings, n_parts: int | None) -> str:
+    """How the last step chooses, in words."""
+    if settings.top is None:
+        return "kept"
+    if settings.per is not None:
+        return f"kept by --top {settings.top} in each of {n_parts:,} groups of --per {settings.per!r}"
+    return f"kept by --top {settings.top}" + (" --diverse" if settings.diverse else f" --match {str(settings.match)!r}" if settings.match else "")
 
 
 def _labels(settings: SelectSettings) -> dict[Decision, str]:
@@ -214,6 +320,8 @@ def _labels(settings: SelectSettings) -> dict[Decision, str]:
         Decision.TIED: "at the cut, after others by key",
         Decision.EXACT_DUPLICATE: f"exact duplicate ({SAME[settings.dedup_on]})",
         Decision.NEAR_DUPLICATE: f"near-duplicate at --dedup {settings.dedup}",
+        Decision.NOT_CHOSEN: "not chosen by --diverse" if settings.diverse else "not chosen by --match",
+        Decision.NO_COPY: f"written 0 times by --repeat {settings.repeat!r}",
     }
 
 
@@ -229,56 +337,27 @@ def _order(n: int, seed: int | None) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
 
-# --- checks before anything is written -------------------------------------------------------
-
-
-def _check_output(output: Path, format: Format, tables: ScoreTables) -> None:
-    real, run = output.resolve(), tables.run.path.resolve()
-    sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
-    if real == run or run in real.parents:
-        raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
-    if format == "shards":
-        if str(real) in {os.path.realpath(folder) for folder in sources}:
-            raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
-        if real.exists() and (not real.is_dir() or any(real.iterdir())):
-            what = "is not empty" if real.is_dir() else "is a file"
-            raise SelectionError(f"output {str(output)!r} {what}; name a new folder, or delete it first")
-    elif real.exists():
-        raise SelectionError(f"output {str(output)!r} exists already; name a new file, or delete it first")
-
-
-def _check_sources(members: Members, tables: ScoreTables) -> None:
-    """Raise `SelectionError` unless every shard that is copied from is as it was when it was scored."""
-    for i in np.unique(members.source).tolist():
-        shard = tables.shards[i]
-        if shard.path == STDIN:
-            raise SelectionError(f"run {str(tables.run.path)!r} was scored from stdin, so there is no shard to copy from; use --format keys")
-        try:
-            same = stamp(shard.path) == shard.stamp
-        except ShardError as error:
-            raise SelectionError(f"{error}; put it back, or score the input again") from error
-        if not same:
-            raise SelectionError(f"shard {shard.path!r} has changed since it was scored, its byte ranges may be wrong; score it again")
-
-
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_folder(selection: Selection, tables: ScoreTables, decision: np.ndarray, members: Members, order: np.ndarray, drop: _Drop | None) -> Selection:
+def _write_folder(
+    selection: Selection, kept: Kept, column: Column, decision: np.ndarray, order: np.ndarray, drop: _Drop | None, copies: np.ndarray | None
+) -> Selection:
     settings = selection.settings
-    with _explained(settings.output), new_folder(Path(settings.output)) as folder:
-        shards = write_shards(folder, members, settings.shard_size)
-        output = np.full(len(decision), -1, np.int32)
-        output[np.flatnonzero(decision == Decision.KEPT)[order]] = shards.number
-        about = _about(selection, tables)
+    with explained(settings.output), new_folder(Path(settings.output)) as folder:
+        written = FOLDER_WRITERS[settings.format](folder, kept)
+        output = None
+        if written.number is not None:
+            output = np.full(len(decision), -1, np.int32)
+            first = order < selection.kept  # of a sample's copies the one under its own key
+            output[kept.positions[first]] = written.number[first]
         labels = [_labels(settings).get(code) for code in Decision]
-        named = None if drop is None else drop.named
-        tables.write_decisions(folder / "selection.parquet", settings.by, decision, labels=labels, metadata=about, output=output, duplicates=named)
-        artifacts.write_json(folder / "manifest.json", about)
-    warnings = selection.warnings
-    if shards.n_early:
-        warnings += (f"input shards share keys: {shards.n_early:,} output shards end early, so that keys are unique in each",)
-    return replace(selection, shards_written=shards.n_shards, nbytes_written=shards.nbytes, warnings=warnings)
+        kept.tables.write_decisions(
+            folder / "selection.parquet", column, decision, labels=labels, metadata=kept.about,
+            output=output, output_name=written.name, copies=copies, duplicates=None if drop is None else drop.named,
+        )  # fmt: skip
+        artifacts.write_json(folder / "manifest.json", kept.about)
+    return replace(selection, shards_written=written.n_shards, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
 
 
 def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
@@ -286,7 +365,8 @@ def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
         "kind": "selection",
         "version": __version__,
         "run": str(tables.run.path.resolve()),
-        "settings": asdict(selection.settings) | {"output": str(selection.settings.output)},
+        "settings": asdict(selection.settings)
+        | {"output": str(selection.settings.output), "match": None if selection.settings.match is None else str(selection.settings.match.resolve())},
         "funnel": [{"step": step, "samples": n} for step, n in selection.funnel],
         "dropped": selection.dropped,
         "cut": selection.cut,
@@ -300,19 +380,16 @@ def _write_tar(selection: Selection, members: Members, stdout: BinaryIO | None) 
             f"input shards share keys: in {repeats:,} places two neighbours have one key, and readers merge them or stop; "
             "select into shards instead, which keeps them apart",
         )
-    with _stream(selection.settings.output, stdout) as fd:
+    with stream(selection.settings.output, stdout) as fd:
         nbytes = write_tar(fd, members)
         return replace(selection, shards_written=1, nbytes_written=nbytes, warnings=warnings)
     return replace(selection, reader_closed=True, warnings=warnings)
 
 
-def _write_keys(selection: Selection, tables: ScoreTables, decision: np.ndarray, stdout: BinaryIO | None) -> Selection:
-    rank = np.full(len(decision), -1, np.int64)
-    order = _order(selection.kept, selection.settings.shuffle)
-    rank[np.flatnonzero(decision == Decision.KEPT)[order]] = np.arange(selection.kept)
+def _write_keys(selection: Selection, tables: ScoreTables, positions: np.ndarray, stdout: BinaryIO | None) -> Selection:
     nbytes = 0
-    with _stream(selection.settings.output, stdout) as fd:
-        for keys in tables.keys(rank, in_order=selection.settings.shuffle is None):
+    with stream(selection.settings.output, stdout) as fd:
+        for keys in tables.keys(positions):
             lines = "".join(f"{key}\n" for key in keys).encode()
             write_all(fd, lines)
             nbytes += len(lines)
@@ -320,23 +397,8 @@ def _write_keys(selection: Selection, tables: ScoreTables, decision: np.ndarray,
     return replace(selection, reader_closed=True)
 
 
-@contextmanager
-def _stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
-    """The file descriptor to write to. A reader of stdout that goes away ends the block, quietly."""
-    if output is not None:
-        with _explained(output), artifacts.atomic(Path(output)) as temporary, open(temporary, "wb") as file:
-            yield file.fileno()
-        return
-    file = sys.stdout.buffer if stdout is None else stdout
-    with _explained("stdout"), suppress(BrokenPipeError):
-        file.flush()
-        yield file.fileno()
-
-
-@contextmanager
-def _explained(output: Path | str) -> Iterator[None]:
-    """What the system says against writing, as a `SelectionError`."""
-    try:
-        yield
-    except OSError as error:
-        raise SelectionError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+def _write_subset(selection: Selection, kept: Kept, stdout: BinaryIO | None) -> Selection:
+    with stream(selection.settings.output, stdout) as fd:
+        written = write_subset(fd, kept)
+        return replace(selection, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
+    return replace(selection, reader_closed=True)

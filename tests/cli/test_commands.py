@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.cli.app import command_paths, main
-from mmfilter.cli.options import destination
+from mmfilter.cli.options import FORMATS, destination
 from tests.conftest import good, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,21 @@ def test_shards_in_a_directory(scored, tmp_path):
     assert json.loads((tmp_path / "best" / "sizes.json").read_text()) == {"00000000.tar": 10, "00000001.tar": 10, "00000002.tar": 4}
 
 
+@pytest.mark.parametrize("form", ["parquet", "hf", "llava-json", "datacomp"])
+def test_other_formats_in_a_directory(scored, tmp_path, form):
+    made = {"parquet": "data/00000002.parquet", "hf": "data/train-00002-of-00003.parquet", "llava-json": "images/00000002", "datacomp": "sample_ids.npy"}
+    assert main(["select", f"{scored}/run", "--min", "-1", "-o", f"{tmp_path}/best", "--shard-size", "10", "--format", form]) == 0
+    assert (tmp_path / "best" / made[form]).exists()
+    assert json.loads((tmp_path / "best/manifest.json").read_text())["settings"]["format"] == form
+    assert pq.read_table(tmp_path / "best/selection.parquet")["kept"].to_pylist().count(True) == 24
+
+
+def test_the_formats_of_the_command_are_those_of_the_operation():
+    from mmfilter.ops.select import Format
+
+    assert get_args(Format) == FORMATS
+
+
 EXPLAINED = {
     "missing shard": (["score", "nowhere.tar"], "nowhere.tar"),
     "no match": (["score", "nowhere/*.tar"], "nowhere/*.tar"),
@@ -128,6 +144,7 @@ USAGE = {
     "text context": ["score", "x.tar", "--text-context", "both"],
     "format": ["select", "--top", "5", "--format", "zip"],
     "shards to stdout": ["select", "--top", "5", "--format", "shards"],
+    "tables to stdout": ["select", "--top", "5", "--format", "parquet", "-o", "-"],
 }
 
 
@@ -140,6 +157,9 @@ def test_wrong_usage_exits_2(case, capsys):
 def test_a_tar_is_not_poured_into_a_terminal():
     with pytest.raises(Exception, match="say where to"):
         destination(None, None, stdout_is_terminal=True)
+    with pytest.raises(Exception, match=r"say where to: -o subset\.npy, or -o DIR for the subset file with a table of all decisions"):
+        destination(None, "datacomp", stdout_is_terminal=True)
+    assert destination(None, "datacomp", stdout_is_terminal=False) == ("datacomp", None)
     assert destination(None, "keys", stdout_is_terminal=True) == ("keys", None)
     assert destination(None, None, stdout_is_terminal=False) == ("tar", None)
     assert destination("best", None, stdout_is_terminal=True) == ("shards", Path("best"))

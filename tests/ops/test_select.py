@@ -188,7 +188,12 @@ def test_selection_is_that_of_a_plain_sort(tmp_path, seed):
     write_json(run / "manifest.json", {"inputs": [{"name": f"t{i}", "shard": shard} for i, shard in enumerate(shards)]})
     by, top, minimum = random_request(randomness)
     where = randomness.choice(list(CONDITIONS))
-    selection = select(run, SelectSettings(top=top, min=minimum, by=by, where=where, format="keys", output=tmp_path / "keys"))
+    settings = SelectSettings(top=top, min=minimum, by=by, where=where, format="keys", output=tmp_path / "keys")
+    there = len(brute_force(rows, by, "100%", None, CONDITIONS[where]))
+    if top is not None and top[-1] != "%" and int(top) > there:
+        assert error_of(run, top=top, by=by, where=where, format="keys").startswith(f"--top {top} is more than there is: {there} samples have a score")
+        return
+    selection = select(run, settings)
     expected = brute_force(rows, by, top, minimum, CONDITIONS[where])
     assert (tmp_path / "keys").read_text() == "".join(row["key"] + "\n" for row in expected)
     assert selection.kept == len(expected)
@@ -380,15 +385,15 @@ def test_an_existing_empty_folder_is_filled(run, tmp_path):
 
 def test_nothing_is_left_behind_when_copying_fails(run, tmp_path):
     shard = tmp_path / "data/b.tar"
-    times = shard.stat()
     table = RunDirectory(run).scores("b-0")
-    with open(shard, "r+b") as file:
-        file.truncate(2048)
     rows = pq.read_table(table).to_pylist()
-    add_table(run, "b-0", str(shard), rows, size=2048, mtime_ns=shard.stat().st_mtime_ns)
-    with pytest.raises(ShardError, match="has become shorter since it was scored: score it again; it ends at byte 2,048"):
+    end = rows[-1]["offset"] + 512  # the header of the last sample is there, its content is not
+    with open(shard, "r+b") as file:
+        file.truncate(end)
+    add_table(run, "b-0", str(shard), rows, size=end, mtime_ns=shard.stat().st_mtime_ns)
+    with pytest.raises(ShardError, match=f"has become shorter since it was scored: score it again; it ends at byte {end:,}"):
         select(run, SelectSettings(top="100%", output=tmp_path / "best"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"], times
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
 
 def test_a_table_that_cannot_be_written(run, tmp_path):
@@ -396,7 +401,8 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
 
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
-        ScoreTables(RunDirectory(run)).write_decisions(tmp_path / "none/x.parquet", "raw", nothing, labels=[None, "dropped"], metadata={})
+        tables = ScoreTables(RunDirectory(run))
+        tables.write_decisions(tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={})
 
 
 def test_sources_stay_as_they_are(run, tmp_path):
@@ -508,8 +514,10 @@ def test_remote_shards_are_copied(tmp_path):
         ({"top": "101%"}, "--top '101%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"top": "0"}, "--top '0' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"min": math.nan}, "--min is nan; give a number"),
-        ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys"),
+        ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf"),
         ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
+        ({"top": "1", "format": "hf"}, "hf cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
+        ({"top": "1", "format": "llava-json"}, "llava-json cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
         ({"top": "1", "output": "s3://bucket/best"}, "output 's3://bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": Path("s3://bucket/best")}, "output 's3:/bucket/best' is a URL; select into a local folder and upload that"),
         ({"top": "1", "output": "x", "shard_size": 0}, "--shard-size is 0; at least 1 is needed"),
@@ -539,7 +547,8 @@ def test_a_column_that_cannot_rank(run):
     ("where", "message"),
     [
         ("width >", 'is not possible: syntax error at or near ")"'),
-        ("beauty > 1", 'is not possible: Binder Error: Referenced column "beauty" not found in FROM clause!'),
+        ("beauty > 1", "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason, uid, image_hash,"),
+        ("scores.beauty > 1", "names a column 'beauty' that the score table does not have; it has key, shard, row"),
         ("avg(width) > 1", "is not possible: Binder Error: WHERE clause cannot contain aggregates!"),
         ("true; DROP VIEW scores", 'is not possible: syntax error at or near ";"'),
         ("true); DROP VIEW scores; SELECT (1", "is not possible: Only SELECT statements can be serialized to json!"),

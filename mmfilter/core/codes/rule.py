@@ -44,11 +44,12 @@ class Duplicates:
 class Deduplicator:
     """The close pairs of a run, and the rule applied to some of its samples."""
 
-    def __init__(self, scores: ScoreTables, settings: DuplicateSettings, progress: Progress) -> None:
+    def __init__(self, scores: ScoreTables, settings: DuplicateSettings, progress: Progress, *, keep: bool = True) -> None:
+        """Without `keep` nothing is written into the run."""
         self._scores, self._settings = scores, settings
         self._groups = scores.groups(*settings.hashes)
         self._tables = CodeTables(scores, workers=settings.workers)
-        self.pairs = find_pairs(scores, self._tables, self._groups, settings, progress)
+        self.pairs = find_pairs(scores, self._tables, self._groups, settings, progress, keep=keep)
 
     def __call__(self, values: np.ndarray, among: np.ndarray) -> Duplicates:
         """The duplicates among the rows of a mask, ranked by `values`, the largest first."""

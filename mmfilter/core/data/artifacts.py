@@ -1,7 +1,8 @@
 """The files of a run directory: parquet tables, manifests and atomic writes.
 
-The one door to pyarrow. Every file is written to a temporary name beside its place and renamed, so
-that a file that *exists* is a file that is *finished*.
+The one door to pyarrow, but for the pairs that a selection writes (`writers/parquet.py`). Every file is
+written to a temporary name beside its place and renamed, so that a file that *exists* is a file that is
+*finished*.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ class Decision(IntEnum):
     """Has the score of the cut, but other rows with that score come first"""
     EXACT_DUPLICATE = 6
     NEAR_DUPLICATE = 7
+    NOT_CHOSEN = 8
+    """Others were worth more to the set"""
+    NO_COPY = 9
+    """Is to be written zero times"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def choose(
     minimum: float | None,
     first_by_key: Callable[[np.ndarray, int], np.ndarray],
     duplicates: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+    parts: np.ndarray | None = None,
+    chooser: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> np.ndarray:
     """A `Decision` for every row, as int8.
 
@@ -67,7 +73,9 @@ def choose(
     `top.of(candidates)` largest are kept. `first_by_key(among, n)` gives the positions of the first
     `n` rows of a mask: it is asked only about the rows that tie at the cut. `duplicates(among)` gives
     the exact and the near duplicates among the rows of a mask, as masks; they are dropped before the
-    largest are kept, and count as candidates all the same.
+    largest are kept, and count as candidates all the same. With `parts`, the number from 0 of the part
+    that each candidate is in, the largest of each part are kept, `top.of` its candidates. `chooser(among, n)`
+    gives the positions of the n rows of a mask that are kept in place of the largest.
     """
     decision = np.full(len(values), Decision.KEPT, np.int8)
     decision[~present] = Decision.NO_SCORE
@@ -79,9 +87,57 @@ def choose(
     if duplicates is not None:
         exact, near = duplicates(decision == Decision.KEPT)
         decision[exact], decision[near] = Decision.EXACT_DUPLICATE, Decision.NEAR_DUPLICATE
-    if top is not None:
+    if top is None:
+        return decision
+    if parts is not None:
+        _keep_largest_of_parts(decision, values, parts, quotas(top, parts[passes]), first_by_key)
+    elif chooser is not None:
+        _keep_chosen(decision, top.of(int(passes.sum())), chooser)
+    else:
         _keep_largest(decision, values, top.of(int(passes.sum())), first_by_key)
     return decision
+
+
+def _keep_chosen(decision: np.ndarray, n: int, chooser: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    left = decision == Decision.KEPT
+    if int(left.sum()) > n:
+        decision[left] = Decision.NOT_CHOSEN
+        decision[chooser(left, n) if n else []] = Decision.KEPT
+
+
+def quotas(top: Top, parts: np.ndarray) -> np.ndarray:
+    """Rows to keep in each part, from the part of every candidate."""
+    sizes, which = np.unique(np.bincount(parts), return_inverse=True)
+    return np.array([top.of(size) for size in sizes.tolist()], np.int64)[which]
+
+
+def _keep_largest_of_parts(
+    decision: np.ndarray, values: np.ndarray, parts: np.ndarray, allowed: np.ndarray, first_by_key: Callable[[np.ndarray, int], np.ndarray]
+) -> None:
+    left = np.flatnonzero(decision == Decision.KEPT)
+    if not len(left):
+        return
+    left = left[np.lexsort((values[left], parts[left]))]  # part by part, the largest last
+    part = parts[left]
+    sizes = np.bincount(part, minlength=len(allowed))
+    ends = np.cumsum(sizes)
+    over = allowed < sizes
+    decision[left[over[part] & (allowed[part] == 0)]] = Decision.BELOW_CUT
+    cut = np.zeros(len(allowed), values.dtype)
+    there = over & (allowed > 0)
+    cut[there] = values[left[(ends - allowed)[there]]]
+    inside = there[part]
+    left, part = left[inside], part[inside]
+    decision[left[values[left] < cut[part]]] = Decision.BELOW_CUT
+    free = allowed - np.bincount(part[values[left] > cut[part]], minlength=len(allowed))
+    tied = np.zeros(len(values), bool)
+    tied[left[values[left] == cut[part]]] = True
+    decision[tied] = Decision.TIED
+    order = first_by_key(tied, int(tied.sum()))
+    order = order[np.argsort(parts[order], kind="stable")]
+    counts = np.bincount(parts[order], minlength=len(allowed))
+    place = np.arange(len(order)) - (np.cumsum(counts) - counts)[parts[order]]
+    decision[order[place < free[parts[order]]]] = Decision.KEPT
 
 
 def _keep_largest(decision: np.ndarray, values: np.ndarray, n: int, first_by_key: Callable[[np.ndarray, int], np.ndarray]) -> None:

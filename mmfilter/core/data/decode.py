@@ -77,6 +77,19 @@ def decode(raw: RawSample, shard: str, settings: DecodeSettings) -> Pair:
     return pair
 
 
+def caption_of(members: dict[str, bytes], settings: DecodeSettings) -> str | None:
+    """The caption, from where the settings say it is; None where there is none."""
+    try:
+        return _caption(members, _record(members.get("json")), settings)
+    except _Unusable:
+        return None
+
+
+def images_of(members: dict[str, bytes]) -> dict[str, bytes]:
+    """Extension -> bytes of the members that are images, in the order of the shard."""
+    return {ext: content for ext, content in members.items() if ext in IMAGE_EXTENSIONS}
+
+
 def _hash(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()[:32]
 

@@ -11,15 +11,21 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 
 from mmfilter.core.data import artifacts
+from mmfilter.core.data.ranges import read_ranges, stream_remote
 from mmfilter.core.data.shard_writer import ShardWriter, Sources
+from mmfilter.core.data.shards import is_url
 
 _AT_ONCE = 100_000
 """Samples whose ranges become Python objects at one time"""
+
+_COPIES_AT_ONCE = 100
+"""Samples that are held when they get other names"""
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,21 @@ class Members:
     offset: np.ndarray
     nbytes: np.ndarray
     key_hash: np.ndarray
+    copy: np.ndarray | None = None
+    """0 for a sample under its own key, n for the n-th further copy, whose key ends in `-` and n + 1; None: no copies"""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, order: np.ndarray) -> Members:
-        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order])
+        copy = None if self.copy is None else self.copy[order]
+        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order], copy)
+
+    def with_copies(self, number: np.ndarray, copy: np.ndarray, key_hash: np.ndarray) -> Members:
+        """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it gets."""
+        again = self.take(number)
+        columns = (np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes"))
+        return Members(self.sources, *columns, np.concatenate([self.key_hash, key_hash]), np.concatenate([np.zeros(len(self), np.int64), copy]))
 
     def n_adjacent_repeats(self) -> int:
         """Samples with the key of the sample before them: readers would take the two for one."""
@@ -52,14 +67,16 @@ class Members:
         previous[order[1:][same]] = order[:-1][same]
         return previous
 
-    def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined."""
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+        """Shard, offset, length and copy of the bytes of samples `start` to `stop`, adjacent ones joined."""
+        copy = np.zeros(stop - start, np.int64) if self.copy is None else self.copy[start:stop]
         source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
         end = offset + nbytes
-        first = np.flatnonzero(np.r_[len(source) > 0, (source[1:] != source[:-1]) | (offset[1:] != end[:-1])])
+        apart = (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (copy[1:] > 0) | (copy[:-1] > 0)
+        first = np.flatnonzero(np.r_[len(source) > 0, apart])
         last = np.r_[first[1:], len(source)] - 1
-        for i, start, stop in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), strict=True):
-            yield self.sources[i], start, stop - start
+        for i, start, stop, n in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True):
+            yield self.sources[i], start, stop - start, n
 
 
 def write_tar(fd: int, members: Members) -> int:
@@ -105,10 +122,26 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
 def _write_range(fd: int, sources: Sources, members: Members, start: int, stop: int) -> int:
     writer = ShardWriter(fd, sources)
     for first in range(start, stop, _AT_ONCE):
-        for shard, offset, nbytes in members.ranges(first, min(first + _AT_ONCE, stop)):
-            writer.copy(shard, offset, nbytes)
+        parts = members.ranges(first, min(first + _AT_ONCE, stop))
+        for (remote, renamed), group in groupby(parts, key=lambda part: (is_url(part[0]), part[3] > 0)):
+            if renamed:
+                _write_copies(writer, sources, group)
+            elif remote:
+                for content in stream_remote(part[:3] for part in group):
+                    writer.write(content)
+            else:
+                for part in group:
+                    writer.copy(*part[:3])
     writer.finish()
     return writer.nbytes
+
+
+def _write_copies(writer: ShardWriter, sources: Sources, parts: Iterator[tuple[str, int, int, int]]) -> None:
+    """Samples under keys of their own, a few at a time."""
+    while batch := list(islice(parts, _COPIES_AT_ONCE)):
+        contents = read_ranges(sources, [part[:3] for part in batch])
+        for content, (_, _, _, copy) in zip(contents, batch, strict=True):
+            writer.write_as(content, f"-{copy + 1}")
 
 
 def _shard_starts(previous_with_key: np.ndarray, shard_size: int) -> tuple[list[int], int]:

@@ -1,4 +1,4 @@
-"""The score tables of a run as one relation in source order; the one door to DuckDB.
+"""The score tables of a run as one relation in source order; with `expressions` the one door to DuckDB.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.expressions import NUMERIC, Expression, literal, name_of, reason
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.shards import Stamp
 from mmfilter.errors import RunError, SelectionError
-
-NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,11 @@ class ScoreTables:
     def rows(self) -> int:
         return int(self.starts[-1])
 
-    def _connect(self, *, locked: bool = False) -> duckdb.DuckDBPyConnection:
-        """A database with the view `scores`; a locked one can read nothing else, nor write."""
+    def _connect(self, *, locked: bool = False, among: np.ndarray | None = None) -> duckdb.DuckDBPyConnection:
+        """A database with the view `scores`; a locked one can read nothing else, nor write.
+
+        With a mask there is the view `candidates` too: the rows of the mask with their position as `_at`.
+        """
         spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
         database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
         database.execute("SET enable_progress_bar = false")
@@ -79,6 +82,9 @@ class ScoreTables:
             database.read_parquet(paths, hive_partitioning=False).create_view("scores")
         except duckdb.Error as error:
             raise self._damaged(error) from error
+        if among is not None:
+            database.register("given", artifacts.table({"_among": among, "_at": np.arange(len(among))}))
+            database.execute("CREATE VIEW candidates AS SELECT scores.*, _at FROM scores POSITIONAL JOIN given WHERE _among")
         if locked:
             folders = {os.path.dirname(str(path)) + "/" for path in self._paths}
             folders |= {_no_glob(folder) for folder in folders}
@@ -101,7 +107,7 @@ class ScoreTables:
         return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({_reason(error)}); score the shard again")
+        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({reason(error)}); score the shard again")
 
     # --- questions, each one scan ---
 
@@ -112,27 +118,63 @@ class ScoreTables:
         self._check_rows(len(found))
         return np.ma.getdata(found)
 
-    def column(self, name: str, where: str | None = None) -> Column:
-        """A numeric column, and which rows pass `where`, an SQL expression over the score table.
+    def column(self, by: str, where: str | None = None) -> Column:
+        """A numeric column, or an expression over the columns, and which rows pass `where`, a condition over them.
 
-        Raises `SelectionError` for another column or a condition that is no plain expression.
+        In an expression `rank(x)` is the share of the other candidates with an x whose x is smaller; the
+        candidates are the scored rows that pass. Raises `SelectionError` for another column, or an
+        expression or condition that is no plain one.
         """
-        self._check_numeric(name)
-        database = self._database if where is None else self._connect(locked=True)
-        if where is not None:
-            _check_expression(database, where)
-        condition = "true" if where is None else f"coalesce(CAST((\n{where}\n) AS BOOLEAN), false)"
+        if not re.fullmatch(r"\w+", by) and by not in self.types:
+            passes = np.ones(self.rows, bool) if where is None else self._passing(where)
+            values, present = self.numbers("--by", by, passes & self.scored)
+            return Column(values, present, passes)
+        self._check_numeric(by)
+        condition = None if where is None else Expression("--where", where, condition=True)
+        found = self._fetch(condition, f"CASE WHEN ok THEN {name_of(by)} END AS v")
+        return Column(*_present(found["v"]), np.ma.getdata(found["p"]))
+
+    def _passing(self, where: str) -> np.ndarray:
+        return np.ma.getdata(self._fetch(Expression("--where", where, condition=True), "1 AS v")["p"])
+
+    def _fetch(self, condition: Expression | None, what: str) -> dict[str, np.ndarray]:
+        """A column and, as `p`, which rows pass, in one scan."""
+        database, test = self._database, "true"
+        if condition is not None:
+            database = self._connect(locked=True)
+            condition.check(database, self.types)
+            test = f"coalesce(CAST((\n{condition.text}\n) AS BOOLEAN), false)"
         try:
-            found = database.execute(f"SELECT CASE WHEN ok THEN {_name(name)} END AS v, {condition} AS p FROM scores").fetchnumpy()
+            found = database.execute(f"SELECT {what}, {test} AS p FROM scores").fetchnumpy()
         except duckdb.Error as error:
-            if where is None:
-                raise self._damaged(error) from error
-            raise SelectionError(f"--where {where!r} fails: {_reason(error)}") from error
-        self._check_rows(len(found["v"]))
-        values, present = np.ma.getdata(found["v"]), ~np.ma.getmaskarray(found["v"])
-        if values.dtype.kind == "f":
-            present &= ~np.isnan(values)
-        return Column(values, present, np.ma.getdata(found["p"]))
+            raise self._damaged(error) if condition is None else condition.error(f"fails: {reason(error)}") from error
+        self._check_rows(len(found["p"]))
+        return found
+
+    def numbers(self, option: str, text: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """An expression's values for the rows of a mask, and where there is one that is not NaN."""
+        found = self._evaluate(Expression(option, text), among, lambda value: value, number=True)
+        values, present = np.zeros(self.rows, found["v"].dtype), np.zeros(self.rows, bool)
+        values[found["_at"]], present[found["_at"]] = _present(found["v"])
+        return values, present
+
+    def parts(self, option: str, text: str, among: np.ndarray) -> np.ndarray:
+        """(rows,) for the rows of a mask the number, from 0, of their value of an expression, null being one too; −1 elsewhere."""
+        found = self._evaluate(Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False)
+        numbers = np.full(self.rows, -1)
+        numbers[found["_at"]] = found["v"]
+        return numbers
+
+    def _evaluate(self, expression: Expression, among: np.ndarray, made: Callable[[str], str], *, number: bool) -> dict[str, np.ndarray]:
+        """Position and `made` value of an expression for the rows of a mask, in any order."""
+        self._check_rows(len(self.scored))
+        database = self._connect(locked=True, among=among)
+        expression.check(database, self.types)
+        value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
+        try:
+            return database.execute(f"SELECT _at, {made(value)} AS v FROM candidates AS scores").fetchnumpy()
+        except duckdb.Error as error:
+            raise expression.error(f"fails: {reason(error)}") from error
 
     def _check_numeric(self, name: str) -> None:
         numeric = [column for column, kind in self.types.items() if kind in NUMERIC]
@@ -155,8 +197,12 @@ class ScoreTables:
             ORDER BY key, shard, scores.row LIMIT {int(n)}"""
         return self._query(sql, among=among, position=np.arange(len(among))).fetchnumpy()["position"]
 
-    def members(self, kept: np.ndarray) -> Members:
-        """The byte ranges of the rows where `kept` is true, in source order."""
+    def members(self, kept: np.ndarray, copies: np.ndarray | None = None) -> Members:
+        """The byte ranges of the rows where `kept` is true, in source order.
+
+        With `copies` (rows,), how often each of them is to be there, its second copies follow, again in
+        source order, then the third, and so on: as far from one another as can be.
+        """
         found = self._query(
             """SELECT scores.row AS r, "offset" AS o, nbytes AS n, hash(key) AS h
             FROM scores POSITIONAL JOIN given WHERE given.kept""",
@@ -167,14 +213,42 @@ class ScoreTables:
         if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
         paths = [shard.path for shard in self.shards]
-        return Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        members = Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        if copies is None:
+            return members
+        again = self._query(
+            """SELECT place, n, hash(key || '-' || (n + 1)) AS h
+            FROM (SELECT place, key, unnest(range(1, copies)) AS n FROM scores POSITIONAL JOIN given WHERE copies > 1)""",
+            copies=np.where(kept, copies, 0),
+            place=np.arange(self.rows),
+        ).fetchnumpy()
+        order = np.lexsort((again["place"], again["n"]))
+        return members.with_copies(np.searchsorted(position, again["place"][order]), again["n"][order], again["h"][order])
 
-    def keys(self, rank: np.ndarray, *, in_order: bool) -> Iterator[list[str]]:
-        """Chunks of the keys of the rows whose rank is not negative, by rank unless already `in_order`."""
-        order = "" if in_order else "ORDER BY given.rank"
-        rows = self._query(f"SELECT key FROM scores POSITIONAL JOIN given WHERE given.rank >= 0 {order}", rank=rank)
-        while chunk := rows.fetchmany(10_000):
+    def keys(self, positions: np.ndarray) -> Iterator[list[str]]:
+        """Chunks of the keys at positions, in their order; one may come more than once."""
+        rows = self.take(positions, ("key",))
+        while chunk := list(islice(rows, 10_000)):
             yield [key for (key,) in chunk]
+
+    def take(self, positions: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The values of columns at `positions`, row by row in that order; positions may come more than once.
+
+        One query at a time: another question ends the iteration.
+        """
+        names = ", ".join(f"scores.{name_of(column)}" for column in columns)
+        among = np.zeros(self.rows, bool)
+        among[positions] = True
+        if (positions[1:] > positions[:-1]).all():
+            found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among)
+        else:
+            self._database.register("wanted", artifacts.table({"place": positions, "rank": np.arange(len(positions))}))
+            sql = f"""
+                SELECT {names} FROM (SELECT * FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
+                JOIN wanted USING (place) ORDER BY wanted.rank"""
+            found = self._query(sql, among=among, place=np.arange(self.rows))
+        while chunk := found.fetchmany(10_000):
+            yield from chunk
 
     def names_of(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Columns `key`, `shard` and `row` at ascending `positions`."""
@@ -184,13 +258,13 @@ class ScoreTables:
         """Columns at ascending `positions`; null is NaN in a column of floats."""
         among = np.zeros(self.rows, bool)
         among[positions] = True
-        names = ", ".join(f"scores.{_name(column)}" for column in columns)
+        names = ", ".join(f"scores.{name_of(column)}" for column in columns)
         found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among).fetchnumpy()
         return {name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column) for name, column in found.items()}
 
     def with_key(self, key: str) -> np.ndarray:
         """Positions of the rows with this key."""
-        found = self._query(f"SELECT key = {_literal(key)} AS same FROM scores").fetchnumpy()["same"]
+        found = self._query(f"SELECT key = {literal(key)} AS same FROM scores").fetchnumpy()["same"]
         return np.flatnonzero(np.ma.filled(found, False))
 
     def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -203,8 +277,8 @@ class ScoreTables:
 
         The first by key, then shard, then row; a row alone, without a score or with a null is its own.
         """
-        names = ", ".join(map(_name, columns))
-        there = " AND ".join(f"{_name(column)} IS NOT NULL" for column in columns)
+        names = ", ".join(map(name_of, columns))
+        there = " AND ".join(f"{name_of(column)} IS NOT NULL" for column in columns)
         digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()["h"]
         among = _repeated(np.ma.getdata(digest), ~np.ma.getmaskarray(digest))
         group = np.arange(self.rows)
@@ -226,43 +300,48 @@ class ScoreTables:
     def write_decisions(
         self,
         path: Path,
-        by: str,
+        score: Column,
         decision: np.ndarray,
         *,
         labels: Sequence[str | None],
         metadata: Mapping[str, Any],
         output: np.ndarray | None = None,
+        output_name: str = "%08d.tar",
+        copies: np.ndarray | None = None,
         duplicates: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Write a table with a row for every row of the score tables: kept or why not, and where to.
 
         `decision` indexes `labels`, the reasons (None is kept, a label that ends in `: ` goes on with
-        the reason of the score table). `output` is the number of the output shard, negative if none.
-        `duplicates` are the position of the kept sample that a row is a duplicate of, negative if none,
-        and their similarity.
+        the reason of the score table). `output` is the number of the output shard, negative if none, whose
+        name `output_name` makes of it, and `copies` how often a row was written. `duplicates` are the position
+        of the kept sample that a row is a duplicate of, negative if none, and their similarity.
         """
         cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
-        about = f"{{{artifacts.METADATA_KEY.decode()}: {_literal(json.dumps(dict(metadata)))}}}"
-        given, more = {"decision": decision}, ""
+        about = f"{{{artifacts.METADATA_KEY.decode()}: {literal(json.dumps(dict(metadata)))}}}"
+        given, more = {"decision": decision, "score": np.ma.array(score.values, mask=~score.present)}, ""
         if output is not None:
             given["output"] = output
-            more += ", CASE WHEN given.output >= 0 THEN printf('%08d.tar', given.output) END AS output_shard"
+            more += f", CASE WHEN given.output >= 0 THEN printf({literal(output_name)}, given.output) END AS output_shard"
+        if copies is not None:
+            given["copies"] = copies
+            more += ", given.copies AS copies"
         if duplicates is not None:
             given |= self._representatives(*duplicates)
             more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"
         sql = f"""
             COPY (
-                SELECT key, shard, scores.row AS row, CASE WHEN ok THEN {_name(by)} END AS score,
+                SELECT key, shard, scores.row AS row, given.score AS score,
                     given.decision = {labels.index(None)} AS kept,
                     CASE given.decision {cases} END AS reason {more}
                 FROM scores POSITIONAL JOIN given
-            ) TO {_literal(str(path))} (
+            ) TO {literal(str(path))} (
                 FORMAT parquet, COMPRESSION zstd, DICTIONARY_SIZE_LIMIT 1000, KV_METADATA {about}
             )"""  # without the limit it tries a dictionary for the keys, which are all different
         try:
             self._execute(sql, **given).fetchall()
         except duckdb.Error as error:
-            raise SelectionError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
+            raise SelectionError(f"{str(path)!r} cannot be written: {reason(error)}") from error
 
     def _representatives(self, of: np.ndarray, similarity: np.ndarray) -> dict[str, Any]:
         """Columns that name the kept sample of each row; each name is held once, however many rows have it."""
@@ -283,49 +362,18 @@ def _repeated(values: np.ndarray, there: np.ndarray) -> np.ndarray:
     return found
 
 
+def _present(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a column, and where there is one that is not NaN."""
+    values, present = np.ma.getdata(column), ~np.ma.getmaskarray(column)
+    if values.dtype.kind == "f":
+        present &= ~np.isnan(values)
+    return values, present
+
+
 def _label(label: str) -> str:
-    return f"{_literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else _literal(label)
-
-
-def _name(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return f"{literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else literal(label)
 
 
 def _no_glob(path: str) -> str:
     """`path` so that DuckDB, which takes every path for a pattern, finds just that."""
     return re.sub(r"([*?\[])", r"[\1]", path)
-
-
-def _reason(error: Exception) -> str:
-    """DuckDB's message as one line, without its drawing of the query."""
-    return " ".join(str(error).split("\n\nLINE ")[0].split())
-
-
-# --- conditions ------------------------------------------------------------------------------
-
-
-def _check_expression(database: duckdb.DuckDBPyConnection, where: str) -> None:
-    """Raise `SelectionError` unless `where` is one expression over the columns, without sub-queries."""
-    skeleton, _ = _parsed(database, "true")
-    statement, condition = _parsed(database, where)
-    if statement != skeleton:
-        raise SelectionError(f"--where {where!r} is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'")
-    if '"class": "SUBQUERY"' in json.dumps(condition):
-        raise SelectionError(f"--where {where!r} has a sub-query; only a condition over the columns of one row is possible")
-    try:
-        database.execute(f"SELECT 1 FROM scores WHERE (\n{where}\n) LIMIT 0")
-    except duckdb.Error as error:
-        raise SelectionError(f"--where {where!r} is not possible: {_reason(error)}") from error
-
-
-def _parsed(database: duckdb.DuckDBPyConnection, where: str) -> tuple[Any, Any]:
-    """The syntax tree of a query with this condition: all but the condition, and the condition."""
-    [serialized] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT 1 FROM scores WHERE (\n{where}\n)"]).fetchone()
-    tree = json.loads(serialized)
-    if tree["error"]:
-        raise SelectionError(f"--where {where!r} is not possible: {' '.join(tree['error_message'].split())}")
-    return tree, tree["statements"][0]["node"].pop("where_clause", None)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import BinaryIO
 
-from mmfilter.core.data.shards import open_shard
+from mmfilter.core.data.shards import open_shard, with_suffix
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
@@ -31,21 +32,18 @@ _NOT_POSSIBLE = {
     errno.EXDEV,
 }
 
-_Copy = Callable[["_Source", int, int, int], int]
-"""Source, output file descriptor, offset, at most so many bytes -> bytes copied, 0 if it could not."""
+_Copy = Callable[[int, int, int, int], int]
+"""File descriptors of source and output, offset, at most so many bytes -> bytes copied, 0 if it could not."""
 
 
 @dataclass
 class _Source:
-    shard: str
-    file: BinaryIO
-    fd: int | None
-    """None for a remote file"""
+    fd: int
     closing: ExitStack
 
 
 class Sources:
-    """The shards that are copied from, the least recently used closed when too many are open."""
+    """The local shards that are copied from, the least recently used closed when too many are open."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, _Source] = OrderedDict()
@@ -57,27 +55,35 @@ class Sources:
         while self._open:
             self._open.popitem()[1].closing.close()
 
-    def get(self, shard: str) -> _Source:
+    def get(self, shard: str) -> int:
+        """A descriptor of the shard, which is read at offsets and never moved."""
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
             if len(self._open) >= _MAX_OPEN:
                 self._open.popitem(last=False)[1].closing.close()
             closing = ExitStack()
-            file = closing.enter_context(open_shard(shard))
-            self._open[shard] = _Source(shard, file, _descriptor(file), closing)
-        return self._open[shard]
+            self._open[shard] = _Source(closing.enter_context(open_shard(shard)).fileno(), closing)
+        return self._open[shard].fd
+
+    def read(self, shard: str, offset: int, nbytes: int) -> bytes:
+        """A byte range of a shard; raises `ShardError` when the shard ends before it does."""
+        fd, parts = self.get(shard), []
+        end = offset + nbytes
+        while offset < end:
+            parts.append(os.pread(fd, end - offset, offset))
+            if not parts[-1]:
+                raise _shorter(shard, offset)
+            offset += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _descriptor(file: BinaryIO) -> int | None:
-    try:
-        return file.fileno()
-    except (AttributeError, OSError):
-        return None
+def _shorter(shard: str, offset: int) -> ShardError:
+    return ShardError(shard, "has become shorter since it was scored: score it again; it ends", offset=offset)
 
 
 class ShardWriter:
-    """Writes one tar to a file descriptor: `copy` ranges of whole members, then `finish`."""
+    """Writes one tar to a file descriptor: `copy` ranges of whole members, or `write` them, then `finish`."""
 
     def __init__(self, fd: int, sources: Sources) -> None:
         self.nbytes = 0
@@ -85,38 +91,45 @@ class ShardWriter:
         self._fd, self._sources = fd, sources
         self._ways: list[_Copy] = [_copy_file_range, _sendfile, _read_and_write]
 
+    def write(self, content: bytes) -> None:
+        """Append bytes."""
+        write_all(self._fd, content)
+        self.nbytes += len(content)
+
     def copy(self, shard: str, offset: int, nbytes: int) -> None:
-        """Append a byte range of a shard; raises `ShardError` when the shard ends before it does."""
+        """Append a byte range of a local shard; raises `ShardError` when the shard ends before it does."""
         source = self._sources.get(shard)
-        ways = self._ways if source.fd is not None else [_read_and_write]
         end = offset + nbytes
         while offset < end:
-            copied = self._copy_some(ways, source, offset, min(end - offset, _AT_ONCE))
+            copied = self._copy_some(source, offset, min(end - offset, _AT_ONCE))
             if copied == 0:
-                raise ShardError(shard, "has become shorter since it was scored: score it again; it ends", offset=offset)
+                raise _shorter(shard, offset)
             offset += copied
             self.nbytes += copied
 
-    def _copy_some(self, ways: list[_Copy], source: _Source, offset: int, nbytes: int) -> int:
+    def write_as(self, content: bytes, suffix: str) -> None:
+        """Append the members of a sample under its key with a suffix; their content stays as it is."""
+        self.write(_renamed(content, suffix))
+
+    def _copy_some(self, source: int, offset: int, nbytes: int) -> int:
         """Copy in the first way that works here; the system refuses those that do not."""
         while True:
             try:
-                copied = ways[0](source, self._fd, offset, nbytes)
+                copied = self._ways[0](source, self._fd, offset, nbytes)
             except BlockingIOError:
                 select.select([], [self._fd], [])
                 continue
             except OSError as error:
-                if len(ways) == 1 or error.errno not in _NOT_POSSIBLE:
+                if len(self._ways) == 1 or error.errno not in _NOT_POSSIBLE:
                     raise
                 copied = 0
-            if copied or len(ways) == 1:
+            if copied or len(self._ways) == 1:
                 return copied
-            del ways[0]
+            del self._ways[0]
 
     def finish(self) -> None:
         """Write the end-of-archive marker."""
-        write_all(self._fd, END_OF_ARCHIVE)
-        self.nbytes += len(END_OF_ARCHIVE)
+        self.write(END_OF_ARCHIVE)
 
 
 def write_all(fd: int, content: bytes) -> None:
@@ -129,27 +142,32 @@ def write_all(fd: int, content: bytes) -> None:
             select.select([], [fd], [])
 
 
-def _copy_file_range(source: _Source, fd: int, offset: int, nbytes: int) -> int:
+def _copy_file_range(source: int, fd: int, offset: int, nbytes: int) -> int:
     if not hasattr(os, "copy_file_range"):
         return 0
-    return os.copy_file_range(source.fd, fd, nbytes, offset_src=offset)
+    return os.copy_file_range(source, fd, nbytes, offset_src=offset)
 
 
-def _sendfile(source: _Source, fd: int, offset: int, nbytes: int) -> int:
-    return os.sendfile(fd, source.fd, offset, nbytes)
+def _sendfile(source: int, fd: int, offset: int, nbytes: int) -> int:
+    return os.sendfile(fd, source, offset, nbytes)
 
 
-def _read_and_write(source: _Source, fd: int, offset: int, nbytes: int) -> int:
-    size = min(nbytes, _CHUNK)
-    content = _read_remote(source, offset, size) if source.fd is None else os.pread(source.fd, size, offset)
+def _read_and_write(source: int, fd: int, offset: int, nbytes: int) -> int:
+    content = os.pread(source, min(nbytes, _CHUNK), offset)
     write_all(fd, content)
     return len(content)
 
 
-def _read_remote(source: _Source, offset: int, size: int) -> bytes:
-    try:
-        source.file.seek(offset)
-        return source.file.read(size)
-    except Exception as error:  # remote files raise what their library likes
-        reason = " ".join(str(error).split())
-        raise ShardError(source.shard, f"cannot be read ({type(error).__name__}: {reason})", offset=offset) from error
+def _renamed(content: bytes, suffix: str) -> bytes:
+    """Members of a sample under other names; headers are written anew, with all that they say of the file."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content + END_OF_ARCHIVE), mode="r:", encoding="utf-8") as tar:
+        for member in tar:
+            name = with_suffix(member.name, suffix)
+            if name is None or not member.isreg():
+                continue
+            start = member.offset_data
+            member.name = name
+            found.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+            found.write(content[start : start + member.size].ljust(-(-member.size // BLOCK) * BLOCK, b"\0"))
+    return found.getvalue()

@@ -8,10 +8,11 @@ tar readers otherwise take a truncated file for a shorter one.
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -137,8 +138,11 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryIO]:
-    """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open."""
+def open_shard(shard: str, *, stdin: BinaryIO | None = None, buffering: int = _CHUNK) -> Iterator[BinaryIO]:
+    """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open.
+
+    `buffering` is how much of a local file is read at one time.
+    """
     if shard == STDIN:
         yield stdin if stdin is not None else sys.stdin.buffer
     elif is_url(shard):
@@ -146,13 +150,35 @@ def open_shard(shard: str, *, stdin: BinaryIO | None = None) -> Iterator[BinaryI
         with _remote(shard, filesystem.open, path, "rb") as file:
             yield file
     else:
-        with _open_local(shard) as file:
+        with _open_local(shard, buffering) as file:
             yield file
 
 
-def _open_local(path: str) -> BinaryIO:
+def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes of remote ranges (URL, start, end), many at a time where the file system can.
+
+    Fewer bytes come back where a shard ends before. Raises `ShardError` for the first that cannot be read.
+    """
+    places = [_filesystem(url) for url, _, _ in ranges]
+    found: list[Any] = [b""] * len(ranges)
+    for filesystem in {id(filesystem): filesystem for filesystem, _ in places}.values():
+        mine = [i for i, (other, _) in enumerate(places) if other is filesystem]
+        paths, starts, ends = [places[i][1] for i in mine], [ranges[i][1] for i in mine], [ranges[i][2] for i in mine]
+        for i, content in zip(mine, _remote(ranges[mine[0]][0], filesystem.cat_ranges, paths, starts, ends), strict=True):
+            found[i] = content
+    for (url, _, _), content in zip(ranges, found, strict=True):
+        if isinstance(content, BaseException):  # `cat_ranges` returns them, so that the shard can be named
+            _remote(url, _throw, content)
+    return found
+
+
+def _throw(error: BaseException) -> None:
+    raise error
+
+
+def _open_local(path: str, buffering: int) -> BinaryIO:
     try:
-        return open(path, "rb", buffering=_CHUNK)
+        return open(path, "rb", buffering=buffering)
     except FileNotFoundError as error:
         raise ShardError(path, "does not exist; check the path") from error
     except OSError as error:
@@ -232,6 +258,16 @@ def read_samples(shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin:
             yield RawSample(group.key, row, group.start, group.end - group.start, group.members, group.problem)
 
 
+def sample_members(content: bytes, key: str) -> dict[str, bytes] | None:
+    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called `key`."""
+    walk = TarWalk(key, io.BytesIO(content + bytes(2 * BLOCK)))
+    try:
+        [group] = _groups(walk, max(len(content), 1))
+    except (ShardError, ValueError):  # no tar, or not one sample
+        return None
+    return group.members if group.key == key and group.problem is None else None
+
+
 @dataclass
 class _Group:
     """A sample while its members arrive."""
@@ -279,6 +315,23 @@ def _groups(walk: TarWalk, max_member_bytes: int) -> Iterator[_Group]:
         group.add(member, ext, walk, max_member_bytes)
     if group is not None:
         yield group
+
+
+def with_suffix(name: str, suffix: str) -> str | None:
+    """A member's name with a longer key; None for a member that belongs to no sample."""
+    match = _SAMPLE_NAME.fullmatch(name)
+    return None if match is None or _META_NAME.match(name) else f"{match[1]}{suffix}.{match[2]}"
+
+
+def key_at(shard: str, file: BinaryIO, offset: int) -> str | None:
+    """The key of the member that starts at a byte of an open shard; None where no member does."""
+    file.seek(offset)
+    try:
+        member = TarWalk(shard, file).next()
+    except ShardError:
+        return None
+    split = None if member is None else _split_name(member)
+    return None if split is None else split[0]
 
 
 def _split_name(member: Member) -> tuple[str, str] | None:

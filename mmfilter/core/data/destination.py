@@ -1,0 +1,67 @@
+"""Where a selection goes: what may be written to, and streams that end quietly when their reader does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from mmfilter.core.data import artifacts
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.data.shards import STDIN, is_url
+from mmfilter.errors import SelectionError
+
+Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
+
+
+def to_folder(format: Format, output: str | Path | None) -> bool:
+    """Whether a folder is written, with a table of all decisions, rather than one file."""
+    if format == "datacomp":
+        return output is not None and Path(output).suffix != ".npy"
+    return format not in ("tar", "keys")
+
+
+def check_output(output: Path, folder: bool, tables: ScoreTables) -> None:
+    """Raise `SelectionError` for an output that is in the way, in the run, or among the input's shards."""
+    with explained(output):
+        _check(output, folder, tables)
+
+
+def _check(output: Path, folder: bool, tables: ScoreTables) -> None:
+    real, run = output.resolve(), tables.run.path.resolve()
+    sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
+    if real == run or run in real.parents:
+        raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
+    if folder:
+        if str(real) in {os.path.realpath(source) for source in sources}:
+            raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
+        if real.exists() and (not real.is_dir() or any(real.iterdir())):
+            what = "is not empty" if real.is_dir() else "is a file"
+            raise SelectionError(f"output {str(output)!r} {what}; name a new folder, or delete it first")
+    elif real.exists():
+        raise SelectionError(f"output {str(output)!r} exists already; name a new file, or delete it first")
+
+
+@contextmanager
+def stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
+    """The file descriptor to write to. A reader of stdout that goes away ends the block, quietly."""
+    if output is not None:
+        with explained(output), artifacts.atomic(Path(output)) as temporary, open(temporary, "wb") as file:
+            yield file.fileno()
+        return
+    file = sys.stdout.buffer if stdout is None else stdout
+    with explained("stdout"), suppress(BrokenPipeError):
+        file.flush()
+        yield file.fileno()
+
+
+@contextmanager
+def explained(output: Path | str) -> Iterator[None]:
+    """What the system says against writing, as a `SelectionError`."""
+    try:
+        yield
+    except OSError as error:
+        raise SelectionError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
