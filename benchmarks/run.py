@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "startup": ["startup.py"],
     "encode_speed": ["encode_speed.py"],
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
+    "selection_quality": ["selection_quality.py"],
     "select_speed": ["select_speed.py", "--gib", "4"],
     "train_speed": ["train_speed.py", "--rounds", "4", "--learn-steps", "300"],
     "dedup_scale": [

@@ -79,7 +79,7 @@ def kept_ranges(run: Path) -> list[tuple[str, int, int]]:
     """The byte ranges that `--top 20%` copies."""
     tables = ScoreTables(RunDirectory(run))
     members = tables.members(decide(tables) == Decision.KEPT)
-    return list(members.ranges(0, len(members)))
+    return [(shard, offset, nbytes) for shard, offset, nbytes, _ in members.ranges(0, len(members))]
 
 
 def decide(tables: ScoreTables) -> np.ndarray:
@@ -187,7 +187,7 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            tables.write_decisions(run.parent / "selection.parquet", "similarity", decision, labels=labels, metadata={}, output=output)
+            tables.write_decisions(run.parent / "selection.parquet", tables.column("similarity"), decision, labels=labels, metadata={}, output=output)
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)

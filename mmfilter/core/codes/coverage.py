@@ -21,6 +21,8 @@ import numpy as np
 
 SMOOTHING = 0.1
 """α: the smaller, the more what is not covered yet counts against more of what is"""
+LOSS = 0.05
+"""ε of choosing in chunks: half the work, and in f some thousandths at most (see `lazy_greedy`)"""
 _SLACK = 1 + 1e-9
 """Bounds are raised by this, so that rounding makes none of them too low"""
 _ENTRIES_AT_ONCE = 1 << 22
@@ -88,28 +90,28 @@ class Coverage:
         return found * _SLACK
 
 
-def lazy_greedy(samples: Amounts, coverage: Coverage, n: int) -> np.ndarray:
+def lazy_greedy(samples: Amounts, coverage: Coverage, n: int, *, loss: float = 0.0) -> np.ndarray:
     """Rows of `n` samples, or of all, each with the largest gain when it was chosen; of equal ones the first.
 
     What is chosen is what a plain greedy loop chooses, so with nothing chosen before, f is at least 1 − 1/e
     of the best that n samples have (Nemhauser, Wolsey & Fisher, Math. Programming 1978; Krause & Golovin,
     "Submodular function maximization", 2014). Lazy (Minoux 1978): gains only fall, so an old one is a bound,
-    and only samples whose bound is the largest are looked at again.
+    and only samples whose bound is the largest are looked at again. With `loss` ε a sample is taken whose gain
+    is at least 1 − ε of the largest bound: f is at least 1 − e^(ε − 1) of the best (Goundan & Schulz 2007).
     """
     heap = list(zip((-coverage.bounds(samples)).tolist(), range(len(samples)), strict=True))
     heapq.heapify(heap)
-    starts, current = samples.starts.tolist(), [-1] * len(samples)
+    starts = samples.starts.tolist()
     chosen: list[int] = []
     while heap and len(chosen) < n:
-        _, i = heap[0]
-        at = slice(starts[i], starts[i + 1])
-        if current[i] == len(chosen):
-            heapq.heappop(heap)
-            coverage.add(samples.ids[at], samples.amounts[at])
+        _, i = heapq.heappop(heap)
+        ids, amounts = samples.ids[starts[i] : starts[i + 1]], samples.amounts[starts[i] : starts[i + 1]]
+        gain = coverage.gain(ids, amounts)
+        if not heap or (-gain, i) < heap[0] or gain > (1 - loss) * -heap[0][0]:
+            coverage.add(ids, amounts)
             chosen.append(i)
         else:
-            current[i] = len(chosen)
-            heapq.heapreplace(heap, (-coverage.gain(samples.ids[at], samples.amounts[at]), i))
+            heapq.heappush(heap, (-gain, i))
     return np.array(chosen, np.int64)
 
 
@@ -120,25 +122,26 @@ def choose_in_chunks(chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], 
 
     One chunk: `lazy_greedy`. As long as n of every chunk fit together, GreeDi (Mirzasoleiman et al.,
     "Distributed submodular maximization", NIPS 2013): n of each chunk, then n of those, or the n of the
-    best chunk where they are better: at least (1 − 1/e) / min(number of chunks, n) of the best. Beyond, each
-    chunk gets its share of n and the chunks follow one another, each seeing what was chosen before: at
-    least 1/2 of the best with these shares (Fisher, Nemhauser & Wolsey, Math. Programming Study 1978).
+    best chunk where they are better: at least (1 − e^(ε − 1)) / min(number of chunks, n) of the best, since
+    the best set has that share of its value in one chunk. Beyond, each chunk gets its share of n and the
+    chunks follow one another, each seeing what was chosen before: at least (1 − ε) / (2 − ε) of the best
+    with these shares (Fisher, Nemhauser & Wolsey, Math. Programming Study 1978; Goundan & Schulz 2007).
     """
     if len(chunks) == 1:
         return chunks[0][lazy_greedy(load(chunks[0]), coverage, n)]
     if n * len(chunks) <= at_once:
         return _greedi(chunks, load, coverage, n)
     shares = _shares([len(chunk) for chunk in chunks], n)
-    return np.concatenate([chunk[lazy_greedy(load(chunk), coverage, share)] for chunk, share in zip(chunks, shares, strict=True)])
+    return np.concatenate([chunk[lazy_greedy(load(chunk), coverage, share, loss=LOSS)] for chunk, share in zip(chunks, shares, strict=True)])
 
 
 def _greedi(chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int) -> np.ndarray:
     found = []
     for chunk in chunks:
         alone = coverage.fresh()
-        found.append((chunk[lazy_greedy(load(chunk), alone, n)], alone.value))
+        found.append((chunk[lazy_greedy(load(chunk), alone, n, loss=LOSS)], alone.value))
     pool = np.sort(np.concatenate([some for some, _ in found]))
-    together = pool[lazy_greedy(load(pool), coverage, n)]
+    together = pool[lazy_greedy(load(pool), coverage, n, loss=LOSS)]
     best, value = max(found, key=lambda item: item[1])
     if value <= coverage.value:
         return together

@@ -22,9 +22,9 @@ from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError, SelectionError
 
-AT_ONCE = 400_000
+AT_ONCE = 100_000
 """Candidates whose codes are in memory at one time (up to 4 KB each); more are chosen from in chunks"""
-PIECE = 20_000
+PIECE = 5_000
 """Candidates of one shard that go into a chunk together"""
 SAME_CODES = ("model_hash", "revision", "layer", "prompt", "text_context", "sae_hash")
 """Settings of a run without which the codes of another are not comparable"""

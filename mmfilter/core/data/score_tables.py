@@ -27,6 +27,9 @@ from mmfilter.core.data.repack import Members
 from mmfilter.core.data.shards import Stamp
 from mmfilter.errors import RunError, SelectionError
 
+_ROWS_AT_ONCE = 1 << 22
+"""Values that are taken out of DuckDB at one time, where they come in any order"""
+
 
 @dataclass(frozen=True)
 class ScoredShard:
@@ -77,6 +80,7 @@ class ScoreTables:
         spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
         database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
         database.execute("SET enable_progress_bar = false")
+        database.execute(f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'")  # the arrays need some too
         try:
             paths = [_no_glob(str(path)) for path in self._paths]
             database.read_parquet(paths, hive_partitioning=False).create_view("scores")
@@ -153,28 +157,38 @@ class ScoreTables:
 
     def numbers(self, option: str, text: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """An expression's values for the rows of a mask, and where there is one that is not NaN."""
-        found = self._evaluate(Expression(option, text), among, lambda value: value, number=True)
-        values, present = np.zeros(self.rows, found["v"].dtype), np.zeros(self.rows, bool)
-        values[found["_at"]], present[found["_at"]] = _present(found["v"])
+        values, present = np.zeros(self.rows), np.zeros(self.rows, bool)
+        for at, found, there in self._evaluate(Expression(option, text), among, lambda value: value, number=True):
+            if values.dtype != found.dtype:
+                values = values.astype(found.dtype)  # before the first: all are of one type
+            values[at] = found
+            present[at] = there & ~np.isnan(found)
         return values, present
 
     def parts(self, option: str, text: str, among: np.ndarray) -> np.ndarray:
         """(rows,) for the rows of a mask the number, from 0, of their value of an expression, null being one too; −1 elsewhere."""
-        found = self._evaluate(Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False)
-        numbers = np.full(self.rows, -1)
-        numbers[found["_at"]] = found["v"]
+        numbers = np.full(self.rows, -1, np.int32)
+        for at, found, _ in self._evaluate(Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False):
+            numbers[at] = found
         return numbers
 
-    def _evaluate(self, expression: Expression, among: np.ndarray, made: Callable[[str], str], *, number: bool) -> dict[str, np.ndarray]:
-        """Position and `made` value of an expression for the rows of a mask, in any order."""
+    def _evaluate(
+        self, expression: Expression, among: np.ndarray, made: Callable[[str], str], *, number: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Chunks of position, `made` value of an expression and whether there is one, for the rows of a mask in any order."""
         self._check_rows(len(self.scored))
         database = self._connect(locked=True, among=among)
         expression.check(database, self.types)
         value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
         try:
-            return database.execute(f"SELECT _at, {made(value)} AS v FROM candidates AS scores").fetchnumpy()
+            database.execute(f"CREATE TEMP TABLE found AS SELECT _at, {made(value)} AS v FROM candidates AS scores")
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason(error)}") from error
+        [n] = database.execute("SELECT count(*) FROM found").fetchone()
+        for first in range(0, n, _ROWS_AT_ONCE):
+            sql = f"SELECT _at, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
+            chunk = database.execute(sql).fetchnumpy()
+            yield tuple(np.ma.getdata(chunk[name]) for name in ("_at", "v", "there"))
 
     def _check_numeric(self, name: str) -> None:
         numeric = [column for column, kind in self.types.items() if kind in NUMERIC]
