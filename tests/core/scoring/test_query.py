@@ -1,0 +1,104 @@
+"""Searching a real run for an image and for words: samples find themselves, and what cannot be looked for is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmfilter.cli.app import main
+from mmfilter.core.codes.tables import CodeTables
+from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.model.cards import load_card
+from mmfilter.core.scoring.engine import DeviceSettings
+from mmfilter.core.scoring.query import encode_query
+from mmfilter.ops.score import ScoreSettings, score
+from tests.conftest import Quiet, caption, good, picture, write_tar
+
+CPU = DeviceSettings(device="cpu")
+N = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """40 pairs scored with text in context (`image`) and alone (`none`), and the picture of number 7."""
+    folder = tmp_path_factory.mktemp("query")
+    shard = write_tar(folder / "a.tar", [member for i in range(N) for member in good(f"{i:03d}", i)])
+    for context in ("image", "none"):
+        card = replace(load_card("tiny"), text_context=context)
+        score([str(shard)], ScoreSettings(card=card, run=folder / context, device=CPU), Quiet())
+    (folder / "7.jpg").write_bytes(picture(7))
+    return folder
+
+
+def hits(run: Path, capsys, *arguments: str) -> list[dict]:
+    assert main(["search", str(run), *arguments, "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("context", ["image", "none"])
+def test_codes_of_a_pair_of_the_run_are_those_of_its_table(folder, context):
+    stored = CodeTables(ScoreTables(RunDirectory(folder / context))).take(np.array([7]))
+    pair = encode_query(folder / context, folder / "7.jpg", caption(7), CPU)
+    for side in ("image", "text"):
+        mine, theirs = (getattr(codes, side) for codes in (pair, stored))
+        assert dict(zip(mine.ids.tolist(), mine.means.tolist(), strict=True)) == pytest.approx(
+            dict(zip(theirs.ids.tolist(), theirs.means.tolist(), strict=True)), rel=2e-3
+        )  # fmt: skip
+    alone = encode_query(folder / context, folder / "7.jpg", None, CPU)
+    assert not len(alone.text.ids) and set(alone.image.ids.tolist()) == set(pair.image.ids.tolist())
+
+
+@pytest.mark.parametrize("context", ["image", "none"])
+def test_an_image_of_the_run_finds_itself(folder, context, capsys):
+    found = hits(folder / context, capsys, "--image", str(folder / "7.jpg"), "-n", "3")
+    assert found[0]["key"] == "007" and found[0]["cosine"] == pytest.approx(1, abs=1e-5) and found[1]["cosine"] < 0.999
+    assert found[0]["cosine"] == found[0]["image"] and "text" not in found[0] and len(found) == 3
+
+
+def test_words_of_the_run_find_their_sample(folder, capsys):
+    found = hits(folder / "none", capsys, "--text", caption(7), "-n", "2")
+    assert found[0]["key"] == "007" and found[0]["cosine"] == found[0]["text"] == pytest.approx(1, abs=1e-5) and found[1]["cosine"] < 0.999
+    found = hits(folder / "image", capsys, "--text", caption(7), "-n", "1")  # read after a grey image, not after its own
+    assert found[0]["key"] == "007" and 0.5 < found[0]["cosine"] < 1
+
+
+def test_a_pair_is_compared_on_both_sides_or_on_one(folder, capsys):
+    pair = ("--image", str(folder / "7.jpg"), "--text", caption(7), "-n", "1")
+    for on, sides in (("both", {"image", "text"}), ("image", {"image"}), ("text", {"text"})):
+        [found] = hits(folder / "image", capsys, *pair, "--on", on)
+        assert found["key"] == "007" and found["cosine"] == pytest.approx(1, abs=1e-5) and found.keys() & {"image", "text"} == sides
+
+
+def test_what_cannot_be_looked_for_is_one_line(folder, capsys, tmp_path):
+    def error(run: Path, *arguments: str) -> str:
+        assert main(["search", str(run), *arguments, "--device", "cpu"]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err.removeprefix("mmfilter: ").strip()
+
+    run = folder / "image"
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert error(run, "--image", str(tmp_path / "none.jpg")) == f"image {str(tmp_path / 'none.jpg')!r} cannot be read: No such file or directory"
+    assert error(run, "--image", str(tmp_path / "notes.txt")) == "the query cannot be looked for: image cannot be decoded: it is no JPEG, PNG or WebP"
+    assert error(run, "--text", " ") == "the query cannot be looked for: empty caption"
+    assert error(tmp_path / "nowhere", "--text", "cat").startswith(f"{str(tmp_path / 'nowhere')!r} is no run")
+
+
+@pytest.mark.parametrize(("name", "said"), [("model", "model"), ("sae", "SAE")])
+def test_another_model_or_sae_is_refused(folder, tmp_path, capsys, name, said):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "none", run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    now, manifest["settings"][f"{name}_hash"] = manifest["settings"][f"{name}_hash"], "0" * 16
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["search", str(run), "--text", "a cat", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == (
+        f"mmfilter: {said} {manifest['settings'][name]!r} has changed since run {str(run)!r} was scored with it "
+        f"(hash {'0' * 16}, now {now}): bring the old one back, or score into another --run\n"
+    )
