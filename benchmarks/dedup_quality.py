@@ -31,6 +31,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import imagehash
 import numpy as np
 from PIL import Image, ImageEnhance
 
@@ -178,8 +179,6 @@ class Found:
 
 def perceptual(images: list[bytes]) -> Found:
     """Pairs by imagehash's pHash."""
-    import imagehash
-
     bits = np.stack([imagehash.phash(Image.open(io.BytesIO(image))).hash.ravel() for image in images])
     signs = np.where(bits, 1, -1).astype(np.float32)
     parts = []

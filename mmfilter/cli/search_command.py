@@ -12,6 +12,7 @@ from mmfilter.cli import options
 from mmfilter.cli.options import DEFAULT_RUN, one_of
 
 if TYPE_CHECKING:
+    from mmfilter.core.scoring.engine import DeviceSettings
     from mmfilter.ops.search import Encoder, Hit
 
 SHOWN_SCORES = ("similarity", "support", "saev")
@@ -26,6 +27,8 @@ def search(
     feature: Annotated[Optional[int], typer.Option(help="Find the samples in which this SAE feature is strongest.")] = None,
     on: Annotated[str, typer.Option(help="Sides to compare, or to look for the feature on: both, image, or text.")] = "both",
     n: Annotated[int, typer.Option("-n", "--number", help="Samples to list.")] = 20,
+    model: Annotated[Optional[str], typer.Option(help="Where the run's model is now, if it has moved: card, folder or hub id.")] = None,
+    sae: Annotated[Optional[str], typer.Option(help="Where the run's SAE is now, if it has moved.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -35,8 +38,9 @@ def search(
     """Find samples by their codes.
 
     Like a sample: by the exact cosine of their codes, through the index of the run, which is made if
-    there is none. Like an image or words: the same, with codes that the run's model and SAE make of them
-    (--device and the options after it say where). With a feature: by its maximum over the tokens of a side, in a pass over all codes.
+    there is none. Like an image or words: the same, with the codes that the run's model and SAE make of
+    them; where the run read captions with the image in context, words alone are read after a grey image.
+    With a feature: by its maximum over the tokens of a side, in a pass over all codes.
 
     Example: mmfilter search runs/icons --key 000000012 -n 5
     """
@@ -45,7 +49,7 @@ def search(
 
     one_of("--on", on, ("both", "image", "text"))
     settings = operation.SearchSettings(key=key, shard=shard, image=image, text=text, feature=feature, on=on, n=n)
-    encode = _encoder(device, dtype, device_map, trust_remote_code) if settings.by_query else None
+    encode = _encoder(model, sae, options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)) if settings.by_query else None
     with display.TerminalProgress() as progress:
         hits = operation.search(run, settings, progress, encode)
     if as_json:
@@ -56,12 +60,12 @@ def search(
         display.note("nothing found")
 
 
-def _encoder(device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> Encoder:
+def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Encoder:
     """What makes codes of a query; the model is loaded when it is called."""
-    from mmfilter.core.scoring.query import encode_query
+    from mmfilter.core.scoring.query import EncodeSettings, encode_query
 
-    where = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
-    return lambda run, image, text: encode_query(run, image, text, where)
+    settings = EncodeSettings(device, model, sae)
+    return lambda run, image, text: encode_query(run, image, text, settings)
 
 
 def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:

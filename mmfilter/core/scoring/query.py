@@ -10,7 +10,9 @@ alone are thus read after a grey image, and are less close to a run's captions t
 from __future__ import annotations
 
 import io
+import os
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.shards import RawSample
 from mmfilter.core.model.backbone import Backbone, Inputs
-from mmfilter.core.model.cards import Card
+from mmfilter.core.model.cards import Card, card_names, load_card
 from mmfilter.core.model.codes import pool
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.model.sae import SAE
@@ -40,17 +42,31 @@ IMAGE_ALONE = (224, 224), (128, 128, 128)
 """Size and colour of the image of words that come without one"""
 
 
-def encode_query(run: Path, image: Path | None, text: str | None, device: DeviceSettings) -> Codes:
+@dataclass(frozen=True)
+class EncodeSettings:
+    """Where the run's model and SAE are, and what they run on."""
+
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    """Where and how the model runs"""
+    model: str | None = None
+    """Card, folder or hub id of the run's model, where it is no longer where the run was scored"""
+    sae: str | None = None
+    """… of its SAE; None takes that of a card given as the model, else the run's"""
+
+
+def encode_query(run: Path, image: Path | None, text: str | None, settings: EncodeSettings) -> Codes:
     """Codes of one image, of words, or of both as a pair: one sample at position −1, a side that is not asked for empty.
 
     Raises `SelectionError` for a query that cannot be read or in which no feature fires, `RunError` when
-    the model or the SAE is no longer what the run was scored with, `ModelError` and `SAEError` when it
-    cannot be loaded.
+    the model or the SAE is not what the run was scored with, `ModelError` and `SAEError` when it cannot be
+    loaded.
     """
     raw = _sample(image, text)
-    settings = _settings(RunDirectory(run))
-    backbone, sae = load(run_card(settings), device)
-    _check_same(run, settings, backbone, sae)
+    scored_with = _scored_with(RunDirectory(run))
+    card = run_card(scored_with, settings.model, settings.sae)
+    _check_there(run, card)
+    backbone, sae = load(card, settings.device)
+    _check_same(run, scored_with, card, backbone, sae)
     wanted = [side for side, given in zip(SIDES, (image, text), strict=True) if given is not None]
     codes = _codes(_prepared(backbone, raw), backbone, sae, wanted)
     if not any(len(getattr(codes, side).ids) for side in wanted):
@@ -58,34 +74,40 @@ def encode_query(run: Path, image: Path | None, text: str | None, device: Device
     return codes
 
 
-def run_card(settings: dict[str, Any]) -> Card:
-    """What the run was scored with, as a card; `settings` are those of its manifest."""
+def run_card(scored_with: dict[str, Any], model: str | None = None, sae: str | None = None) -> Card:
+    """What the run was scored with, as a card, from the settings in its manifest; `model` and `sae` say where they are now."""
+    if model in card_names():
+        card = load_card(model)
+        model, sae = card.model, sae or card.sae
     return Card(
         name="run",
-        model=settings["model"],
-        revision=settings["revision"],
-        layer=settings["layer"],
-        prompt=settings["prompt"],
-        text_context=settings["text_context"],
-        sae=settings["sae"],
-        sae_options=make_options(settings.get("sae_options") or {}),
+        model=model or scored_with["model"],
+        revision=scored_with["revision"],
+        layer=scored_with["layer"],
+        prompt=scored_with["prompt"],
+        text_context=scored_with["text_context"],
+        sae=sae or scored_with["sae"],
+        sae_options=make_options(scored_with.get("sae_options") or {}),
     )
 
 
-def _settings(run: RunDirectory) -> dict[str, Any]:
+def _scored_with(run: RunDirectory) -> dict[str, Any]:
     run.score_tables()  # says so when it is no run
     return artifacts.read_json(run.manifest)["settings"]
 
 
-def _check_same(run: Path, settings: dict[str, Any], backbone: Backbone, sae: SAE) -> None:
+def _check_there(run: Path, card: Card) -> None:
+    """Raise `RunError` when the run was scored with files that are not on this machine."""
+    for option, said, path in (("--model", "model", card.model), ("--sae", "SAE", card.sae)):
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise RunError(f"{said} {path!r} of run {str(run)!r} is not there: say with {option} where it is now")
+
+
+def _check_same(run: Path, scored_with: dict[str, Any], card: Card, backbone: Backbone, sae: SAE) -> None:
     """Raise `RunError` when the model's or the SAE's files are not those of the run."""
-    now = {"model": model_hash(settings["model"], backbone.model.config), "sae": sae.hash}
-    for name, said in (("model", "model"), ("sae", "SAE")):
-        if now[name] != settings[f"{name}_hash"]:
-            raise RunError(
-                f"{said} {settings[name]!r} has changed since run {str(run)!r} was scored with it (hash {settings[f'{name}_hash']}, now {now[name]}): "
-                f"bring the old one back, or score into another --run"
-            )
+    for name, said, place, now in (("model", "model", card.model, model_hash(card.model, backbone.model.config)), ("sae", "SAE", card.sae, sae.hash)):
+        if now != (then := scored_with[f"{name}_hash"]):
+            raise RunError(f"{said} {place!r} is not what run {str(run)!r} was scored with (hash {now}, then {then}): bring that back, or score anew")
 
 
 def _sample(image: Path | None, text: str | None) -> RawSample:

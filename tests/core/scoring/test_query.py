@@ -16,7 +16,7 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.model.cards import load_card
 from mmfilter.core.scoring.engine import DeviceSettings
-from mmfilter.core.scoring.query import encode_query
+from mmfilter.core.scoring.query import EncodeSettings, encode_query
 from mmfilter.ops.score import ScoreSettings, score
 from tests.conftest import Quiet, caption, good, picture, write_tar
 
@@ -44,13 +44,13 @@ def hits(run: Path, capsys, *arguments: str) -> list[dict]:
 @pytest.mark.parametrize("context", ["image", "none"])
 def test_codes_of_a_pair_of_the_run_are_those_of_its_table(folder, context):
     stored = CodeTables(ScoreTables(RunDirectory(folder / context))).take(np.array([7]))
-    pair = encode_query(folder / context, folder / "7.jpg", caption(7), CPU)
+    pair = encode_query(folder / context, folder / "7.jpg", caption(7), EncodeSettings(CPU))
     for side in ("image", "text"):
         mine, theirs = (getattr(codes, side) for codes in (pair, stored))
         assert dict(zip(mine.ids.tolist(), mine.means.tolist(), strict=True)) == pytest.approx(
             dict(zip(theirs.ids.tolist(), theirs.means.tolist(), strict=True)), rel=2e-3
         )  # fmt: skip
-    alone = encode_query(folder / context, folder / "7.jpg", None, CPU)
+    alone = encode_query(folder / context, folder / "7.jpg", None, EncodeSettings(CPU))
     assert not len(alone.text.ids) and set(alone.image.ids.tolist()) == set(pair.image.ids.tolist())
 
 
@@ -90,15 +90,35 @@ def test_what_cannot_be_looked_for_is_one_line(folder, capsys, tmp_path):
     assert error(tmp_path / "nowhere", "--text", "cat").startswith(f"{str(tmp_path / 'nowhere')!r} is no run")
 
 
+def changed(run: Path, to: Path, **settings: str) -> dict:
+    """A copy of the run whose manifest says something else; what it said before."""
+    shutil.copytree(run, to)
+    manifest = json.loads((to / "manifest.json").read_text())
+    before = dict(manifest["settings"])
+    manifest["settings"] |= settings
+    (to / "manifest.json").write_text(json.dumps(manifest))
+    return before
+
+
 @pytest.mark.parametrize(("name", "said"), [("model", "model"), ("sae", "SAE")])
 def test_another_model_or_sae_is_refused(folder, tmp_path, capsys, name, said):
     run = tmp_path / "run"
-    shutil.copytree(folder / "none", run)
-    manifest = json.loads((run / "manifest.json").read_text())
-    now, manifest["settings"][f"{name}_hash"] = manifest["settings"][f"{name}_hash"], "0" * 16
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = changed(folder / "none", run, **{f"{name}_hash": "0" * 16})
     assert main(["search", str(run), "--text", "a cat", "--device", "cpu"]) == 1
     assert capsys.readouterr().err == (
-        f"mmfilter: {said} {manifest['settings'][name]!r} has changed since run {str(run)!r} was scored with it "
-        f"(hash {'0' * 16}, now {now}): bring the old one back, or score into another --run\n"
+        f"mmfilter: {said} {before[name]!r} is not what run {str(run)!r} was scored with "
+        f"(hash {before[f'{name}_hash']}, then {'0' * 16}): bring that back, or score anew\n"
     )
+
+
+def test_a_model_that_moved_is_named_by_option(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    before = changed(folder / "none", run, model="/elsewhere/tiny", sae="/elsewhere/tiny/sae")
+    words = ["search", str(run), "--text", caption(7), "-n", "1", "--device", "cpu", "--json"]
+    for more, said in (([], "model '/elsewhere/tiny'"), (["--model", before["model"]], "SAE '/elsewhere/tiny/sae'")):
+        assert main([*words, *more]) == 1
+        option = said.split()[0].lower()
+        assert capsys.readouterr().err == f"mmfilter: {said} of run {str(run)!r} is not there: say with --{option} where it is now\n"
+    for more in (["--model", "tiny"], ["--model", before["model"], "--sae", before["sae"]]):
+        assert main([*words, *more]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["key"] == "007"
