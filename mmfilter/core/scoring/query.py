@@ -1,10 +1,12 @@
 """Codes of an image or of words that are in no run, made as the codes of a run were made.
 
 Model, layer, prompt and SAE are those that the run's manifest names, and have to be the same to the byte.
-A model takes pairs, so a query with one side only goes in with a neutral other one, whose codes are left
-out: with `TEXT_ALONE`, which leaves the image before it as it is in models that read from left to right,
-or with `IMAGE_ALONE`. Where the run's text states come from the pass with the image in context, words
-alone are thus read after a grey image, and are less close to a run's captions than beside their own image.
+
+A model takes pairs, so a query of one side goes in with a neutral other one, whose codes are left out.
+An image comes with the words `TEXT_ALONE`: in models that read from left to right, and in dual encoders,
+its codes are those that it has beside any caption; in encoders (BLIP-2 with T5, PaliGemma's prefix) they
+are not quite. Words come with the grey `IMAGE_ALONE`: their codes are those of a run with text context
+`none`; in a run with text context `image` they are less close to a caption than beside its own image.
 """
 
 from __future__ import annotations
