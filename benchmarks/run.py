@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, list[str]] = {
         *("dedup_scale.py", "--sizes", "10000", "30000", "100000", "300000", "1000000"),
         *("--recall", "100000", "--plot", str(HERE / "dedup_scale.png")),
     ],
+    "dedup_quality": ["dedup_quality.py", "--plot", str(HERE / "dedup_quality.png")],
     "memory": ["memory.py", "--sizes", "1000", "10000", "100000", "--plot", str(HERE / "memory.png")],
 }
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from mmfilter.cli import options
 from mmfilter.cli.options import DEFAULT_RUN, one_of
 
 if TYPE_CHECKING:
-    from mmfilter.ops.search import Hit
+    from mmfilter.core.scoring.engine import DeviceSettings
+    from mmfilter.ops.search import Encoder, Hit
 
 SHOWN_SCORES = ("similarity", "support", "saev")
 
@@ -20,15 +22,25 @@ def search(
     run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
     key: Annotated[Optional[str], typer.Option(help="Find the samples most like the one with this key.")] = None,
     shard: Annotated[Optional[str], typer.Option(help="End of the path of the shard that the key is in, where keys repeat.")] = None,
+    image: Annotated[Optional[Path], typer.Option(help="Find the samples most like this image (JPEG, PNG or WebP).", metavar="FILE")] = None,
+    text: Annotated[Optional[str], typer.Option(help="Find the samples most like these words; with --image, like the pair.", metavar="WORDS")] = None,
     feature: Annotated[Optional[int], typer.Option(help="Find the samples in which this SAE feature is strongest.")] = None,
     on: Annotated[str, typer.Option(help="Sides to compare, or to look for the feature on: both, image, or text.")] = "both",
     n: Annotated[int, typer.Option("-n", "--number", help="Samples to list.")] = 20,
+    model: Annotated[Optional[str], typer.Option(help="Where the run's model is now, if it has moved: card, folder or hub id.")] = None,
+    sae: Annotated[Optional[str], typer.Option(help="Where the run's SAE is now, if it has moved.")] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Find samples by their codes.
 
     Like a sample: by the exact cosine of their codes, through the index of the run, which is made if
-    there is none. With a feature: by its maximum over the tokens of a side, in a pass over all codes.
+    there is none. Like an image or words: the same, with the codes that the run's model and SAE make of
+    them; where the run read captions with the image in context, words alone are read after a grey image.
+    With a feature: by its maximum over the tokens of a side, in a pass over all codes.
 
     Example: mmfilter search runs/icons --key 000000012 -n 5
     """
@@ -36,15 +48,24 @@ def search(
     from mmfilter.ops import search as operation
 
     one_of("--on", on, ("both", "image", "text"))
-    settings = operation.SearchSettings(key=key, shard=shard, feature=feature, on=on, n=n)
+    settings = operation.SearchSettings(key=key, shard=shard, image=image, text=text, feature=feature, on=on, n=n)
+    encode = _encoder(model, sae, options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)) if settings.by_query else None
     with display.TerminalProgress() as progress:
-        hits = operation.search(run, settings, progress)
+        hits = operation.search(run, settings, progress, encode)
     if as_json:
         print(json.dumps([{"key": hit.key, "shard": hit.shard, "row": hit.row} | hit.found | {"scores": hit.scores} for hit in hits], indent=2))
     elif hits:
         print("\n".join(display.aligned(_rows(hits))))
     else:
         display.note("nothing found")
+
+
+def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Encoder:
+    """What makes codes of a query; the model is loaded when it is called."""
+    from mmfilter.core.scoring.query import EncodeSettings, encode_query
+
+    settings = EncodeSettings(device, model, sae)
+    return lambda run, image, text: encode_query(run, image, text, settings)
 
 
 def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:

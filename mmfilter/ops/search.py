@@ -1,7 +1,11 @@
-"""Find samples of a run: those most like one of them, or those in which a feature is strongest."""
+"""Find samples of a run: those most like one of them, like an image or words, or those in which a feature is strongest.
+
+It needs no model: whoever looks for an image or for words brings the `Encoder` that turns them into codes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +16,28 @@ from mmfilter.core.codes.duplicates import representatives
 from mmfilter.core.codes.index import IndexSettings, On, open_index
 from mmfilter.core.codes.nearest import nearest, only, strongest
 from mmfilter.core.codes.tables import CodeTables
+from mmfilter.core.codes.vectors import Codes
 from mmfilter.core.data.artifacts import SCORES, RunDirectory
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError, SelectionError
 
+Encoder = Callable[[Path, Path | None, str | None], Codes]
+"""(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/scoring/query`"""
+
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What to look for: a key or a feature."""
+    """What to look for: a key, an image, words, both of these as a pair, or a feature."""
 
     key: str | None = None
     """Samples like the one with this key"""
     shard: str | None = None
     """… in the shard whose path ends so, where keys repeat"""
+    image: Path | None = None
+    """Samples like this image"""
+    text: str | None = None
+    """Samples like these words"""
     feature: int | None = None
     """Samples in which this SAE feature is strongest"""
     on: On = "both"
@@ -34,13 +46,26 @@ class SearchSettings:
     """Samples to list"""
 
     def __post_init__(self) -> None:
-        if (self.key is None) == (self.feature is None):
-            raise SelectionError("say what to look for: --key KEY or --feature NUMBER, one of them")
+        if [self.key is not None, self.by_query, self.feature is not None].count(True) != 1:
+            raise SelectionError("say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER")
         if self.shard is not None and self.key is None:
             raise SelectionError("--shard says which sample a --key means; give both")
         if self.n < 1:
             raise SelectionError(f"-n is {self.n}; at least 1 is needed")
         IndexSettings(self.on)
+        if self.by_query and not self.sides:
+            given = "--image FILE" if self.text is None else "--text WORDS"
+            raise SelectionError(f"--on {self.on} has nothing to compare with: the query is {given} alone")
+
+    @property
+    def by_query(self) -> bool:
+        """Whether an image or words are looked for."""
+        return self.image is not None or self.text is not None
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that count: those of `on`, and of these what the query has."""
+        return tuple(side for side in IndexSettings(self.on).sides if not self.by_query or getattr(self, side) is not None)
 
 
 @dataclass(frozen=True)
@@ -51,42 +76,44 @@ class Hit:
     shard: str
     row: int
     found: dict[str, float]
-    """Why: `cosine`, `image` and `text` for a key; `image` and `text`, the feature's maxima, for a feature"""
+    """Why: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and `text`, the feature's maxima, for a feature"""
     scores: dict[str, float | None]
     """Score name -> value"""
 
 
-def search(run: Path, settings: SearchSettings, progress: Progress) -> list[Hit]:
+def search(run: Path, settings: SearchSettings, progress: Progress, encode: Encoder | None = None) -> list[Hit]:
     """The samples found, the best first. A sample that is looked for by key is not among them.
 
-    Raises `SelectionError` for a key, shard or feature that is not in the run.
+    `encode` is needed for an image or words only. Raises `SelectionError` for a key, shard or feature
+    that is not in the run, and what `encode` raises.
     """
     scores = ScoreTables(RunDirectory(run))
     tables = CodeTables(scores)
-    sides = IndexSettings(settings.on).sides
     if settings.feature is not None:
-        return _with_feature(scores, tables, settings, sides)
-    return _like(scores, tables, settings, sides, progress)
+        return _with_feature(scores, tables, settings)
+    if settings.by_query:
+        return _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
+    sample = np.array([_sample(scores, settings)])
+    return _like(tables.take(sample), scores, tables, settings, progress)
 
 
-def _with_feature(scores: ScoreTables, tables: CodeTables, settings: SearchSettings, sides: tuple[str, ...]) -> list[Hit]:
+def _with_feature(scores: ScoreTables, tables: CodeTables, settings: SearchSettings) -> list[Hit]:
     if not 0 <= settings.feature < len(tables.idf):
         raise SelectionError(f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}")
-    position, maxima = strongest(tables, settings.feature, settings.n, sides)
+    position, maxima = strongest(tables, settings.feature, settings.n, settings.sides)
     return _hits(scores, position, {"image": maxima[:, 0], "text": maxima[:, 1]})
 
 
-def _like(scores: ScoreTables, tables: CodeTables, settings: SearchSettings, sides: tuple[str, ...], progress: Progress) -> list[Hit]:
-    sample = _sample(scores, settings)
+def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: SearchSettings, progress: Progress) -> list[Hit]:
+    """The samples nearest to the query, without itself where it is one of them."""
     groups = scores.groups("image_hash", "text_hash")
     try:
         index = open_index(tables, representatives(scores, groups), IndexSettings(), scores.run.index, progress)
     except OSError as error:
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
-    query = only(tables.take(np.array([sample])), sides)
-    found = nearest(query, settings.n + 1, index, tables, groups)
-    other = np.flatnonzero(found.position != sample)[: settings.n]
-    return _hits(scores, found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *sides)})
+    found = nearest(only(query, settings.sides), settings.n + 1, index, tables, groups)
+    other = np.flatnonzero(found.position != query.position[0])[: settings.n]
+    return _hits(scores, found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)})
 
 
 def _sample(scores: ScoreTables, settings: SearchSettings) -> int:

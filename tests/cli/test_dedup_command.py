@@ -82,7 +82,7 @@ EXPLAINED = {
     "select": (["select", "{run}", "--top", "5", "--dedup", "0", "--format", "keys"], "the similarity threshold is 0.0; give one above 0"),
     "column": (["dedup", "{run}", "--by", "beauty"], "no column 'beauty'"),
     "no run": (["dedup", "nowhere"], "'nowhere' is no run: it has no manifest.json"),
-    "nothing to look for": (["search", "{run}"], "say what to look for: --key KEY or --feature NUMBER, one of them"),
+    "nothing to look for": (["search", "{run}"], "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER"),
     "no key": (["search", "{run}", "--key", "zebra"], "there is no sample with key 'zebra' in run"),
 }
 

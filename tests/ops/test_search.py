@@ -69,8 +69,10 @@ def test_what_is_not_there_is_named(run, samples, quiet, tmp_path):
             search(run, SearchSettings(**settings), quiet)
         return str(caught.value)
 
-    assert error() == "say what to look for: --key KEY or --feature NUMBER, one of them"
-    assert error(key="1", feature=1) == "say what to look for: --key KEY or --feature NUMBER, one of them"
+    nothing_or_much = "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER"
+    assert error() == error(key="1", feature=1) == error(key="1", text="x") == error(image=Path("a.jpg"), feature=1) == nothing_or_much
+    assert error(image=Path("a.jpg"), on="text") == "--on text has nothing to compare with: the query is --image FILE alone"
+    assert error(text="x", on="image") == "--on image has nothing to compare with: the query is --text WORDS alone"
     assert error(feature=1, shard="x") == "--shard says which sample a --key means; give both"
     assert error(key="1", n=0) == "-n is 0; at least 1 is needed"
     assert error(key="nobody's") == f'there is no sample with key "nobody\'s" in run {str(run)!r}'

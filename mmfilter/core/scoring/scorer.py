@@ -94,14 +94,14 @@ def pool_pairs(activations: Activations, codes: TokenCodes, weights: FeatureWeig
 
 
 def _stored(pairs: PooledPairs) -> list[dict[str, np.ndarray]]:
-    image, text = _strongest(pairs.image), _strongest(pairs.text)
+    image, text = strongest(pairs.image), strongest(pairs.text)
     return [
         {f"{side}_{part}": values for side, parts in (("image", i), ("text", t)) for part, values in zip(("ids", "max", "mean"), parts, strict=True)}
         for i, t in zip(image, text, strict=True)
     ]
 
 
-def _strongest(pooled: PooledCodes) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def strongest(pooled: PooledCodes) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids, maximum, mean) of each sample's strongest features, strongest first."""
     value, feature = pooled.maximum.topk(min(STORED_FEATURES, pooled.maximum.shape[1]), dim=1)
     mean = pooled.mean.gather(1, feature)
