@@ -55,6 +55,8 @@ def score(
     text_context: options.TextContext = None,
     threshold: options.Threshold = None,
     caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -85,7 +87,7 @@ def score(
         card=card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         run=run,
         device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
-        batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
+        batch_size=batch_size, workers=workers, limit=limit, caption=caption, images=images, allow_pipe=allow_pipe, seed=seed,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         summary = operation.score(shards, settings, progress)

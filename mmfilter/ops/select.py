@@ -5,7 +5,6 @@ Choosing reads one score column; copying moves byte ranges. Neither decodes a sa
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -25,9 +24,10 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision, Top, choose
 from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_shards, write_tar
+from mmfilter.core.data.run import in_source
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shard_writer import write_all
-from mmfilter.core.data.shards import STDIN, is_url, stamp
+from mmfilter.core.data.shards import STDIN, read_once, stamp
 from mmfilter.errors import SelectionError, ShardError
 
 Format = Literal["shards", "tar", "keys"]
@@ -234,11 +234,10 @@ def _order(n: int, seed: int | None) -> np.ndarray:
 
 def _check_output(output: Path, format: Format, tables: ScoreTables) -> None:
     real, run = output.resolve(), tables.run.path.resolve()
-    sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
     if real == run or run in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
     if format == "shards":
-        if str(real) in {os.path.realpath(folder) for folder in sources}:
+        if any(in_source(real, shard.path) for shard in tables.shards):
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             what = "is not empty" if real.is_dir() else "is a file"
@@ -251,8 +250,9 @@ def _check_sources(members: Members, tables: ScoreTables) -> None:
     """Raise `SelectionError` unless every shard that is copied from is as it was when it was scored."""
     for i in np.unique(members.source).tolist():
         shard = tables.shards[i]
-        if shard.path == STDIN:
-            raise SelectionError(f"run {str(tables.run.path)!r} was scored from stdin, so there is no shard to copy from; use --format keys")
+        if read_once(shard.path):
+            what = "stdin" if shard.path == STDIN else f"the command {shard.path!r}"
+            raise SelectionError(f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys")
         try:
             same = stamp(shard.path) == shard.stamp
         except ShardError as error:

@@ -1,6 +1,6 @@
 """The files of a run directory: parquet tables, manifests and atomic writes.
 
-The one door to pyarrow. Every file is written to a temporary name beside its place and renamed, so
+The door to pyarrow (`sources/parquet_rows` reads input with it). Every file is written to a temporary name beside its place and renamed, so
 that a file that *exists* is a file that is *finished*.
 """
 
@@ -64,7 +64,7 @@ SCORE_TABLE = pa.schema(
 """One row for every sample of the input, bad ones too; score columns are null where `ok` is false.
 
 `offset` and `nbytes` are the byte range of all the sample's members in the tar, headers and padding
-included, so that a selection copies bytes and never decodes.
+included, so that a selection copies bytes and never decodes; null where the shard is no tar.
 """
 
 CODE_TABLE = pa.schema(

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.shard_writer import ShardWriter, Sources
+from mmfilter.core.data.sources.source import NO_OPTIONS, InputOptions
 
 _AT_ONCE = 100_000
 """Samples whose ranges become Python objects at one time"""
@@ -31,14 +32,17 @@ class Members:
     source: np.ndarray
     """Index into `sources`"""
     offset: np.ndarray
+    """In the tar; −1 − row for a sample of a shard that is no tar"""
     nbytes: np.ndarray
     key_hash: np.ndarray
+    options: InputOptions = NO_OPTIONS
+    """How shards that are no tars are read"""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, order: np.ndarray) -> Members:
-        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order])
+        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order], self.options)
 
     def n_adjacent_repeats(self) -> int:
         """Samples with the key of the sample before them: readers would take the two for one."""
@@ -53,10 +57,10 @@ class Members:
         return previous
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined."""
+        """Shard, offset and length of the bytes of samples `start` to `stop`, adjacent ones joined; offset −1 − row where it is no tar."""
         source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
         end = offset + nbytes
-        first = np.flatnonzero(np.r_[len(source) > 0, (source[1:] != source[:-1]) | (offset[1:] != end[:-1])])
+        first = np.flatnonzero(np.r_[len(source) > 0, (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0)])
         last = np.r_[first[1:], len(source)] - 1
         for i, start, stop in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), strict=True):
             yield self.sources[i], start, stop - start
@@ -64,7 +68,7 @@ class Members:
 
 def write_tar(fd: int, members: Members) -> int:
     """Write all samples as one tar to a file descriptor; the bytes written."""
-    with Sources() as sources:
+    with Sources(members.options) as sources:
         return _write_range(fd, sources, members, 0, len(members))
 
 
@@ -89,7 +93,7 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
     starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
     sizes: dict[str, int] = {}
     nbytes = 0
-    with Sources() as sources:
+    with Sources(members.options) as sources:
         for number, (start, stop) in enumerate(zip(starts, [*starts, len(members)][1:], strict=True)):
             name = f"{number:08d}.tar"
             with open(folder / name, "xb", buffering=0) as file:

@@ -22,7 +22,7 @@ import numpy as np
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.repack import Members
-from mmfilter.core.data.shards import Stamp
+from mmfilter.core.data.shards import InputOptions, Stamp
 from mmfilter.errors import RunError, SelectionError
 
 NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -61,6 +61,8 @@ class ScoreTables:
         self.shards = [ScoredShard(item["shard"], Stamp.from_metadata(item), item["rows"]) for item in about]
         self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         """Position of the first row of each shard, and after the last the number of all rows"""
+        self.options = InputOptions.of_run(artifacts.read_json(run.manifest).get("settings", {}))
+        """How the shards are read again"""
         self._database = self._connect()
         self.types = {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
         """Column name -> DuckDB type"""
@@ -158,7 +160,7 @@ class ScoreTables:
     def members(self, kept: np.ndarray) -> Members:
         """The byte ranges of the rows where `kept` is true, in source order."""
         found = self._query(
-            """SELECT scores.row AS r, "offset" AS o, nbytes AS n, hash(key) AS h
+            """SELECT scores.row AS r, coalesce("offset", -1 - scores.row) AS o, coalesce(nbytes, 0) AS n, hash(key) AS h
             FROM scores POSITIONAL JOIN given WHERE given.kept""",
             kept=kept,
         ).fetchnumpy()
@@ -167,7 +169,7 @@ class ScoreTables:
         if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
         paths = [shard.path for shard in self.shards]
-        return Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        return Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"), self.options)
 
     def keys(self, rank: np.ndarray, *, in_order: bool) -> Iterator[list[str]]:
         """Chunks of the keys of the rows whose rank is not negative, by rank unless already `in_order`."""
