@@ -106,7 +106,7 @@ def _read_path(path: str, name: str, limit: int) -> bytes:
     if found.st_size > limit:
         raise BadFile(f"member too large: {name!r} has {found.st_size:,} bytes, the limit is {limit:,}")
     with open(path, "rb") as file:
-        return file.read(limit + 1)
+        return file.read(found.st_size + 1)
 
 
 def _read_url(url: str, size: int) -> bytes:

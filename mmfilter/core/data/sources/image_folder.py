@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from mmfilter.core.data.places import BadFile, Stamp, filesystem_of, is_url, read_file, remote
-from mmfilter.core.data.sample import IMAGE_EXTENSIONS, SAMPLE_LIMIT, Keys, RawSample, fit
+from mmfilter.core.data.sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SAMPLE_LIMIT, Keys, RawSample, fit
 from mmfilter.errors import ShardError
 
 STRETCH = 10_000
@@ -84,7 +84,7 @@ class ImageFolder:
         samples = self._samples()
         if row >= len(samples):
             raise ShardError(self._shard, f"has only {len(samples):,} samples; it has changed since it was scored, score it again")
-        return self._read(row, samples[row], 1 << 40)
+        return self._read(row, samples[row], MAX_MEMBER_BYTES)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mmfilter.core.data.places import BadFile, Stamp, open_shard, read_file, stamp_file
-from mmfilter.core.data.sample import Keys, RawSample, image_extension
+from mmfilter.core.data.sample import MAX_MEMBER_BYTES, Keys, RawSample, image_extension
 from mmfilter.core.data.sources.source import InputOptions
 from mmfilter.errors import ShardError
 
@@ -70,7 +70,7 @@ class LlavaJson:
             raise ShardError(self._shard, f"has only {len(keys):,} records; it has changed since it was scored, score it again")
         self._file.seek(offsets[row])
         text = self._file.read(sizes[row])
-        return self._sample(keys[row], row, _Record(offsets[row], text, json.loads(text)), 1 << 40)
+        return self._sample(keys[row], row, _Record(offsets[row], text, json.loads(text)), MAX_MEMBER_BYTES)
 
     def close(self) -> None:
         """Close the file."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmfilter.core.data.places import Stamp, is_url, open_shard, stamp_file
-from mmfilter.core.data.sample import CAPTION_FIELDS, IMAGE_EXTENSIONS, Keys, RawSample, image_extension
+from mmfilter.core.data.sample import CAPTION_FIELDS, IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Keys, RawSample, image_extension
 from mmfilter.core.data.sources.source import InputOptions
 from mmfilter.errors import ShardError
 
@@ -67,7 +67,7 @@ class ParquetRows:
             self._batches, rows = self._from(group), []
         while not rows or row >= start + len(rows):
             start, rows = self._at = next(self._batches)
-        return self._sample(row, rows[row - start], 1 << 40)
+        return self._sample(row, rows[row - start], MAX_MEMBER_BYTES)
 
     def close(self) -> None:
         """Close the file."""
