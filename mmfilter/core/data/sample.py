@@ -50,7 +50,10 @@ class Keys:
         The first sample with a name has it plain. Without a name it is `FALLBACK-ROW`.
         """
         named = isinstance(name, (str, int)) and not isinstance(name, bool) and str(name)
-        key = fit(str(name)) if named else f"{self._fallback}-{row:09d}"
+        return self.unique(fit(str(name)) if named else f"{self._fallback}-{row:09d}", row)
+
+    def unique(self, key: str, row: int) -> str:
+        """`key`, with `-ROW` behind it where it comes again."""
         while key in self._taken:
             key = f"{key}-{row}"
         self._taken.add(key)

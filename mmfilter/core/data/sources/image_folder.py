@@ -37,6 +37,7 @@ def has_images(folder: str) -> bool:
 def folder_shards(folder: str) -> Iterator[str]:
     """The shards of a folder, given without a slash at its end; raises `ShardError` where it holds no image."""
     _listing.cache_clear()
+    _remote_files.cache_clear()
     samples = _listing(folder)
     if not any(_extension(name) in IMAGE_EXTENSIONS for _, names in samples for name in names):
         raise ShardError(folder, f"is a folder without images ({', '.join(IMAGE_EXTENSIONS)})")
@@ -111,18 +112,15 @@ class ImageFolder:
 
 @lru_cache(maxsize=2)
 def _listing(folder: str) -> list[_Sample]:
-    """All samples of a folder in the order of their paths; `folder_shards` makes it look again."""
+    """All samples of a folder in the order of their paths; `folder_shards` makes it look again.
+
+    The key is the path without extension, its dots and what else no key can hold as `_`.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(_remote_files(folder) if is_url(folder) else _local_files(folder)):
         groups.setdefault(name[: name.rindex(".")], []).append(name)
     keys = Keys(os.path.basename(folder))
-    return [(_key(keys, stem, row), tuple(groups[stem])) for row, stem in enumerate(sorted(groups))]
-
-
-def _key(keys: Keys, stem: str, row: int) -> str:
-    """The path without extension; dots of the file name and what no key can hold become `_`."""
-    folder, slash, name = stem.rpartition("/")
-    return "/".join(map(fit, folder.split("/"))) + slash + keys.take(name, row) if slash else keys.take(name, row)
+    return [(keys.unique("/".join(map(fit, stem.split("/"))), row), tuple(groups[stem])) for row, stem in enumerate(sorted(groups))]
 
 
 def _extension(name: str) -> str:
