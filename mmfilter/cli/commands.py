@@ -116,6 +116,10 @@ def select(
     min_score: Annotated[Optional[float], typer.Option("--min", help="Keep scores of at least this.")] = None,
     by: Annotated[str, typer.Option(help="Score column to rank by.")] = "similarity",
     where: Annotated[Optional[str], typer.Option(help="SQL condition on the score table: who is a candidate.")] = None,
+    metadata: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Parquet, CSV or JSONL with more columns for --where and --by; repeatable.", metavar="FILES"),
+    ] = None,
     dedup: Annotated[Optional[float], typer.Option(help="Of candidates whose codes are at least this close keep the best only.", metavar="COSINE")] = None,
     dedup_on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     shuffle: Annotated[Optional[int], typer.Option(help="Shuffle the output with this seed (default: source order).", metavar="SEED")] = None,
@@ -137,7 +141,8 @@ def select(
     one_of("--dedup-on", dedup_on, ("both", "image", "text"))
     form, path = destination(output, output_format, sys.stdout.isatty())
     settings = operation.SelectSettings(
-        top=top, min=min_score, by=by, where=where, dedup=dedup, dedup_on=dedup_on, shuffle=shuffle, format=form, output=path, shard_size=shard_size
+        top=top, min=min_score, by=by, where=where, metadata=tuple(metadata or ()), dedup=dedup, dedup_on=dedup_on, shuffle=shuffle,
+        format=form, output=path, shard_size=shard_size,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         selection = operation.select(run, settings, progress=progress)

@@ -45,6 +45,8 @@ class SelectSettings:
     """Column of the score table to rank by"""
     where: str | None = None
     """SQL condition over the score table; the rows that pass are the candidates"""
+    metadata: tuple[str, ...] = ()
+    """Parquet, CSV or JSON files with more columns for `by` and `where`, as paths or patterns"""
     dedup: float | None = None
     """Of candidates whose codes are at least this close only the best is kept; None keeps duplicates"""
     dedup_on: On = "both"
@@ -142,7 +144,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     when the selection cannot be made: an unknown column, a condition that is none, an output in the
     way, a source shard that is missing or has changed since it was scored.
     """
-    tables = ScoreTables(RunDirectory(run))
+    tables = ScoreTables(RunDirectory(run), settings.metadata)
     if settings.output is not None:
         with _explained(settings.output):
             _check_output(Path(settings.output), settings.format, tables)
@@ -200,7 +202,7 @@ def _counted(settings: SelectSettings, tables: ScoreTables, decision: np.ndarray
         asked=None if settings.top is None else Top.parse(settings.top).of(candidates),
         cut=float(values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
         dropped={label: n for label, n in dropped.items() if n},
-        warnings=_unfinished(tables),
+        warnings=(*_unfinished(tables), *tables.notes),
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from mmfilter.core.data import artifacts
+from mmfilter.core.data import artifacts, metadata
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.shards import InputOptions, Stamp
+from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
 from mmfilter.errors import RunError, SelectionError
 
 NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -50,10 +52,20 @@ class Column:
 
 
 class ScoreTables:
-    """All finished score tables of a run. Raises `RunError` when there are none, or one is damaged."""
+    """All finished score tables of a run. Raises `RunError` when there are none, or one is damaged.
 
-    def __init__(self, run: RunDirectory) -> None:
+    `files` are patterns of parquet, CSV or JSON files with more columns for the samples; those and the
+    parquet files beside the shards are only looked at when a column is asked for that the tables lack.
+    """
+
+    def __init__(self, run: RunDirectory, files: Sequence[str] = ()) -> None:
         self.run = run
+        self.notes: list[str] = []
+        """What the user should know about columns from other files"""
+        self._files = files
+        self._elsewhere: list[metadata.Files] | None = None
+        self._more: list[Path] = []
+        self._folder: Path | None = None
         self._paths = [path.resolve() for path in run.score_tables()]
         about = [artifacts.read_table_metadata(path) for path in self._paths]
         self.names = [path.stem for path in self._paths]
@@ -77,18 +89,26 @@ class ScoreTables:
         database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
         database.execute("SET enable_progress_bar = false")
         try:
-            paths = [_no_glob(str(path)) for path in self._paths]
-            database.read_parquet(paths, hive_partitioning=False).create_view("scores")
+            paths = [no_glob(str(path)) for path in self._paths]
+            database.read_parquet(paths, hive_partitioning=False).create_view("score_tables" if self._more else "scores")
+            self._widen(database)
         except duckdb.Error as error:
             raise self._damaged(error) from error
         if locked:
             folders = {os.path.dirname(str(path)) + "/" for path in self._paths}
-            folders |= {_no_glob(folder) for folder in folders}
+            folders |= {os.path.dirname(str(path)) + "/" for path in self._more}
+            folders |= {no_glob(folder) for folder in folders}
             database.execute("SET python_enable_replacements = false")
             database.execute("SET allowed_directories = ?", [sorted(folders)])
             database.execute("SET enable_external_access = false")
             database.execute("SET lock_configuration = true")
         return database
+
+    def _widen(self, database: duckdb.DuckDBPyConnection) -> None:
+        """Make the view `scores`, of the score tables and the columns of other files."""
+        if self._more:
+            more = "".join(f" POSITIONAL JOIN (SELECT * EXCLUDE ({metadata.FOUND}) FROM {metadata.reading(path)})" for path in self._more)
+            database.execute(f"CREATE VIEW scores AS SELECT * FROM score_tables{more}")
 
     def _query(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
         """Run SQL over `scores` and, if there are arrays, `given` (one value a position)."""
@@ -103,7 +123,7 @@ class ScoreTables:
         return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({_reason(error)}); score the shard again")
+        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({reason_of(error)}); score the shard again")
 
     # --- questions, each one scan ---
 
@@ -119,22 +139,65 @@ class ScoreTables:
 
         Raises `SelectionError` for another column or a condition that is no plain expression.
         """
+        missing = self._fetch({name} | (set() if where is None else _columns_of(self._database.cursor(), where)))
         self._check_numeric(name)
         database = self._database if where is None else self._connect(locked=True)
         if where is not None:
-            _check_expression(database, where)
+            try:
+                _check_expression(database, where)
+            except SelectionError as error:
+                if missing and self._elsewhere and "Binder Error" in str(error):
+                    raise SelectionError(f"--where {where!r} names {missing[0]!r}: {self._there()}") from error
+                raise
         condition = "true" if where is None else f"coalesce(CAST((\n{where}\n) AS BOOLEAN), false)"
         try:
-            found = database.execute(f"SELECT CASE WHEN ok THEN {_name(name)} END AS v, {condition} AS p FROM scores").fetchnumpy()
+            found = database.execute(f"SELECT CASE WHEN ok THEN {identifier(name)} END AS v, {condition} AS p FROM scores").fetchnumpy()
         except duckdb.Error as error:
             if where is None:
                 raise self._damaged(error) from error
-            raise SelectionError(f"--where {where!r} fails: {_reason(error)}") from error
+            raise SelectionError(f"--where {where!r} fails: {reason_of(error)}") from error
         self._check_rows(len(found["v"]))
         values, present = np.ma.getdata(found["v"]), ~np.ma.getmaskarray(found["v"])
         if values.dtype.kind == "f":
             present &= ~np.isnan(values)
         return Column(values, present, np.ma.getdata(found["p"]))
+
+    def _fetch(self, names: set[str]) -> list[str]:
+        """Add those of the columns that only other files have; the names that nothing has are returned."""
+        known = {column.lower() for column in self.types}
+        missing = sorted(name for name in names if name.lower() not in known)
+        if not missing:
+            return []
+        for files in self._other_files():
+            if columns := files.find(missing):
+                self._add(files, columns)
+                missing = [name for name in missing if name.lower() not in {column.lower() for column in columns}]
+        return missing
+
+    def _other_files(self) -> list[metadata.Files]:
+        if self._elsewhere is None:
+            uids = bool(self._files) and self._query("SELECT count(uid) FROM scores").fetchall()[0][0] > 0
+            found = [metadata.named(self._database, self._files, uids=uids)] if self._files else []
+            sidecars = metadata.beside(self._database, [shard.path for shard in self.shards], self.starts.tolist())
+            self._elsewhere = found + ([sidecars] if sidecars else [])
+        return self._elsewhere
+
+    def _add(self, files: metadata.Files, columns: list[str]) -> None:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="mmfilter-")).resolve()
+            weakref.finalize(self, shutil.rmtree, self._folder, True)
+        path = self._folder / f"{len(self._more)}.parquet"
+        without = metadata.write_columns(self._database, files, columns, path, self.starts)
+        self._more.append(path)
+        self._database = self._connect()
+        self.types = {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
+        if without:
+            self.notes.append(f"{files.what}: no row for {without:,} of {self.rows:,} samples, {', '.join(columns)} is null there")
+
+    def _there(self) -> str:
+        """What columns there are, here and in other files."""
+        more = "; ".join(f"{files.what}: {', '.join(files.types)}" for files in self._elsewhere or ())
+        return f"the score table has {', '.join(self.types)}" + (f"; {more}" if more else "")
 
     def _check_numeric(self, name: str) -> None:
         numeric = [column for column, kind in self.types.items() if kind in NUMERIC]
@@ -142,6 +205,8 @@ class ScoreTables:
         if name not in self.types:
             near = difflib.get_close_matches(name, numeric, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if self._elsewhere:
+                raise SelectionError(f"no column {name!r}; {hint}{self._there()}")
             raise SelectionError(f"the score table has no column {name!r}; {hint}{there}")
         if name not in numeric:
             raise SelectionError(f"column {name!r} of the score table is no number ({self.types[name].lower()}); {there}")
@@ -186,13 +251,13 @@ class ScoreTables:
         """Columns at ascending `positions`; null is NaN in a column of floats."""
         among = np.zeros(self.rows, bool)
         among[positions] = True
-        names = ", ".join(f"scores.{_name(column)}" for column in columns)
+        names = ", ".join(f"scores.{identifier(column)}" for column in columns)
         found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among).fetchnumpy()
         return {name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column) for name, column in found.items()}
 
     def with_key(self, key: str) -> np.ndarray:
         """Positions of the rows with this key."""
-        found = self._query(f"SELECT key = {_literal(key)} AS same FROM scores").fetchnumpy()["same"]
+        found = self._query(f"SELECT key = {literal(key)} AS same FROM scores").fetchnumpy()["same"]
         return np.flatnonzero(np.ma.filled(found, False))
 
     def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -205,8 +270,8 @@ class ScoreTables:
 
         The first by key, then shard, then row; a row alone, without a score or with a null is its own.
         """
-        names = ", ".join(map(_name, columns))
-        there = " AND ".join(f"{_name(column)} IS NOT NULL" for column in columns)
+        names = ", ".join(map(identifier, columns))
+        there = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in columns)
         digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()["h"]
         among = _repeated(np.ma.getdata(digest), ~np.ma.getmaskarray(digest))
         group = np.arange(self.rows)
@@ -244,7 +309,7 @@ class ScoreTables:
         and their similarity.
         """
         cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
-        about = f"{{{artifacts.METADATA_KEY.decode()}: {_literal(json.dumps(dict(metadata)))}}}"
+        about = f"{{{artifacts.METADATA_KEY.decode()}: {literal(json.dumps(dict(metadata)))}}}"
         given, more = {"decision": decision}, ""
         if output is not None:
             given["output"] = output
@@ -254,17 +319,17 @@ class ScoreTables:
             more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"
         sql = f"""
             COPY (
-                SELECT key, shard, scores.row AS row, CASE WHEN ok THEN {_name(by)} END AS score,
+                SELECT key, shard, scores.row AS row, CASE WHEN ok THEN {identifier(by)} END AS score,
                     given.decision = {labels.index(None)} AS kept,
                     CASE given.decision {cases} END AS reason {more}
                 FROM scores POSITIONAL JOIN given
-            ) TO {_literal(str(path))} (
+            ) TO {literal(str(path))} (
                 FORMAT parquet, COMPRESSION zstd, DICTIONARY_SIZE_LIMIT 1000, KV_METADATA {about}
             )"""  # without the limit it tries a dictionary for the keys, which are all different
         try:
             self._execute(sql, **given).fetchall()
         except duckdb.Error as error:
-            raise SelectionError(f"{str(path)!r} cannot be written: {_reason(error)}") from error
+            raise SelectionError(f"{str(path)!r} cannot be written: {reason_of(error)}") from error
 
     def _representatives(self, of: np.ndarray, similarity: np.ndarray) -> dict[str, Any]:
         """Columns that name the kept sample of each row; each name is held once, however many rows have it."""
@@ -286,25 +351,7 @@ def _repeated(values: np.ndarray, there: np.ndarray) -> np.ndarray:
 
 
 def _label(label: str) -> str:
-    return f"{_literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else _literal(label)
-
-
-def _name(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _no_glob(path: str) -> str:
-    """`path` so that DuckDB, which takes every path for a pattern, finds just that."""
-    return re.sub(r"([*?\[])", r"[\1]", path)
-
-
-def _reason(error: Exception) -> str:
-    """DuckDB's message as one line, without its drawing of the query."""
-    return " ".join(str(error).split("\n\nLINE ")[0].split())
+    return f"{literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else literal(label)
 
 
 # --- conditions ------------------------------------------------------------------------------
@@ -321,7 +368,7 @@ def _check_expression(database: duckdb.DuckDBPyConnection, where: str) -> None:
     try:
         database.execute(f"SELECT 1 FROM scores WHERE (\n{where}\n) LIMIT 0")
     except duckdb.Error as error:
-        raise SelectionError(f"--where {where!r} is not possible: {_reason(error)}") from error
+        raise SelectionError(f"--where {where!r} is not possible: {reason_of(error)}") from error
 
 
 def _parsed(database: duckdb.DuckDBPyConnection, where: str) -> tuple[Any, Any]:
@@ -331,3 +378,21 @@ def _parsed(database: duckdb.DuckDBPyConnection, where: str) -> tuple[Any, Any]:
     if tree["error"]:
         raise SelectionError(f"--where {where!r} is not possible: {' '.join(tree['error_message'].split())}")
     return tree, tree["statements"][0]["node"].pop("where_clause", None)
+
+
+def _columns_of(database: duckdb.DuckDBPyConnection, where: str) -> set[str]:
+    """The names in a condition that may be columns."""
+    found: set[str] = set()
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("class") == "COLUMN_REF":
+                names = node["column_names"]
+                found.add(names[1] if len(names) > 1 and names[0].lower() == "scores" else names[0])
+            node = list(node.values())
+        if isinstance(node, list):
+            for part in node:
+                walk(part)
+
+    walk(_parsed(database, where)[1])
+    return found
