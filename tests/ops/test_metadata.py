@@ -15,6 +15,7 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
+from tests import inputs
 from tests.ops.test_select import keys_of, make_run, make_shard
 
 PER_SHARD = 12
@@ -164,6 +165,20 @@ def test_sidecars_at_a_url(tmp_path):
     tables = ScoreTables(RunDirectory(run))
     assert tables.column("n").values.tolist() == [0, 1]
     assert tables.column("m", "n = 1").passes.tolist() == [False, True]
+
+
+def test_a_parquet_input_has_its_own_columns(tmp_path):
+    """Joined by row: there may be no key in it, or the same one twice."""
+    rows, scores = [], {}
+    for number in range(2):
+        path = inputs.as_parquet(tmp_path / f"data/{number}.parquet", inputs.pairs(9), row_group_size=4, stars=[(7 * number + 3 * i) % 10 for i in range(9)])
+        scores[str(path)] = [i / 9 for i in range(9)]
+        rows += [(f"{i:09d}", (7 * number + 3 * i) % 10) for i in range(9)]
+    run = make_run(tmp_path / "run", scores)
+    assert keys_of(run, tmp_path, top="100%", where="stars >= 5") == [key for key, stars in rows if stars >= 5]
+    tables = ScoreTables(RunDirectory(run))
+    assert tables.column("stars").values.tolist() == [stars for _, stars in rows]
+    assert "the parquet files of the input: id, image, caption, stars, file_row_number" in error_of(run, by="star")
 
 
 # --- files that the user names ---

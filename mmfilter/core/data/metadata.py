@@ -1,9 +1,9 @@
-"""Columns that the score tables lack and other files have: the parquet file beside each tar, and files that the user names.
+"""Columns that the score tables lack and other files have: parquet beside a tar or as input, and files that the user names.
 
 img2dataset writes `00000.parquet` beside `00000.tar`, with a row for what it could not fetch as well, in
-no particular order: rows are joined by `key`, and only those whose `status` is `success`. Files that the
-user names are joined by `uid` where they and the run have one, else by `key`. Only the columns that are
-asked for are read.
+no particular order: rows are joined by `key`, and only those whose `status` is `success`. A parquet file
+that is itself the input is joined by row. Files that the user names are joined by `uid` where they and the
+run have one, else by `key`. Only the columns that are asked for are read.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Files:
     """The column that they are joined by"""
     start_of: dict[str, int] | None = None
     """File -> position of the first row of its shard; None where a row may belong to any shard"""
+    mine: str | None = None
+    """The column of the score table that `by` is held against, where it is called otherwise"""
 
     @property
     def by_number(self) -> bool:
@@ -62,12 +64,14 @@ class Files:
 
 def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
     """The parquet files beside the tars of a run, None where there are none with a column `key`."""
-    start_of = {path: start for shard, start in zip(shards, starts, strict=False) if _may_have_one(shard) and (path := _sidecar(shard))}
+    start_of = {
+        path: start
+        for shard, start in zip(shards, starts, strict=False)
+        if _may_have_one(shard) and (path := _parquet(shard.removesuffix(".tar") + ".parquet"))
+    }
     if not start_of:
         return None
-    _reach(database, start_of)
-    paths = ", ".join(literal(no_glob(path)) for path in start_of)
-    relation = f"read_parquet([{paths}], union_by_name = true, filename = '{_FILE}', hive_partitioning = false)"
+    relation = _parquet_files(database, start_of)
     what = "the parquet files beside the shards"
     types = _types(database, relation, what)
     del types[_FILE]
@@ -75,6 +79,26 @@ def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: S
         return None
     fetched = " WHERE status = 'success'" if types.get("status") == "VARCHAR" else ""
     return Files(what, f"(FROM {relation}{fetched})", types, "key", start_of)
+
+
+def own(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
+    """The parquet files that are shards of a run themselves, None where there are none."""
+    found = {_parquet(shard): start for shard, start in zip(shards, starts, strict=False) if shard.lower().endswith(".parquet") and not read_once(shard)}
+    start_of = {path: start for path, start in found.items() if path is not None}
+    if not start_of:
+        return None
+    what = "the parquet files of the input"
+    relation = _parquet_files(database, start_of, ", file_row_number = true")
+    types = _types(database, relation, what)
+    del types[_FILE]
+    return Files(what, relation, types, "file_row_number", start_of, "row")
+
+
+def _parquet_files(database: duckdb.DuckDBPyConnection, paths: Iterable[str], more: str = "") -> str:
+    """SQL that reads all of them, with the file of each row."""
+    _reach(database, paths)
+    listed = ", ".join(literal(no_glob(path)) for path in paths)
+    return f"read_parquet([{listed}], union_by_name = true, filename = '{_FILE}', hive_partitioning = false{more})"
 
 
 def _reach(database: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
@@ -88,9 +112,8 @@ def _may_have_one(shard: str) -> bool:
     return shard.endswith(".tar") and is_tar(shard) and not read_once(shard)
 
 
-def _sidecar(shard: str) -> str | None:
-    """The parquet file beside a tar, called as DuckDB will call it, if there is one."""
-    path = shard.removesuffix(".tar") + ".parquet"
+def _parquet(path: str) -> str | None:
+    """The name that DuckDB will have for a file, None if it does not exist."""
     if not is_url(path):
         return path if os.path.exists(path) else None
     filesystem, place = filesystem_of(path)
@@ -189,7 +212,8 @@ def reading(path: Path) -> str:
 
 def _mine(files: Files) -> str:
     """The samples of the run: what they are found by, where they are, and where their shard begins."""
-    name = f"TRY_CAST(scores.{files.by} AS HUGEINT)" if files.by_number else f"scores.{files.by}"
+    column = f"scores.{files.mine or files.by}"
+    name = f"TRY_CAST({column} AS HUGEINT)" if files.by_number else column
     return f"(SELECT {name} AS name, given.first AS first, given.position AS position FROM scores POSITIONAL JOIN given) AS mine"
 
 

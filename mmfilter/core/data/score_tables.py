@@ -1,4 +1,4 @@
-"""The score tables of a run as one relation in source order; the one door to DuckDB.
+"""The score tables of a run as one relation in source order; the door to DuckDB, with `metadata` and `conditions`.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -22,6 +22,7 @@ import numpy as np
 
 from mmfilter.core.data import artifacts, metadata
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.conditions import check_expression, columns_of
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.shards import InputOptions, Stamp
 from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
@@ -139,12 +140,12 @@ class ScoreTables:
 
         Raises `SelectionError` for another column or a condition that is no plain expression.
         """
-        missing = self._fetch({name} | (set() if where is None else _columns_of(self._database.cursor(), where)))
+        missing = self._fetch({name} | (set() if where is None else columns_of(self._database.cursor(), where)))
         self._check_numeric(name)
         database = self._database if where is None else self._connect(locked=True)
         if where is not None:
             try:
-                _check_expression(database, where)
+                check_expression(database, where)
             except SelectionError as error:
                 if missing and self._elsewhere and "Binder Error" in str(error):
                     raise SelectionError(f"--where {where!r} names {missing[0]!r}: {self._there()}") from error
@@ -178,8 +179,10 @@ class ScoreTables:
         if self._elsewhere is None:
             uids = bool(self._files) and self._query("SELECT count(uid) FROM scores").fetchall()[0][0] > 0
             found = [metadata.named(self._database, self._files, uids=uids)] if self._files else []
-            sidecars = metadata.beside(self._database, [shard.path for shard in self.shards], self.starts.tolist())
-            self._elsewhere = found + ([sidecars] if sidecars else [])
+            for look in (metadata.beside, metadata.own):
+                files = look(self._database, [shard.path for shard in self.shards], self.starts.tolist())
+                found += [files] if files else []
+            self._elsewhere = found
         return self._elsewhere
 
     def _add(self, files: metadata.Files, columns: list[str]) -> None:
@@ -352,47 +355,3 @@ def _repeated(values: np.ndarray, there: np.ndarray) -> np.ndarray:
 
 def _label(label: str) -> str:
     return f"{literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else literal(label)
-
-
-# --- conditions ------------------------------------------------------------------------------
-
-
-def _check_expression(database: duckdb.DuckDBPyConnection, where: str) -> None:
-    """Raise `SelectionError` unless `where` is one expression over the columns, without sub-queries."""
-    skeleton, _ = _parsed(database, "true")
-    statement, condition = _parsed(database, where)
-    if statement != skeleton:
-        raise SelectionError(f"--where {where!r} is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'")
-    if '"class": "SUBQUERY"' in json.dumps(condition):
-        raise SelectionError(f"--where {where!r} has a sub-query; only a condition over the columns of one row is possible")
-    try:
-        database.execute(f"SELECT 1 FROM scores WHERE (\n{where}\n) LIMIT 0")
-    except duckdb.Error as error:
-        raise SelectionError(f"--where {where!r} is not possible: {reason_of(error)}") from error
-
-
-def _parsed(database: duckdb.DuckDBPyConnection, where: str) -> tuple[Any, Any]:
-    """The syntax tree of a query with this condition: all but the condition, and the condition."""
-    [serialized] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT 1 FROM scores WHERE (\n{where}\n)"]).fetchone()
-    tree = json.loads(serialized)
-    if tree["error"]:
-        raise SelectionError(f"--where {where!r} is not possible: {' '.join(tree['error_message'].split())}")
-    return tree, tree["statements"][0]["node"].pop("where_clause", None)
-
-
-def _columns_of(database: duckdb.DuckDBPyConnection, where: str) -> set[str]:
-    """The names in a condition that may be columns."""
-    found: set[str] = set()
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            if node.get("class") == "COLUMN_REF":
-                names = node["column_names"]
-                found.add(names[1] if len(names) > 1 and names[0].lower() == "scores" else names[0])
-            node = list(node.values())
-        if isinstance(node, list):
-            for part in node:
-                walk(part)
-
-    walk(_parsed(database, where)[1])
-    return found
