@@ -179,6 +179,8 @@ def test_a_parquet_input_has_its_own_columns(tmp_path):
     tables = ScoreTables(RunDirectory(run))
     assert tables.column("stars").values.tolist() == [stars for _, stars in rows]
     assert "the parquet files of the input: id, image, caption, stars, file_row_number" in error_of(run, by="star")
+    inputs.as_parquet(path, inputs.pairs(8), stars=list(range(8)))
+    assert error_of(run, by="stars") == f"shard {str(path)!r} has changed since it was scored, its rows may be others; score it again"
 
 
 # --- files that the user names ---

@@ -64,11 +64,7 @@ class Files:
 
 def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
     """The parquet files beside the tars of a run, None where there are none with a column `key`."""
-    start_of = {
-        path: start
-        for shard, start in zip(shards, starts, strict=False)
-        if _may_have_one(shard) and (path := _parquet(shard.removesuffix(".tar") + ".parquet"))
-    }
+    start_of = _there({shard.removesuffix(".tar") + ".parquet": start for shard, start in zip(shards, starts, strict=False) if _may_have_one(shard)})
     if not start_of:
         return None
     relation = _parquet_files(database, start_of)
@@ -77,14 +73,13 @@ def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: S
     del types[_FILE]
     if "key" not in types:
         return None
-    fetched = " WHERE status = 'success'" if types.get("status") == "VARCHAR" else ""
+    fetched = " WHERE coalesce(status, 'success') = 'success'" if types.get("status") == "VARCHAR" else ""
     return Files(what, f"(FROM {relation}{fetched})", types, "key", start_of)
 
 
 def own(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
     """The parquet files that are shards of a run themselves, None where there are none."""
-    found = {_parquet(shard): start for shard, start in zip(shards, starts, strict=False) if shard.lower().endswith(".parquet") and not read_once(shard)}
-    start_of = {path: start for path, start in found.items() if path is not None}
+    start_of = _there({shard: start for shard, start in zip(shards, starts, strict=False) if shard.lower().endswith(".parquet") and not read_once(shard)})
     if not start_of:
         return None
     what = "the parquet files of the input"
@@ -112,12 +107,16 @@ def _may_have_one(shard: str) -> bool:
     return shard.endswith(".tar") and is_tar(shard) and not read_once(shard)
 
 
-def _parquet(path: str) -> str | None:
-    """The name that DuckDB will have for a file, None if it does not exist."""
-    if not is_url(path):
-        return path if os.path.exists(path) else None
-    filesystem, place = filesystem_of(path)
-    return filesystem.unstrip_protocol(place) if remote(path, filesystem.exists, place) else None
+def _there(start_of: dict[str, int]) -> dict[str, int]:
+    """Those of the files that exist, called as DuckDB will call them."""
+    found: dict[str, int] = {}
+    for path, start in start_of.items():
+        if not is_url(path):
+            found.update({path: start} if os.path.exists(path) else {})
+        else:
+            filesystem, place = filesystem_of(path)
+            found.update({filesystem.unstrip_protocol(place): start} if remote(path, filesystem.exists, place) else {})
+    return found
 
 
 def named(database: duckdb.DuckDBPyConnection, patterns: Sequence[str], *, uids: bool) -> Files:

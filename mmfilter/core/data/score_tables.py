@@ -24,7 +24,7 @@ from mmfilter.core.data import artifacts, metadata
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.conditions import check_expression, columns_of
 from mmfilter.core.data.repack import Members
-from mmfilter.core.data.shards import InputOptions, Stamp
+from mmfilter.core.data.shards import InputOptions, Stamp, stamp
 from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
 from mmfilter.errors import RunError, SelectionError
 
@@ -186,6 +186,8 @@ class ScoreTables:
         return self._elsewhere
 
     def _add(self, files: metadata.Files, columns: list[str]) -> None:
+        if files.mine is not None:
+            self._check_unchanged(set(files.start_of))
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mmfilter-")).resolve()
             weakref.finalize(self, shutil.rmtree, self._folder, True)
@@ -196,6 +198,12 @@ class ScoreTables:
         self.types = {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
         if without:
             self.notes.append(f"{files.what}: no row for {without:,} of {self.rows:,} samples, {', '.join(columns)} is null there")
+
+    def _check_unchanged(self, paths: set[str]) -> None:
+        """Raise `SelectionError` for a shard whose rows may not be those of its score table any more."""
+        for shard in self.shards:
+            if shard.path in paths and stamp(shard.path) != shard.stamp:
+                raise SelectionError(f"shard {shard.path!r} has changed since it was scored, its rows may be others; score it again")
 
     def _there(self) -> str:
         """What columns there are, here and in other files."""

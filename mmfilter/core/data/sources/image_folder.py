@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -20,13 +21,15 @@ STRETCH = 10_000
 
 _EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 
+_FOLDER = re.compile(r"/(#\d{5,})?$")
+
 _Sample = tuple[str, tuple[str, ...]]
 """Key, and the paths of its files in the folder"""
 
 
 def is_folder(shard: str) -> bool:
     """Whether this is the name of a folder or of a stretch of one."""
-    return shard.endswith("/") or shard.rpartition("/")[2].startswith("#")
+    return bool(_FOLDER.search(shard))
 
 
 def has_images(folder: str) -> bool:

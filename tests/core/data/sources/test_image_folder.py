@@ -108,6 +108,10 @@ def test_the_stamp_sees_every_change(folder):
         stamp(shard)
 
 
+def test_a_tar_may_have_a_name_with_a_hash(tmp_path):
+    assert [image_folder.is_folder(name) for name in ("/x/", "/x/#00001", "memory://x/", "/x/#1.tar", "/x/#1", "/x/a.tar", "-")] == [True] * 3 + [False] * 4
+
+
 def test_a_folder_without_images_names_the_shards_in_it(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     (tmp_path / "a.json").write_text("{}")
