@@ -25,7 +25,7 @@ from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_tar
 from mmfilter.core.data.score_tables import Column, ScoreTables
 from mmfilter.core.data.shard_writer import write_all
-from mmfilter.core.data.sources import check_sources
+from mmfilter.core.data.source_check import check_sources
 from mmfilter.core.data.writers import FOLDER_WRITERS
 from mmfilter.core.data.writers.datacomp import write_subset
 from mmfilter.core.data.writers.kept import Kept
@@ -47,6 +47,8 @@ class SelectSettings:
     """Column of the score table to rank by, or an SQL expression over its columns, in which rank(x) is x's percentile"""
     where: str | None = None
     """SQL condition over the score table; the rows that pass are the candidates"""
+    metadata: tuple[str, ...] = ()
+    """Parquet, CSV or JSON files with more columns for `by` and `where`, as paths or patterns"""
     dedup: float | None = None
     """Of candidates whose codes are at least this close only the best is kept; None keeps duplicates"""
     dedup_on: On = "both"
@@ -181,7 +183,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     when the selection cannot be made: an unknown column, an expression that is none, more asked for than
     there is, an output in the way, a source shard that is missing or has changed since it was scored.
     """
-    tables = ScoreTables(RunDirectory(run))
+    tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
     if settings.output is not None:
         check_output(Path(settings.output), settings.to_folder, tables)
@@ -290,7 +292,7 @@ def _counted(
         n_parts=None if parts is None else int(parts.max(initial=-1)) + 1,
         cut=float(column.values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
         dropped={label: n for label, n in dropped.items() if n},
-        warnings=_unfinished(tables),
+        warnings=(*_unfinished(tables), *tables.notes),
     )
 
 
