@@ -19,7 +19,7 @@ from mmfilter.core.codes.matching import Covering
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.choice import Decision, Top, choose, quotas
+from mmfilter.core.data.choice import Decision, Top, choose, positions, quotas
 from mmfilter.core.data.destination import Format, check_output, explained, stream, to_folder
 from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_tar
@@ -201,14 +201,14 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     if settings.dry_run and settings.output is None:
         return selection  # the funnel needs no shard to be there
     if settings.format == "keys":
-        return selection if settings.dry_run else _write_keys(selection, tables, _positions(decision, copies)[order], stdout)
+        return selection if settings.dry_run else _write_keys(selection, tables, positions(decision, copies)[order], stdout)
     members = None
     if settings.format != "datacomp":
         members = tables.members(decision == Decision.KEPT, copies).take(order)
         check_sources(tables, decision == Decision.KEPT)
     if settings.dry_run:
         return selection
-    kept = Kept(tables, _positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
+    kept = Kept(tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
     if settings.to_folder:
         return _write_folder(selection, kept, column, decision, order, drop, copies)
     return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
@@ -239,14 +239,6 @@ def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarra
     copies = np.maximum(wanted, 0).astype(np.int64)
     decision[(decision == Decision.KEPT) & (copies == 0)] = Decision.NO_COPY
     return copies
-
-
-def _positions(decision: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
-    """Positions of what is written, in the order of `ScoreTables.members`."""
-    kept = np.flatnonzero(decision == Decision.KEPT)
-    if copies is None:
-        return kept
-    return np.concatenate([kept, *(kept[copies[kept] > n] for n in range(1, int(copies.max(initial=0))))])
 
 
 class _Drop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -241,3 +242,69 @@ def test_a_file_of_uids_needs_uids_in_the_run(tmp_path):
     path = write(tmp_path / "a.parquet", [{"uid": "a", "x": 1}])
     said = f"--metadata {path!r} has no column 'key' or 'uid' to find samples by, and the samples of this run have no uid; it has uid, x"
     assert error_of(run, by="x", metadata=(path,)) == said
+
+
+# --- expressions over columns of other files ---
+
+
+def test_formulas_groups_and_repetitions_find_columns_of_other_files(known, tmp_path):
+    keys = list(known)
+    rng = random.Random(1)
+    said = {key: {"key": key, "clip": rng.randrange(1000), "source": rng.choice("ab"), "times": rng.randrange(3)} for key in keys}
+    path = write(tmp_path / "more.csv", list(said.values()))
+    scored = [key for key in keys if known[key]["similarity"] is not None]
+
+    def best(among: list[str], n: int, value) -> list[str]:
+        return sorted(sorted(among, key=value, reverse=True)[:n], key=keys.index)
+
+    run = tmp_path / "run"
+    by = {key: said[key]["clip"] / 1000 + known[key]["similarity"] for key in scored}
+    assert keys_of(run, tmp_path, top="5", by="clip / 1000 + similarity", metadata=(path,)) == best(scored, 5, by.get)
+    share = {key: sum(said[other]["clip"] < said[key]["clip"] for other in scored) for key in scored}
+    assert keys_of(run, tmp_path, top="5", by="rank(clip)", metadata=(path,)) == best(scored, 5, share.get)
+    similarity = {key: known[key]["similarity"] for key in scored}
+    groups = [best([key for key in scored if said[key]["source"] == source], 3, similarity.get) for source in "ab"]
+    assert keys_of(run, tmp_path, top="3", per="source", metadata=(path,)) == sorted(groups[0] + groups[1], key=keys.index)
+    wide = [key for key in scored if known[key].get("original_width", 0) >= 400]
+    found = keys_of(run, tmp_path, top="100%", where="original_width >= 400", repeat="times", metadata=(path,))
+    assert sorted(found) == sorted(key for key in wide for _ in range(said[key]["times"])) and len(set(found)) < len(found)
+
+
+NAMES = "copies", "place", "among", "rank", "score", "output", "decision", "kept", "position", "closeness", "duplicate_of", "first", "found", "n", "h"
+
+
+def test_columns_of_other_files_may_be_called_as_ours(known, tmp_path):
+    """Every name that a query gives to a column of its own, through all that is asked in a selection."""
+    keys = [key for key in known if known[key]["similarity"] is not None]
+    rows = [{"key": key, **{name: i % 3 for name in NAMES}} for i, key in enumerate(known)]
+    path = write(tmp_path / "more.parquet", rows)
+    where = " AND ".join(f'"{name}" >= 0' for name in NAMES)
+    times = {row["key"]: row["copies"] for row in rows}
+    for form, target in (("shards", "shards"), ("keys", "keys")):
+        select(
+            tmp_path / "run",
+            SelectSettings(
+                top="100%", where=where, by='"score" + similarity', repeat="copies", shuffle=1, metadata=(path,), format=form, output=tmp_path / target
+            ),
+        )
+    found = (tmp_path / "keys").read_text().split()
+    assert sorted(found) == sorted(key for key in keys for _ in range(times[key]))
+    written = [name for shard in sorted((tmp_path / "shards").glob("*.tar")) for name in tar_names(shard)]
+    assert [name.split(".")[0].split("-")[0] for name in written] == found
+    table = pq.read_table(tmp_path / "shards/selection.parquet").to_pylist()
+    assert {row["key"]: row["copies"] for row in table if row["kept"]} == {key: times[key] for key in keys if times[key]}
+    given = {row["key"]: row["score"] for row in rows}
+    assert all(row["score"] == pytest.approx(given[row["key"]] + known[row["key"]]["similarity"], abs=1e-6) for row in table if row["kept"])
+
+
+def tar_names(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        return [name for name in tar.getnames() if name.endswith(".jpg")]
+
+
+def test_columns_that_are_named_go_with_the_pairs(tmp_path):
+    path = inputs.as_parquet(tmp_path / "0.parquet", inputs.pairs(6), stars=list(range(6)))
+    run = make_run(tmp_path / "run", {str(path): [i / 6 for i in range(6)]})
+    select(run, SelectSettings(top="100%", where="stars >= 2", format="parquet", output=tmp_path / "best"))
+    rows = pq.read_table(tmp_path / "best/data").to_pylist()
+    assert [(row["key"], row["stars"]) for row in rows] == [(f"{i:09d}", i) for i in range(2, 6)]

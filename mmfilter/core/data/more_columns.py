@@ -7,17 +7,14 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
 
 from mmfilter.core.data import metadata
+from mmfilter.core.data.run import ScoredShard
 from mmfilter.core.data.shards import stamp
 from mmfilter.errors import SelectionError
-
-if TYPE_CHECKING:
-    from mmfilter.core.data.score_tables import ScoredShard
 
 
 class MoreColumns:

@@ -27,6 +27,15 @@ class Shard:
     name: str
 
 
+@dataclass(frozen=True)
+class ScoredShard:
+    """An input shard of the run, as it was when it was scored."""
+
+    path: str
+    stamp: Stamp
+    rows: int
+
+
 def name_shards(paths: list[str], run: RunDirectory) -> list[Shard]:
     """Give every shard a name: its file or folder name, with a digest of its path where two share one."""
     known = {item["shard"]: item["name"] for item in artifacts.read_json(run.manifest)["inputs"]} if run.manifest.exists() else {}

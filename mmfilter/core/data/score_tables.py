@@ -1,4 +1,4 @@
-"""The score tables of a run as one relation in source order; with `expressions`, `metadata` and `more_columns` the one door to DuckDB.
+"""The score tables of a run as one relation in source order; with `database`, `expressions`, `metadata`, `more_columns` the door to DuckDB.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,24 +20,17 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.database import lock, open_database
 from mmfilter.core.data.expressions import NUMERIC, Expression
 from mmfilter.core.data.more_columns import MoreColumns
 from mmfilter.core.data.repack import Members
+from mmfilter.core.data.run import ScoredShard
 from mmfilter.core.data.shards import InputOptions, Stamp
-from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
+from mmfilter.core.data.sql import identifier, literal, reason_of
 from mmfilter.errors import RunError, SelectionError
 
 _ROWS_AT_ONCE = 1 << 22
 """Values that are taken out of DuckDB at one time, where they come in any order"""
-
-
-@dataclass(frozen=True)
-class ScoredShard:
-    """An input shard of the run, as it was when it was scored."""
-
-    path: str
-    stamp: Stamp
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -94,13 +85,8 @@ class ScoreTables:
 
         With a mask there is the view `candidates` too: the rows of the mask with their position as `_at`.
         """
-        spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
-        database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
-        database.execute("SET enable_progress_bar = false")
-        database.execute(f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'")  # the arrays need some too
         try:
-            paths = [no_glob(str(path)) for path in self._paths]
-            database.read_parquet(paths, hive_partitioning=False).create_view("score_tables")
+            database = open_database(self._paths, "score_tables")
             self._more.widen(database, "score_tables", "scores")
         except duckdb.Error as error:
             raise self._damaged(error) from error
@@ -108,12 +94,7 @@ class ScoreTables:
             database.register("given", artifacts.table({"_among": among, "_at": np.arange(len(among))}))
             database.execute("CREATE VIEW candidates AS SELECT scores.*, _at FROM scores POSITIONAL JOIN given WHERE _among")
         if locked:
-            folders = {os.path.dirname(str(path)) + "/" for path in (*self._paths, *self._more.paths)}
-            folders |= {no_glob(folder) for folder in folders}
-            database.execute("SET python_enable_replacements = false")
-            database.execute("SET allowed_directories = ?", [sorted(folders)])
-            database.execute("SET enable_external_access = false")
-            database.execute("SET lock_configuration = true")
+            lock(database, (*self._paths, *self._more.paths))
         return database
 
     def _query(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
@@ -147,12 +128,12 @@ class ScoreTables:
         candidates are the scored rows that pass. Raises `SelectionError` for another column, or an
         expression or condition that is no plain one.
         """
-        if not re.fullmatch(r"\w+", by) and by not in self.types:
-            passes = np.ones(self.rows, bool) if where is None else self._passing(where)
-            values, present = self.numbers("--by", by, passes & self.scored)
-            return Column(values, present, passes)
+        plain = by in self.types or re.fullmatch(r"\w+", by) is not None
         condition = None if where is None else Expression("--where", where, condition=True)
-        self._find({by} | (set() if condition is None else condition.columns(self._database.cursor())))
+        self._find(({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor())))
+        if not plain:
+            passes = np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
+            return Column(*self.numbers("--by", by, passes & self.scored), passes)
         self._check_numeric(by)
         found = self._fetch(condition, f"CASE WHEN ok THEN {identifier(by)} END AS v")
         return Column(*_present(found["v"]), np.ma.getdata(found["p"]))
@@ -162,11 +143,6 @@ class ScoreTables:
         if self._more.find(self._database, self.types, names):
             self._database = self._connect()
             self.types = self._described()
-
-    def _passing(self, where: str) -> np.ndarray:
-        condition = Expression("--where", where, condition=True)
-        self._find(condition.columns(self._database.cursor()))
-        return np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
 
     def _fetch(self, condition: Expression | None, what: str) -> dict[str, np.ndarray]:
         """A column and, as `p`, which rows pass, in one scan."""
@@ -261,13 +237,14 @@ class ScoreTables:
         shard = np.searchsorted(self.starts, position, side="right") - 1
         if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
-        paths = [shard.path for shard in self.shards]
-        members = Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"), options=self.options)
+        members = Members(
+            [scored.path for scored in self.shards], shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"), options=self.options
+        )
         if copies is None:
             return members
         again = self._query(
             """SELECT place, n, hash(key || '-' || (n + 1)) AS h
-            FROM (SELECT place, key, unnest(range(1, copies)) AS n FROM scores POSITIONAL JOIN given WHERE copies > 1)""",
+            FROM (SELECT given.place, key, unnest(range(1, given.copies)) AS n FROM scores POSITIONAL JOIN given WHERE given.copies > 1)""",
             copies=np.where(kept, copies, 0),
             place=np.arange(self.rows),
         ).fetchnumpy()
@@ -293,8 +270,8 @@ class ScoreTables:
         else:
             self._database.register("wanted", artifacts.table({"place": positions, "rank": np.arange(len(positions))}))
             sql = f"""
-                SELECT {names} FROM (SELECT * FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
-                JOIN wanted USING (place) ORDER BY wanted.rank"""
+                SELECT {names} FROM (SELECT scores.*, given.place AS _place FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
+                JOIN wanted ON wanted.place = _place ORDER BY wanted.rank"""
             found = self._query(sql, among=among, place=np.arange(self.rows))
         while chunk := found.fetchmany(10_000):
             yield from chunk
@@ -377,7 +354,8 @@ class ScoreTables:
             more += ", given.copies AS copies"
         if duplicates is not None:
             given |= self._representatives(*duplicates)
-            more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"
+            more += "".join(f", given.{name} AS {name}" for name in ("duplicate_of", "duplicate_shard", "duplicate_row"))
+            more += ", CASE WHEN given.duplicate_of IS NOT NULL THEN given.closeness END AS similarity"
         sql = f"""
             COPY (
                 SELECT key, shard, scores.row AS row, given.score AS score,

@@ -7,7 +7,8 @@ import operator
 
 import numpy as np
 
-from mmfilter.core.data.score_tables import ScoredShard, ScoreTables
+from mmfilter.core.data.run import ScoredShard
+from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shards import STDIN, is_tar, is_url, open_shard, read_once, stamp
 from mmfilter.core.data.sources.webdataset_tar import key_at
 from mmfilter.core.data.tar_walk import BLOCK

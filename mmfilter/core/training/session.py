@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmfilter import __version__
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.shards import read_samples, stamp
+from mmfilter.core.data.shards import InputOptions, is_tar, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import model_hash
@@ -130,13 +130,13 @@ class TrainRun:
         return MOST_TOKENS if epoch is None else int(min(MOST_TOKENS, max(batch, -(-MOST_EPOCHS * epoch // batch) * batch)))
 
     def _epoch_tokens(self, per_pair: float) -> float | None:
-        """Tokens of one pass over the shards, by their size and that of a pair; None where a size is unknown."""
-        sizes = [stamp(shard).size for shard in self.shards]
+        """Tokens of one pass over the shards, by their size and that of a pair; None where a size is unknown or no tar's."""
+        sizes = [stamp(shard).size if is_tar(shard) else None for shard in self.shards]
         return None if None in sizes else sum(sizes) / self._bytes_per_pair() * per_pair
 
     def _bytes_per_pair(self) -> float:
         for shard in self.shards:
-            sizes = [raw.nbytes for raw, _ in zip(read_samples(shard), range(100), strict=False)]
+            sizes = [raw.nbytes for raw, _ in zip(read_samples(shard, options=InputOptions(self.settings.caption)), range(100), strict=False)]
             if sizes:
                 return sum(sizes) / len(sizes)
         return 1.0

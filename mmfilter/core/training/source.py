@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.data.shards import InputOptions, read_samples
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.scoring.feed import Batch, Feed
 from mmfilter.core.scoring.scorer import explained_memory
@@ -98,7 +98,7 @@ class ShardStates:
             self.position.shard, self.position.samples, self.position.batches = self.position.shard + 1, 0, 0
 
     def _windows(self, feed: Feed, shard: str) -> Iterator[States]:
-        samples = itertools.islice(read_samples(shard), self.position.samples, None)
+        samples = itertools.islice(read_samples(shard, options=InputOptions(self._caption)), self.position.samples, None)
         for window in feed.windows(samples, shard):
             skip = self.position.batches
             for number, batch in enumerate(window.batches):
