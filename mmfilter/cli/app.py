@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmfilter: {error}", file=sys.stderr)
         return 1
     except _Interrupted:
-        print("mmfilter: interrupted; finished shards are kept, and the same command goes on from there", file=sys.stderr)
+        print("mmfilter: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

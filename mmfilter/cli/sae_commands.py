@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -186,10 +187,16 @@ def _show_description(description: Description) -> None:
     folded, notes = said.pop("folded", []), said.pop("notes", [])
     lines = [(name, value) for name, value in rows.items() if value is not None]
     lines += [("folded", line) for line in folded] + [("note", line) for line in notes]
-    lines += [("stated", f"{name}: {value}") for name, value in said.items()]
+    lines += [("stated", f"{name}: {_flat(value)}") for name, value in said.items()]
     console = Console(markup=False, highlight=False)
     for name, value in lines:
-        console.print(f"{name:<14} {value}", soft_wrap=True)
+        first, *rest = textwrap.wrap(str(value), max(20, console.width - 16), break_long_words=False, break_on_hyphens=False) or [""]
+        console.print("\n".join([f"{name:<14} {first}", *(" " * 15 + line for line in rest)]), soft_wrap=True)
+
+
+def _flat(value: Any) -> str:
+    """A mapping as words, the rest as it is."""
+    return ", ".join(f"{key} {item}" for key, item in value.items() if item not in (None, [])) if isinstance(value, dict) else str(value)
 
 
 def _hook(said: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from safetensors import SafetensorError
 
 from mmfilter.core.data.shards import expand
 from mmfilter.core.scoring.engine import DeviceSettings, load_model
 from mmfilter.core.training.run import TrainProgress, TrainRunSettings, TrainSummary
 from mmfilter.core.training.session import TrainRun
+from mmfilter.errors import SAEError
 
 
 def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainProgress) -> TrainSummary:
@@ -25,8 +27,14 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
     with together(settings.device) as device:
         backbone = load_model(settings.card, device)
         run = TrainRun(shards, backbone, settings, device, progress)
-        run.prepare()
-        return run.train()
+        try:
+            run.prepare()
+            return run.train()
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
+            said = getattr(error, "strerror", None) or error
+            raise SAEError(
+                f"{str(settings.output)!r} could not be written ({said}); checkpoints are kept: free space, and give the same command again"
+            ) from error
 
 
 @contextmanager

@@ -78,11 +78,11 @@ def test_a_measurement_is_printed_beside_what_is_stated(shard, tiny, quiet, caps
     assert main(["sae", "show", "tiny", "--on", str(shard), "--sample", "12"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert "On 11 of your pairs:" in out and "training_tokens: 512000" in out
+    assert "On 11 of your pairs:" in out and "training_tokens: 161792" in out
     assert " ".join(out.split()).endswith(measurement.verdict)
     values = check_display.measurement_json(measurement)
     assert json.loads(json.dumps(values))["bad"] == {"image cannot be decoded": 1}
-    assert values["fidelity"]["image"]["fvu"] == measurement.fidelity.image.fvu and values["published"]["k"] == 24
+    assert values["fidelity"]["image"]["fvu"] == measurement.fidelity.image.fvu and values["published"]["training_settings.k"] == 32
 
 
 def test_a_measurement_as_json_is_the_operations(shard, tiny, quiet, capsys):

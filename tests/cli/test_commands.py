@@ -269,7 +269,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "mmfilter: interrupted; finished shards are kept, and the same command goes on from there\n"
+    assert err == "mmfilter: interrupted; what is finished is kept, and the same command goes on from there\n"
     assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["0.parquet"]
 
 

@@ -39,7 +39,7 @@ def test_figures_equal_a_float64_computation(tiny, make_shard, quiet):
         assert side.n_tokens == len(x) and side.n_active == (f > 0).any(0).sum()
         assert side.fvu == pytest.approx(((x - again) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
         assert side.l0 == pytest.approx((f > 0).sum(1).mean(), rel=1e-4)
-    assert found.n_pairs == 25 and found.published["k"] == 24 and found.published["model_name"] == "mmfilter/tiny"
+    assert found.n_pairs == 25 and found.published["training_settings.k"] == 32 and found.published["model_name"] == "tiny"
     assert found.notes == ["measured on only 25 pairs; 50 or more make the figures steady"]
     assert found.verdict == (
         f"The SAE explains {100 * (1 - found.fidelity.image.fvu):.0f} % of the variance of image tokens "

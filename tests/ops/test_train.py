@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def test_states_that_are_not_finite_name_the_sample_and_keep_the_checkpoint(trai
         with torch.no_grad():
             tiny[1].model.get_input_embeddings().weight.copy_(kept)
     assert list((tmp_path / "sae" / "checkpoints" / "sae").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_stays(trained, tmp_path):
+    """A limit on the size of files makes the same writes fail."""
+    import resource
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    command = [sys.executable, "-m", "mmfilter", "sae", "train", str(trained[0]), "-o", str(tmp_path / "sae"), "--widths", "96", "--k", "8"]
+    command += ["--batch-size", "256", "--tokens", "1024", "--capacity", "512", "--no-weights"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 1 and re.search(r"could not be written \(.*File too large.*\); checkpoints are kept", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "sae" / "sae_weights.safetensors").exists()
 
 
 def test_shards_without_a_usable_pair(tiny, tmp_path):

@@ -142,12 +142,15 @@ class TrainRun:
         return 1.0
 
     def about(self) -> dict[str, Any]:
-        """What the states are of."""
-        card = self.settings.card
+        """What the states are of; names and sizes, so that a folder may be moved."""
         return {
-            "model": card.model, "model_hash": model_hash(card.model, self.backbone.model.config), "layer": self.backbone.layer, "prompt": self.backbone.prompt,
-            "text_context": self.backbone.text_context, "caption": self.settings.caption, "shards": self.shards,
-        }  # fmt: skip
+            "model_hash": model_hash(self.settings.card.model, self.backbone.model.config),
+            "layer": self.backbone.layer,
+            "prompt": self.backbone.prompt,
+            "text_context": self.backbone.text_context,
+            "caption": self.settings.caption,
+            "shards": [[shard.rpartition("/")[2], stamp(shard).size] for shard in self.shards],
+        }
 
     def _source(self, position: Position | None) -> ShardStates | CachedStates:
         if self.settings.cache is not None:
