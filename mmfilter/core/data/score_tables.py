@@ -188,8 +188,7 @@ class ScoreTables:
             database.execute(f"CREATE TEMP TABLE found AS SELECT _at, {made(value)} AS v FROM candidates AS scores")
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason_of(error)}") from error
-        [n] = database.execute("SELECT count(*) FROM found").fetchone()
-        for first in range(0, n, _ROWS_AT_ONCE):
+        for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
             sql = f"SELECT _at, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
             chunk = database.execute(sql).fetchnumpy()
             yield tuple(np.ma.getdata(chunk[name]) for name in ("_at", "v", "there"))
@@ -237,9 +236,8 @@ class ScoreTables:
         shard = np.searchsorted(self.starts, position, side="right") - 1
         if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
-        members = Members(
-            [scored.path for scored in self.shards], shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"), options=self.options
-        )
+        columns = (shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        members = Members([scored.path for scored in self.shards], *columns, options=self.options)
         if copies is None:
             return members
         again = self._query(
