@@ -20,6 +20,8 @@ def check(
     text_context: options.TextContext = None,
     threshold: options.Threshold = None,
     caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -49,6 +51,7 @@ def check(
         card=options.card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
         sample=sample, seed=seed, bootstrap=bootstrap, batch_size=batch_size, workers=workers, caption=caption,
+        images=images, allow_pipe=allow_pipe,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         report = operation.check(shards, settings, progress)

@@ -55,6 +55,8 @@ def score(
     text_context: options.TextContext = None,
     threshold: options.Threshold = None,
     caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -85,7 +87,7 @@ def score(
         card=card_for(model, layer, sae, prompt, text_context, threshold, sae_option or ()),
         run=run,
         device=options.device_settings(device, dtype, device_map, attn, compile_blocks, trust_remote_code),
-        batch_size=batch_size, workers=workers, limit=limit, caption=caption, seed=seed,
+        batch_size=batch_size, workers=workers, limit=limit, caption=caption, images=images, allow_pipe=allow_pipe, seed=seed,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         summary = operation.score(shards, settings, progress)
@@ -114,6 +116,10 @@ def select(
     min_score: Annotated[Optional[float], typer.Option("--min", help="Keep scores of at least this.")] = None,
     by: Annotated[str, typer.Option(help="Score column to rank by, or a formula: '0.7 * similarity + 0.3 * rank(saev)'.")] = "similarity",
     where: Annotated[Optional[str], typer.Option(help="SQL condition on the score table: who is a candidate.")] = None,
+    metadata: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Parquet, CSV or JSONL with more columns for --where, --by, --per and --repeat; repeatable.", metavar="FILES"),
+    ] = None,
     dedup: Annotated[Optional[float], typer.Option(help="Of candidates whose codes are at least this close keep the best only.", metavar="COSINE")] = None,
     dedup_on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     per: Annotated[Optional[str], typer.Option(help="Apply --top within each value of this column or formula.", metavar="EXPR")] = None,
@@ -145,8 +151,8 @@ def select(
     one_of("--dedup-on", dedup_on, ("both", "image", "text"))
     form, path = destination(output, output_format, sys.stdout.isatty() and not dry_run)
     settings = operation.SelectSettings(
-        top=top, min=min_score, by=by, where=where, dedup=dedup, dedup_on=dedup_on, per=per, diverse=diverse, match=match, repeat=repeat,
-        dry_run=dry_run, shuffle=shuffle, format=form, output=path, shard_size=shard_size,
+        top=top, min=min_score, by=by, where=where, metadata=tuple(metadata or ()), dedup=dedup, dedup_on=dedup_on, per=per, diverse=diverse,
+        match=match, repeat=repeat, dry_run=dry_run, shuffle=shuffle, format=form, output=path, shard_size=shard_size,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         selection = operation.select(run, settings, progress=progress)

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 DEFAULT_RUN = Path("mmfilter-run")
 
-Shards = Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs, or - for a tar on stdin.", metavar="SHARDS")]
+Shards = Annotated[
+    list[str],
+    typer.Argument(
+        help="WebDataset tars, parquet files with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs, or - for a tar on stdin.",
+        metavar="SHARDS",
+    ),
+]
+Images = Annotated[Optional[str], typer.Option("--images", help="Folder of the images of LLaVA JSON (default: the JSON's own).", metavar="DIR")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run pipe:COMMAND inputs in a shell and read the tars that they print.")]
 ModelName = Annotated[str, typer.Option("--model", help="Card name, local folder or hub id.")]
 Layer = Annotated[
     Optional[int], typer.Option("--layer", help="Layer whose output the SAE reads, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")
@@ -28,7 +36,7 @@ SAEOption = Annotated[Optional[list[str]], typer.Option("--sae-option", help="Wh
 Prompt = Annotated[Optional[str], typer.Option("--prompt", help="Prompt with {caption} in it (default: the card's, or the model's chat template).")]
 TextContext = Annotated[Optional[str], typer.Option("--text-context", help="Text states with the 'image' in context, or 'none' (default: the card's).")]
 Threshold = Annotated[Optional[float], typer.Option("--threshold", help="A feature is present on a side above this activation (default: the card's).")]
-Caption = Annotated[str, typer.Option("--caption", help="Where captions are: txt, conversations, a JSON field, or auto.")]
+Caption = Annotated[str, typer.Option("--caption", help="Where captions are: txt, conversations, a JSON field or parquet column, or auto.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: bfloat16 on a GPU.")]
 DeviceMap = Annotated[Optional[str], typer.Option("--device-map", help="'auto' spreads a model that is larger than one GPU over all of them.")]

@@ -12,7 +12,7 @@ import torch
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
+from mmfilter.core.data.shards import InputOptions, expand
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
@@ -55,6 +55,10 @@ class CheckSettings:
     """Threads that decode and pre-process"""
     caption: str = "auto"
     """Where the caption is (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
         for name, least in (("sample", FEWEST_PAIRS), ("bootstrap", 100), ("batch_size", 1), ("workers", 1)):
@@ -110,7 +114,7 @@ def check(patterns: Sequence[str], settings: CheckSettings, progress: Progress) 
     other pairs of the sample. Raises `ShardError` for a pattern that names nothing, `ModelError` and
     `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when too few pairs are usable.
     """
-    shards = expand(patterns)
+    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
     backbone, sae = load(settings.card, settings.device)
     return compare(shards, backbone, sae, settings, progress)
 
@@ -120,7 +124,8 @@ def compare(shards: list[str], backbone: Backbone, sae: SAE, settings: CheckSett
     card = settings.card
     with PairSample() as sample:
         wanted = settings.sample + min(settings.sample, REFERENCE_PAIRS)
-        sample.gather(shards, wanted, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
+        decoding = DecodeSettings(settings.caption)
+        sample.gather(shards, wanted, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe)
         fitting, scored, source = deal(sample, settings)
         with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
             few = few_states(sample, fitting, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
-from mmfilter.core.data.shards import STDIN, RawSample, Stamp, expand, read_samples, stamp
+from mmfilter.core.data.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import model_hash
@@ -51,6 +52,10 @@ class ScoreSettings:
     """Score only the first so many samples of the input"""
     caption: str = "auto"
     """Where the caption is (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
     seed: int = 0
     """Seed of the `random` score"""
 
@@ -59,6 +64,11 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MMFilterError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+
+    @property
+    def inputs(self) -> InputOptions:
+        images = self.images if self.images is None or is_url(self.images) else os.path.abspath(self.images)
+        return InputOptions(self.caption, images, self.allow_pipe)
 
 
 @dataclass
@@ -107,7 +117,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     `SAEError` for what cannot be loaded.
     """
     run = RunDirectory(settings.run)
-    shards = name_shards(expand(patterns), run)
+    shards = name_shards(expand(patterns, settings.inputs), run)
     backbone, sae = load(settings.card, settings.device)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
     todo = [shard for shard in shards if not finished(run, shard)]
@@ -119,7 +129,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     if not todo:
         return summary
     with closing(Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)) as feed:
-        source = Source(settings.limit)
+        source = Source(settings.limit, settings.inputs)
         weights = feature_weights(run, settings.card, shards, source, feed, backbone, sae, progress)
         record_weights(run, manifest, weights)
         scorer = Scorer(backbone, sae, weights, settings.card.threshold)
@@ -147,6 +157,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
         "threshold": card.threshold,
         "dtype": str(settings.device.resolved_dtype).removeprefix("torch."),
         "caption": settings.caption,
+        "images": settings.inputs.images,
         "limit": settings.limit,
         "seed": settings.seed,
     }
@@ -185,26 +196,26 @@ def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: Feature
 
 
 class Source:
-    """The input's samples within `limit`; stdin can be read once, so its head is kept for the pass."""
+    """The input's samples within `limit`; a stream can be read once, so its head is kept for the pass."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, options: InputOptions) -> None:
         self._limit = self._left = limit
-        self._stdin: Iterator[RawSample] | None = None
-        self._stdin_head: list[RawSample] = []
+        self._options = options
+        self._streams: dict[str, tuple[list[RawSample], Iterator[RawSample]]] = {}
 
     def head(self, shard: str, n: int) -> Iterable[RawSample]:
         """The first `n` samples of a shard, any number of times, without using them up."""
         n = n if self._limit is None else min(n, self._limit)
-        if shard != STDIN:
-            return itertools.islice(read_samples(shard), n)
-        if self._stdin is None:
-            self._stdin = read_samples(shard)
-            self._stdin_head = list(itertools.islice(self._stdin, n))
-        return self._stdin_head
+        if not read_once(shard):
+            return itertools.islice(read_samples(shard, options=self._options), n)
+        if shard not in self._streams:
+            rest = read_samples(shard, options=self._options)
+            self._streams[shard] = list(itertools.islice(rest, n)), rest
+        return self._streams[shard][0]
 
     def samples(self, shard: str) -> Iterator[RawSample]:
         """The samples of a shard that the limit leaves."""
-        samples = itertools.chain(self._stdin_head, self._stdin) if shard == STDIN and self._stdin else read_samples(shard)
+        samples = itertools.chain(*self._streams.pop(shard, ())) if shard in self._streams else read_samples(shard, options=self._options)
         for raw in itertools.islice(samples, self._left):
             self.use_up(1)
             yield raw
@@ -219,8 +230,10 @@ class Source:
         return self._left == 0
 
 
-def total_bytes(shards: Iterable[Shard]) -> int | None:
-    """Size of the input, None where a part of it is unknown."""
+def total_bytes(shards: Sequence[Shard]) -> int | None:
+    """Size of the input, None where a part of it is unknown or its samples have no size in it."""
+    if not all(is_tar(shard.path) for shard in shards):
+        return None
     sizes = []
     for shard in shards:
         try:
@@ -279,7 +292,7 @@ def write_tables(stream: Iterable[Event], run: RunDirectory, scorer: Scorer, see
                 take(event.pairs, scorer.score(event.inputs), codes)
             elif isinstance(event, list):
                 tables.write(*table_rows(event, codes, seed))
-                progress.advance(len(event), sum(pair.columns["nbytes"] for pair in event))
+                progress.advance(len(event), sum(pair.columns["nbytes"] or 0 for pair in event))
             else:
                 close(tables, event, summary, progress)
                 tables = None

@@ -19,13 +19,13 @@ from mmfilter.core.codes.matching import Covering
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.choice import Decision, Top, choose, quotas
+from mmfilter.core.data.choice import Decision, Top, choose, positions, quotas
 from mmfilter.core.data.destination import Format, check_output, explained, stream, to_folder
 from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_tar
 from mmfilter.core.data.score_tables import Column, ScoreTables
 from mmfilter.core.data.shard_writer import write_all
-from mmfilter.core.data.sources import check_sources
+from mmfilter.core.data.source_check import check_sources
 from mmfilter.core.data.writers import FOLDER_WRITERS
 from mmfilter.core.data.writers.datacomp import write_subset
 from mmfilter.core.data.writers.kept import Kept
@@ -47,6 +47,8 @@ class SelectSettings:
     """Column of the score table to rank by, or an SQL expression over its columns, in which rank(x) is x's percentile"""
     where: str | None = None
     """SQL condition over the score table; the rows that pass are the candidates"""
+    metadata: tuple[str, ...] = ()
+    """Parquet, CSV or JSON files with more columns for `by` and `where`, as paths or patterns"""
     dedup: float | None = None
     """Of candidates whose codes are at least this close only the best is kept; None keeps duplicates"""
     dedup_on: On = "both"
@@ -181,7 +183,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     when the selection cannot be made: an unknown column, an expression that is none, more asked for than
     there is, an output in the way, a source shard that is missing or has changed since it was scored.
     """
-    tables = ScoreTables(RunDirectory(run))
+    tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
     if settings.output is not None:
         check_output(Path(settings.output), settings.to_folder, tables)
@@ -199,14 +201,14 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
     if settings.dry_run and settings.output is None:
         return selection  # the funnel needs no shard to be there
     if settings.format == "keys":
-        return selection if settings.dry_run else _write_keys(selection, tables, _positions(decision, copies)[order], stdout)
+        return selection if settings.dry_run else _write_keys(selection, tables, positions(decision, copies)[order], stdout)
     members = None
     if settings.format != "datacomp":
         members = tables.members(decision == Decision.KEPT, copies).take(order)
         check_sources(tables, decision == Decision.KEPT)
     if settings.dry_run:
         return selection
-    kept = Kept(tables, _positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
+    kept = Kept(tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
     if settings.to_folder:
         return _write_folder(selection, kept, column, decision, order, drop, copies)
     return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
@@ -237,14 +239,6 @@ def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarra
     copies = np.maximum(wanted, 0).astype(np.int64)
     decision[(decision == Decision.KEPT) & (copies == 0)] = Decision.NO_COPY
     return copies
-
-
-def _positions(decision: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
-    """Positions of what is written, in the order of `ScoreTables.members`."""
-    kept = np.flatnonzero(decision == Decision.KEPT)
-    if copies is None:
-        return kept
-    return np.concatenate([kept, *(kept[copies[kept] > n] for n in range(1, int(copies.max(initial=0))))])
 
 
 class _Drop:
@@ -290,7 +284,7 @@ def _counted(
         n_parts=None if parts is None else int(parts.max(initial=-1)) + 1,
         cut=float(column.values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
         dropped={label: n for label, n in dropped.items() if n},
-        warnings=_unfinished(tables),
+        warnings=(*_unfinished(tables), *tables.notes),
     )
 
 

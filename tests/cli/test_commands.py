@@ -16,6 +16,7 @@ import pytest
 
 from mmfilter.cli.app import command_paths, main
 from mmfilter.cli.options import FORMATS, destination
+from tests import inputs
 from tests.conftest import good, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +271,34 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path):
     assert process.returncode == 130
     assert err == "mmfilter: interrupted; what is finished is kept, and the same command goes on from there\n"
     assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["0.parquet"]
+
+
+# --- other inputs ---
+
+
+def test_llava_json_and_a_metadata_file(tmp_path, capfd):
+    found = inputs.pairs(6)
+    inputs.as_llava(tmp_path / "llava/data.json", found)
+    command = ["score", f"{tmp_path}/llava/data.json", "--images", f"{tmp_path}/llava/images", "--run", f"{tmp_path}/run"]
+    assert main(command) == 0
+    (tmp_path / "more.csv").write_text("key,stars\n" + "".join(f"{key},{i}\n" for i, (key, *_) in enumerate(found)))
+    capfd.readouterr()
+    assert main(["select", f"{tmp_path}/run", "--top", "100%", "--metadata", f"{tmp_path}/more.csv", "--where", "stars > 3", "--format", "keys"]) == 0
+    assert capfd.readouterr().out.split() == ["000000004", "000000005"]
+    assert main(["select", f"{tmp_path}/run", "--top", "2", "--by", "stars", "--metadata", f"{tmp_path}/more.csv", "-o", f"{tmp_path}/best"]) == 0
+    with tarfile.open(tmp_path / "best/00000000.tar") as tar:
+        assert tar.getnames() == ["000000004.json", "000000004.jpg", "000000005.json", "000000005.jpg"]
+    assert main([*command[:3], f"{tmp_path}/elsewhere", *command[4:]]) == 1
+    assert "was made with other settings (images was " in capfd.readouterr().err
+
+
+def test_a_command_as_input(scored, tmp_path, capfd):
+    shard = f"pipe:cat {scored}/source/00000.tar"
+    assert main(["score", shard, "--allow-pipe", "--run", f"{tmp_path}/run"]) == 0
+    capfd.readouterr()
+    assert main(["score", "pipe:echo no luck >&2; exit 3", "--allow-pipe", "--run", f"{tmp_path}/failed"]) == 1
+    [said, error] = capfd.readouterr().err.splitlines()[-2:]
+    assert "failed with exit status 3 (no luck)" in error and "Traceback" not in said
+    assert main(["check", shard, "--run", "x"]) == 2
+    assert main(["check", shard]) == 1
+    assert "or allow it with --allow-pipe" in capfd.readouterr().err

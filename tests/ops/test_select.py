@@ -43,7 +43,7 @@ def add_table(run: Path, name: str, shard: str, table: list[dict], **metadata) -
     for start in range(0, len(table), 7):  # several row groups
         writer.write(table[start : start + 7])
     now = stamp(shard) if os.path.exists(shard) else None
-    stamped = {"size": now.size, "mtime_ns": now.mtime_ns} if now else {}
+    stamped = {"size": now.size, "mtime_ns": now.mtime_ns, "etag": now.etag} if now else {}
     writer.finish({"kind": "scores", "shard": shard, "name": name, "rows": len(table)} | stamped | metadata)
 
 

@@ -1,8 +1,8 @@
 """The files of a run directory: parquet tables, manifests and atomic writes.
 
-The one door to pyarrow, but for the pairs that a selection writes (`writers/parquet.py`). Every file is
-written to a temporary name beside its place and renamed, so that a file that *exists* is a file that is
-*finished*.
+The one door to pyarrow, but for parquet that is input (`sources/parquet_rows.py`) and the pairs that a
+selection writes (`writers/parquet.py`). Every file is written to a temporary name beside its place and
+renamed, so that a file that *exists* is a file that is *finished*.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SCORE_TABLE = pa.schema(
 """One row for every sample of the input, bad ones too; score columns are null where `ok` is false.
 
 `offset` and `nbytes` are the byte range of all the sample's members in the tar, headers and padding
-included, so that a selection copies bytes and never decodes.
+included, so that a selection copies bytes and never decodes; null where the shard is no tar.
 """
 
 CODE_TABLE = pa.schema(

@@ -98,6 +98,14 @@ def choose(
     return decision
 
 
+def positions(decision: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
+    """Positions of what is written, in the order of `ScoreTables.members`; `copies` (rows,) is how often each is, None for once."""
+    kept = np.flatnonzero(decision == Decision.KEPT)
+    if copies is None:
+        return kept
+    return np.concatenate([kept, *(kept[copies[kept] > n] for n in range(1, int(copies.max(initial=0))))])
+
+
 def _keep_chosen(decision: np.ndarray, n: int, chooser: Callable[[np.ndarray, int], np.ndarray]) -> None:
     left = decision == Decision.KEPT
     if int(left.sum()) > n:

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mmfilter.core.data.shards import RawSample
+from mmfilter.core.data.sample import CAPTION_FIELDS, IMAGE_EXTENSIONS, RawSample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-CAPTION_FIELDS = ("caption", "text")
 
 
 @dataclass(frozen=True)

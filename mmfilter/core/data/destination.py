@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from mmfilter.core.data import artifacts
+from mmfilter.core.data.run import in_source
 from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.data.shards import STDIN, is_url
 from mmfilter.errors import SelectionError
 
 Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
@@ -32,11 +31,10 @@ def check_output(output: Path, folder: bool, tables: ScoreTables) -> None:
 
 def _check(output: Path, folder: bool, tables: ScoreTables) -> None:
     real, run = output.resolve(), tables.run.path.resolve()
-    sources = {os.path.dirname(shard.path) for shard in tables.shards if shard.path != STDIN and not is_url(shard.path)}
     if real == run or run in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
     if folder:
-        if str(real) in {os.path.realpath(source) for source in sources}:
+        if any(in_source(real, shard.path) for shard in tables.shards):
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             what = "is not empty" if real.is_dir() else "is a file"

@@ -1,19 +1,20 @@
 """SQL expressions that users write over the score table: what may be in one, and what to say of one that cannot be.
 
-With `score_tables` the one door to DuckDB. An expression is evaluated in a database that is locked: it
-sees the score tables and nothing else, and can write nothing.
+An expression is evaluated in a database that is locked: it
+sees the score tables, with what has been fetched from other files, and nothing else, and can write nothing.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 
+from mmfilter.core.data.sql import reason_of
 from mmfilter.errors import SelectionError
 
 NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -35,8 +36,11 @@ class Expression:
     condition: bool = False
     """It says which rows pass; others give a value, may use `rank(x)` and must be the same each time"""
 
-    def check(self, database: duckdb.DuckDBPyConnection, columns: Iterable[str]) -> None:
-        """Raise `SelectionError` unless it is one expression over the columns, without sub-queries."""
+    def check(self, database: duckdb.DuckDBPyConnection, columns: str) -> None:
+        """Raise `SelectionError` unless it is one expression over the columns, without sub-queries.
+
+        `columns` says in words which there are.
+        """
         skeleton, _ = self._parsed(database, "true")
         statement, found = self._parsed(database, self.text)
         if statement != skeleton:
@@ -52,6 +56,11 @@ class Expression:
             raise self._impossible(error, columns) from error
         if not self.condition:
             database.execute(_RANK)
+
+    def columns(self, database: duckdb.DuckDBPyConnection) -> set[str]:
+        """The names in it that may be columns."""
+        names = (node["column_names"] for node in _nodes(self._parsed(database, self.text)[1], "COLUMN_REF"))
+        return {parts[1] if len(parts) > 1 and parts[0].lower() == "scores" else parts[0] for parts in names}
 
     @property
     def _what(self) -> str:
@@ -70,14 +79,14 @@ class Expression:
     def _check_constant(self, database: duckdb.DuckDBPyConnection, tree: Any) -> None:
         """Refuse functions that give something else each time."""
         volatile = {name for (name,) in database.execute("SELECT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'").fetchall()}
-        for name in _functions(tree):
+        for name in (node["function_name"].lower() for node in _nodes(tree, "FUNCTION")):
             if name in volatile:
                 raise self.error(f"uses {name}(), which is another number each time; the column 'random' is a seeded one")
 
-    def _impossible(self, error: duckdb.Error, columns: Iterable[str]) -> SelectionError:
-        said = reason(error)
+    def _impossible(self, error: duckdb.Error, columns: str) -> SelectionError:
+        said = reason_of(error)
         if unknown := re.search(r'Referenced column "(.*?)" not found|does not have a column named "(.*?)"', said):
-            return self.error(f"names a column {unknown[1] or unknown[2]!r} that the score table does not have; it has {', '.join(columns)}")
+            return self.error(f"names a column {unknown[1] or unknown[2]!r} that the score table does not have; it has {columns}")
         return self.error(f"is not possible: {said if self.condition else said.replace('WHERE clause', 'a formula over one row')}")
 
     def error(self, problem: str) -> SelectionError:
@@ -88,7 +97,7 @@ class Expression:
         try:
             [(_, kind, *_)] = database.execute(f"DESCRIBE SELECT (\n{self.text}\n) AS v FROM scores").fetchall()
         except duckdb.Error as error:
-            raise self.error(f"is not possible: {reason(error)}") from error
+            raise self.error(f"is not possible: {reason_of(error)}") from error
         if kind in NUMERIC:
             return f"(\n{self.text}\n)"
         if kind in ("BOOLEAN", "HUGEINT", "UHUGEINT") or kind.startswith("DECIMAL"):
@@ -96,26 +105,11 @@ class Expression:
         raise self.error(f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'")
 
 
-def _functions(tree: Any) -> Iterator[str]:
-    """Names of the functions in a syntax tree."""
+def _nodes(tree: Any, kind: str) -> Iterator[dict[str, Any]]:
+    """The nodes of a class in a syntax tree."""
     if isinstance(tree, dict):
-        if tree.get("class") == "FUNCTION":
-            yield tree["function_name"].lower()
+        if tree.get("class") == kind:
+            yield tree
         tree = list(tree.values())
     for item in tree if isinstance(tree, list) else ():
-        yield from _functions(item)
-
-
-def name_of(column: str) -> str:
-    """A column's name as SQL."""
-    return '"' + column.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text as SQL."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def reason(error: Exception) -> str:
-    """DuckDB's message as one line, without its drawing of the query."""
-    return " ".join(str(error).split("\n\nLINE ")[0].split())
+        yield from _nodes(item, kind)

@@ -1,16 +1,19 @@
-"""Byte ranges of shards. Local ones are read as they are; remote ones in few requests, near ones together."""
+"""Byte ranges of shards. Local ones are read as they are; remote ones in few requests, near ones together.
+
+A sample of a shard that is no tar has no range, but a negative offset (`Sources.read`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from mmfilter.core.data.places import fetch, is_url
 from mmfilter.core.data.shard_writer import Sources
-from mmfilter.core.data.shards import fetch, is_url
 from mmfilter.errors import ShardError
 
 Range = tuple[str, int, int]
-"""Shard, offset and length."""
+"""Shard, offset and length"""
 
 MAX_GAP = 64 << 10
 """Bytes between two ranges of a remote shard that are read along. With a hundred requests under way a
@@ -22,11 +25,16 @@ AT_ONCE = 64 << 20
 _RANGES_AT_ONCE = 512
 
 
+def is_remote(part: Range) -> bool:
+    """Whether it is a range of a tar at a URL."""
+    return is_url(part[0]) and part[1] >= 0
+
+
 def read_ranges(sources: Sources, ranges: Sequence[Range]) -> Iterator[bytes]:
     """The bytes of each range, all remote ones asked for together; raises `ShardError` when a shard ends before one does."""
-    remote = _fetch_together([part for part in ranges if is_url(part[0])])
+    remote = _fetch_together([part for part in ranges if is_remote(part)])
     for part in ranges:
-        yield next(remote) if is_url(part[0]) else sources.read(*part)
+        yield next(remote) if is_remote(part) else sources.read(*part)
 
 
 def stream_remote(ranges: Iterable[Range]) -> Iterator[bytes]:

@@ -10,16 +10,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.ranges import read_ranges, stream_remote
+from mmfilter.core.data.ranges import is_remote, read_ranges, stream_remote
 from mmfilter.core.data.shard_writer import ShardWriter, Sources
-from mmfilter.core.data.shards import is_url
+from mmfilter.core.data.sources.source import NO_OPTIONS, InputOptions
 
 _AT_ONCE = 100_000
 """Samples whose ranges become Python objects at one time"""
@@ -37,23 +37,28 @@ class Members:
     source: np.ndarray
     """Index into `sources`"""
     offset: np.ndarray
+    """In the tar; −1 − row for a sample of a shard that is no tar"""
     nbytes: np.ndarray
     key_hash: np.ndarray
     copy: np.ndarray | None = None
     """0 for a sample under its own key, n for the n-th further copy, whose key ends in `-` and n + 1; None: no copies"""
+    options: InputOptions = NO_OPTIONS
+    """How shards that are no tars are read"""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, order: np.ndarray) -> Members:
-        copy = None if self.copy is None else self.copy[order]
-        return Members(self.sources, self.source[order], self.offset[order], self.nbytes[order], self.key_hash[order], copy)
+        columns = {name: getattr(self, name)[order] for name in ("source", "offset", "nbytes", "key_hash")}
+        return replace(self, **columns, copy=None if self.copy is None else self.copy[order])
 
     def with_copies(self, number: np.ndarray, copy: np.ndarray, key_hash: np.ndarray) -> Members:
         """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it gets."""
         again = self.take(number)
-        columns = (np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes"))
-        return Members(self.sources, *columns, np.concatenate([self.key_hash, key_hash]), np.concatenate([np.zeros(len(self), np.int64), copy]))
+        columns = {name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes")}
+        return replace(
+            self, **columns, key_hash=np.concatenate([self.key_hash, key_hash]), copy=np.concatenate([np.zeros(len(self), np.int64), copy])
+        )  # fmt: skip
 
     def n_adjacent_repeats(self) -> int:
         """Samples with the key of the sample before them: readers would take the two for one."""
@@ -68,11 +73,11 @@ class Members:
         return previous
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
-        """Shard, offset, length and copy of the bytes of samples `start` to `stop`, adjacent ones joined."""
+        """Shard, offset, length and copy of the bytes of samples `start` to `stop`, adjacent ones of a tar joined."""
         copy = np.zeros(stop - start, np.int64) if self.copy is None else self.copy[start:stop]
         source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
         end = offset + nbytes
-        apart = (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (copy[1:] > 0) | (copy[:-1] > 0)
+        apart = (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0) | (copy[1:] > 0) | (copy[:-1] > 0)
         first = np.flatnonzero(np.r_[len(source) > 0, apart])
         last = np.r_[first[1:], len(source)] - 1
         for i, start, stop, n in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True):
@@ -81,7 +86,7 @@ class Members:
 
 def write_tar(fd: int, members: Members) -> int:
     """Write all samples as one tar to a file descriptor; the bytes written."""
-    with Sources() as sources:
+    with Sources(members.options) as sources:
         return _write_range(fd, sources, members, 0, len(members))
 
 
@@ -106,7 +111,7 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
     starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
     sizes: dict[str, int] = {}
     nbytes = 0
-    with Sources() as sources:
+    with Sources(members.options) as sources:
         for number, (start, stop) in enumerate(zip(starts, [*starts, len(members)][1:], strict=True)):
             name = f"{number:08d}.tar"
             with open(folder / name, "xb", buffering=0) as file:
@@ -123,7 +128,7 @@ def _write_range(fd: int, sources: Sources, members: Members, start: int, stop: 
     writer = ShardWriter(fd, sources)
     for first in range(start, stop, _AT_ONCE):
         parts = members.ranges(first, min(first + _AT_ONCE, stop))
-        for (remote, renamed), group in groupby(parts, key=lambda part: (is_url(part[0]), part[3] > 0)):
+        for (remote, renamed), group in groupby(parts, key=lambda part: (is_remote(part[:3]), part[3] > 0)):
             if renamed:
                 _write_copies(writer, sources, group)
             elif remote:

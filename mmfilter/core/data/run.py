@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -12,7 +13,9 @@ from typing import Any
 from mmfilter import __version__
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory, TableWriter
-from mmfilter.core.data.shards import STDIN, Stamp, stamp
+from mmfilter.core.data.places import PIPE, STDIN
+from mmfilter.core.data.shards import Stamp, stamp
+from mmfilter.core.data.sources.image_folder import is_folder
 from mmfilter.errors import RunError, ShardError
 
 
@@ -24,21 +27,49 @@ class Shard:
     name: str
 
 
+@dataclass(frozen=True)
+class ScoredShard:
+    """An input shard of the run, as it was when it was scored."""
+
+    path: str
+    stamp: Stamp
+    rows: int
+
+
 def name_shards(paths: list[str], run: RunDirectory) -> list[Shard]:
-    """Give every shard a name: its file name, with a digest of its path where two share one."""
+    """Give every shard a name: its file or folder name, with a digest of its path where two share one."""
     known = {item["shard"]: item["name"] for item in artifacts.read_json(run.manifest)["inputs"]} if run.manifest.exists() else {}
-    stems = {path: "stdin" if path == STDIN else path.rstrip("/").rpartition("/")[2].removesuffix(".tar") for path in paths}
+    stems = {path: _stem(path) for path in paths}
     taken = Counter(known.values())
     taken.update(stem for path, stem in stems.items() if path not in known)
 
     def name(path: str, stem: str) -> str:
-        return stem if taken[stem] == 1 else f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        return stem if taken[stem] == 1 else f"{stem}-{_digest(path)}"
 
     return [Shard(path, known.get(path) or name(path, stem)) for path, stem in stems.items()]
 
 
+def _stem(path: str) -> str:
+    if path == STDIN:
+        return "stdin"
+    if path.startswith(PIPE):
+        named = re.findall(r"[\w-]+(?=\.tar\b)", path)
+        return f"pipe-{named[-1] if named else _digest(path)}"
+    if is_folder(path):
+        folder, _, number = path.rpartition("/")
+        return os.path.basename(folder) + number.replace("#", "-") or "folder"
+    return re.sub(r"\.(tar|parquet|jsonl?)$", "", path.rstrip("/").rpartition("/")[2])
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()[:8]
+
+
 def finished(run: RunDirectory, shard: Shard) -> bool:
-    """Whether the run has both tables of the shard and its input has not changed since."""
+    """Whether the run has both tables of the shard and its input has not changed since.
+
+    What a command prints is taken to be the same as long as the command is.
+    """
     if not (run.scores(shard.name).exists() and run.codes(shard.name).exists()):
         return False
     stored = artifacts.read_table_metadata(run.scores(shard.name))
@@ -55,7 +86,7 @@ def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, st
     returns the manifest.
     """
     for shard in shards:
-        if os.path.isabs(shard.path) and os.path.realpath(os.path.dirname(shard.path)) == os.path.realpath(run.path):
+        if in_source(run.path, shard.path):
             raise RunError(f"run {str(run.path)!r} is the folder of shard {shard.path!r}, and nothing is written there: use another --run")
     manifest: dict[str, Any] = {
         "kind": "mmfilter run",
@@ -73,6 +104,14 @@ def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, st
     manifest["inputs"] += [{"name": shard.name, "shard": shard.path} for shard in shards if shard.path not in known]
     artifacts.write_json(run.manifest, manifest)
     return manifest
+
+
+def in_source(path: str | os.PathLike[str], shard: str) -> bool:
+    """Whether a path is the folder that a local shard is in, or, where the shard is a folder, lies anywhere in it."""
+    if not os.path.isabs(shard):
+        return False
+    folder, real = os.path.realpath(os.path.dirname(shard)), os.path.realpath(path)
+    return real == folder or (is_folder(shard) and real.startswith(os.path.join(folder, "")))
 
 
 def _check_same(run: RunDirectory, old: dict[str, Any], new: dict[str, Any]) -> None:

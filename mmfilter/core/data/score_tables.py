@@ -1,4 +1,4 @@
-"""The score tables of a run as one relation in source order; with `expressions` the one door to DuckDB.
+"""The score tables of a run as one relation in source order; with `database`, `expressions`, `metadata`, `more_columns` the door to DuckDB.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,22 +20,17 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.expressions import NUMERIC, Expression, literal, name_of, reason
+from mmfilter.core.data.database import lock, open_database
+from mmfilter.core.data.expressions import NUMERIC, Expression
+from mmfilter.core.data.more_columns import MoreColumns
 from mmfilter.core.data.repack import Members
-from mmfilter.core.data.shards import Stamp
+from mmfilter.core.data.run import ScoredShard
+from mmfilter.core.data.shards import InputOptions, Stamp
+from mmfilter.core.data.sql import identifier, literal, reason_of
 from mmfilter.errors import RunError, SelectionError
 
 _ROWS_AT_ONCE = 1 << 22
 """Values that are taken out of DuckDB at one time, where they come in any order"""
-
-
-@dataclass(frozen=True)
-class ScoredShard:
-    """An input shard of the run, as it was when it was scored."""
-
-    path: str
-    stamp: Stamp
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -53,9 +46,13 @@ class Column:
 
 
 class ScoreTables:
-    """All finished score tables of a run. Raises `RunError` when there are none, or one is damaged."""
+    """All finished score tables of a run. Raises `RunError` when there are none, or one is damaged.
 
-    def __init__(self, run: RunDirectory) -> None:
+    `files` are patterns of parquet, CSV or JSON files with more columns for the samples; those and the
+    parquet files beside the shards are only looked at when a column is asked for that the tables lack.
+    """
+
+    def __init__(self, run: RunDirectory, files: Sequence[str] = ()) -> None:
         self.run = run
         self._paths = [path.resolve() for path in run.score_tables()]
         about = [artifacts.read_table_metadata(path) for path in self._paths]
@@ -64,9 +61,20 @@ class ScoreTables:
         self.shards = [ScoredShard(item["shard"], Stamp.from_metadata(item), item["rows"]) for item in about]
         self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         """Position of the first row of each shard, and after the last the number of all rows"""
+        self.options = InputOptions.of_run(artifacts.read_json(run.manifest).get("settings", {}))
+        """How the shards are read again"""
+        self._more = MoreColumns(self.shards, self.starts, files)
         self._database = self._connect()
-        self.types = {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
+        self.types = self._described()
         """Column name -> DuckDB type"""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about columns from other files."""
+        return tuple(self._more.notes)
+
+    def _described(self) -> dict[str, str]:
+        return {name: kind for name, kind, *_ in self._query("DESCRIBE scores").fetchall()}
 
     @property
     def rows(self) -> int:
@@ -77,25 +85,16 @@ class ScoreTables:
 
         With a mask there is the view `candidates` too: the rows of the mask with their position as `_at`.
         """
-        spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
-        database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
-        database.execute("SET enable_progress_bar = false")
-        database.execute(f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'")  # the arrays need some too
         try:
-            paths = [_no_glob(str(path)) for path in self._paths]
-            database.read_parquet(paths, hive_partitioning=False).create_view("scores")
+            database = open_database(self._paths, "score_tables")
+            self._more.widen(database, "score_tables", "scores")
         except duckdb.Error as error:
             raise self._damaged(error) from error
         if among is not None:
             database.register("given", artifacts.table({"_among": among, "_at": np.arange(len(among))}))
             database.execute("CREATE VIEW candidates AS SELECT scores.*, _at FROM scores POSITIONAL JOIN given WHERE _among")
         if locked:
-            folders = {os.path.dirname(str(path)) + "/" for path in self._paths}
-            folders |= {_no_glob(folder) for folder in folders}
-            database.execute("SET python_enable_replacements = false")
-            database.execute("SET allowed_directories = ?", [sorted(folders)])
-            database.execute("SET enable_external_access = false")
-            database.execute("SET lock_configuration = true")
+            lock(database, (*self._paths, *self._more.paths))
         return database
 
     def _query(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
@@ -111,7 +110,7 @@ class ScoreTables:
         return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({reason(error)}); score the shard again")
+        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({reason_of(error)}); score the shard again")
 
     # --- questions, each one scan ---
 
@@ -129,29 +128,33 @@ class ScoreTables:
         candidates are the scored rows that pass. Raises `SelectionError` for another column, or an
         expression or condition that is no plain one.
         """
-        if not re.fullmatch(r"\w+", by) and by not in self.types:
-            passes = np.ones(self.rows, bool) if where is None else self._passing(where)
-            values, present = self.numbers("--by", by, passes & self.scored)
-            return Column(values, present, passes)
-        self._check_numeric(by)
+        plain = by in self.types or re.fullmatch(r"\w+", by) is not None
         condition = None if where is None else Expression("--where", where, condition=True)
-        found = self._fetch(condition, f"CASE WHEN ok THEN {name_of(by)} END AS v")
+        self._find(({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor())))
+        if not plain:
+            passes = np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
+            return Column(*self.numbers("--by", by, passes & self.scored), passes)
+        self._check_numeric(by)
+        found = self._fetch(condition, f"CASE WHEN ok THEN {identifier(by)} END AS v")
         return Column(*_present(found["v"]), np.ma.getdata(found["p"]))
 
-    def _passing(self, where: str) -> np.ndarray:
-        return np.ma.getdata(self._fetch(Expression("--where", where, condition=True), "1 AS v")["p"])
+    def _find(self, names: set[str]) -> None:
+        """Add those of the columns that only other files have."""
+        if self._more.find(self._database, self.types, names):
+            self._database = self._connect()
+            self.types = self._described()
 
     def _fetch(self, condition: Expression | None, what: str) -> dict[str, np.ndarray]:
         """A column and, as `p`, which rows pass, in one scan."""
         database, test = self._database, "true"
         if condition is not None:
             database = self._connect(locked=True)
-            condition.check(database, self.types)
+            condition.check(database, self._there)
             test = f"coalesce(CAST((\n{condition.text}\n) AS BOOLEAN), false)"
         try:
             found = database.execute(f"SELECT {what}, {test} AS p FROM scores").fetchnumpy()
         except duckdb.Error as error:
-            raise self._damaged(error) if condition is None else condition.error(f"fails: {reason(error)}") from error
+            raise self._damaged(error) if condition is None else condition.error(f"fails: {reason_of(error)}") from error
         self._check_rows(len(found["p"]))
         return found
 
@@ -177,18 +180,23 @@ class ScoreTables:
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Chunks of position, `made` value of an expression and whether there is one, for the rows of a mask in any order."""
         self._check_rows(len(self.scored))
+        self._find(expression.columns(self._database.cursor()))
         database = self._connect(locked=True, among=among)
-        expression.check(database, self.types)
+        expression.check(database, self._there)
         value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
         try:
             database.execute(f"CREATE TEMP TABLE found AS SELECT _at, {made(value)} AS v FROM candidates AS scores")
         except duckdb.Error as error:
-            raise expression.error(f"fails: {reason(error)}") from error
-        [n] = database.execute("SELECT count(*) FROM found").fetchone()
-        for first in range(0, n, _ROWS_AT_ONCE):
+            raise expression.error(f"fails: {reason_of(error)}") from error
+        for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
             sql = f"SELECT _at, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
             chunk = database.execute(sql).fetchnumpy()
             yield tuple(np.ma.getdata(chunk[name]) for name in ("_at", "v", "there"))
+
+    @property
+    def _there(self) -> str:
+        """What columns there are, here and in other files."""
+        return "; ".join([", ".join(self.types), *self._more.described()])
 
     def _check_numeric(self, name: str) -> None:
         numeric = [column for column, kind in self.types.items() if kind in NUMERIC]
@@ -196,6 +204,8 @@ class ScoreTables:
         if name not in self.types:
             near = difflib.get_close_matches(name, numeric, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if self._more.described():
+                raise SelectionError(f"no column {name!r}; {hint}the score table has {self._there}")
             raise SelectionError(f"the score table has no column {name!r}; {hint}{there}")
         if name not in numeric:
             raise SelectionError(f"column {name!r} of the score table is no number ({self.types[name].lower()}); {there}")
@@ -218,7 +228,7 @@ class ScoreTables:
         source order, then the third, and so on: as far from one another as can be.
         """
         found = self._query(
-            """SELECT scores.row AS r, "offset" AS o, nbytes AS n, hash(key) AS h
+            """SELECT scores.row AS r, coalesce("offset", -1 - scores.row) AS o, coalesce(nbytes, 0) AS n, hash(key) AS h
             FROM scores POSITIONAL JOIN given WHERE given.kept""",
             kept=kept,
         ).fetchnumpy()
@@ -226,13 +236,13 @@ class ScoreTables:
         shard = np.searchsorted(self.starts, position, side="right") - 1
         if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
             raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
-        paths = [shard.path for shard in self.shards]
-        members = Members(paths, shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        columns = (shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
+        members = Members([scored.path for scored in self.shards], *columns, options=self.options)
         if copies is None:
             return members
         again = self._query(
             """SELECT place, n, hash(key || '-' || (n + 1)) AS h
-            FROM (SELECT place, key, unnest(range(1, copies)) AS n FROM scores POSITIONAL JOIN given WHERE copies > 1)""",
+            FROM (SELECT given.place, key, unnest(range(1, given.copies)) AS n FROM scores POSITIONAL JOIN given WHERE given.copies > 1)""",
             copies=np.where(kept, copies, 0),
             place=np.arange(self.rows),
         ).fetchnumpy()
@@ -250,7 +260,7 @@ class ScoreTables:
 
         One query at a time: another question ends the iteration.
         """
-        names = ", ".join(f"scores.{name_of(column)}" for column in columns)
+        names = ", ".join(f"scores.{identifier(column)}" for column in columns)
         among = np.zeros(self.rows, bool)
         among[positions] = True
         if (positions[1:] > positions[:-1]).all():
@@ -258,8 +268,8 @@ class ScoreTables:
         else:
             self._database.register("wanted", artifacts.table({"place": positions, "rank": np.arange(len(positions))}))
             sql = f"""
-                SELECT {names} FROM (SELECT * FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
-                JOIN wanted USING (place) ORDER BY wanted.rank"""
+                SELECT {names} FROM (SELECT scores.*, given.place AS _place FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
+                JOIN wanted ON wanted.place = _place ORDER BY wanted.rank"""
             found = self._query(sql, among=among, place=np.arange(self.rows))
         while chunk := found.fetchmany(10_000):
             yield from chunk
@@ -272,7 +282,7 @@ class ScoreTables:
         """Columns at ascending `positions`; null is NaN in a column of floats."""
         among = np.zeros(self.rows, bool)
         among[positions] = True
-        names = ", ".join(f"scores.{name_of(column)}" for column in columns)
+        names = ", ".join(f"scores.{identifier(column)}" for column in columns)
         found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among).fetchnumpy()
         return {name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column) for name, column in found.items()}
 
@@ -291,8 +301,8 @@ class ScoreTables:
 
         The first by key, then shard, then row; a row alone, without a score or with a null is its own.
         """
-        names = ", ".join(map(name_of, columns))
-        there = " AND ".join(f"{name_of(column)} IS NOT NULL" for column in columns)
+        names = ", ".join(map(identifier, columns))
+        there = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in columns)
         digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()["h"]
         among = _repeated(np.ma.getdata(digest), ~np.ma.getmaskarray(digest))
         group = np.arange(self.rows)
@@ -342,7 +352,8 @@ class ScoreTables:
             more += ", given.copies AS copies"
         if duplicates is not None:
             given |= self._representatives(*duplicates)
-            more += ", duplicate_of, duplicate_shard, duplicate_row, CASE WHEN duplicate_of IS NOT NULL THEN closeness END AS similarity"
+            more += "".join(f", given.{name} AS {name}" for name in ("duplicate_of", "duplicate_shard", "duplicate_row"))
+            more += ", CASE WHEN given.duplicate_of IS NOT NULL THEN given.closeness END AS similarity"
         sql = f"""
             COPY (
                 SELECT key, shard, scores.row AS row, given.score AS score,
@@ -355,7 +366,7 @@ class ScoreTables:
         try:
             self._execute(sql, **given).fetchall()
         except duckdb.Error as error:
-            raise SelectionError(f"{str(path)!r} cannot be written: {reason(error)}") from error
+            raise SelectionError(f"{str(path)!r} cannot be written: {reason_of(error)}") from error
 
     def _representatives(self, of: np.ndarray, similarity: np.ndarray) -> dict[str, Any]:
         """Columns that name the kept sample of each row; each name is held once, however many rows have it."""
@@ -386,8 +397,3 @@ def _present(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _label(label: str) -> str:
     return f"{literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else literal(label)
-
-
-def _no_glob(path: str) -> str:
-    """`path` so that DuckDB, which takes every path for a pattern, finds just that."""
-    return re.sub(r"([*?\[])", r"[\1]", path)

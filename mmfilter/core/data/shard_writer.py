@@ -1,4 +1,7 @@
-"""Writing tars by copying byte ranges of other tars: members stay as they were, byte for byte."""
+"""Writing tars by copying byte ranges of other tars: members stay as they were, byte for byte.
+
+Samples that come from something else than a tar are written as members of their own.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
-from mmfilter.core.data.shards import open_shard, with_suffix
+from mmfilter.core.data.sample import RawSample
+from mmfilter.core.data.shards import open_rows, open_shard
+from mmfilter.core.data.sources.source import NO_OPTIONS, InputOptions, RowSource
+from mmfilter.core.data.sources.webdataset_tar import with_suffix
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 _MAX_OPEN = 64
+_MAX_OPEN_ROWS = 4
+"""Fewer: each of them holds decoded rows, or an index"""
 _CHUNK = 1 << 20
 _AT_ONCE = 1 << 30
 _NOT_POSSIBLE = {
@@ -43,10 +51,12 @@ class _Source:
 
 
 class Sources:
-    """The local shards that are copied from, the least recently used closed when too many are open."""
+    """The shards that are copied from, the least recently used closed when too many are open."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: InputOptions = NO_OPTIONS) -> None:
         self._open: OrderedDict[str, _Source] = OrderedDict()
+        self._rows: OrderedDict[str, RowSource] = OrderedDict()
+        self._options = options
 
     def __enter__(self) -> Sources:
         return self
@@ -54,6 +64,18 @@ class Sources:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._open:
             self._open.popitem()[1].closing.close()
+        while self._rows:
+            self._rows.popitem()[1].close()
+
+    def _rows_of(self, shard: str) -> RowSource:
+        """A shard that is no tar."""
+        if shard in self._rows:
+            self._rows.move_to_end(shard)
+        else:
+            if len(self._rows) >= _MAX_OPEN_ROWS:
+                self._rows.popitem(last=False)[1].close()
+            self._rows[shard] = open_rows(shard, self._options)
+        return self._rows[shard]
 
     def get(self, shard: str) -> int:
         """A descriptor of the shard, which is read at offsets and never moved."""
@@ -67,7 +89,12 @@ class Sources:
         return self._open[shard].fd
 
     def read(self, shard: str, offset: int, nbytes: int) -> bytes:
-        """A byte range of a shard; raises `ShardError` when the shard ends before it does."""
+        """A byte range of a local tar; raises `ShardError` when the shard ends before it does.
+
+        With a negative offset, −1 − row of a sample of a shard that is no tar, it is what a tar would hold of it.
+        """
+        if offset < 0:
+            return self._made(shard, -1 - offset)
         fd, parts = self.get(shard), []
         end = offset + nbytes
         while offset < end:
@@ -76,6 +103,12 @@ class Sources:
                 raise _shorter(shard, offset)
             offset += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _made(self, shard: str, row: int) -> bytes:
+        sample = self._rows_of(shard).sample(row)
+        if sample.problem:
+            raise ShardError(shard, f"has changed since it was scored, score it again: row {row:,}: {sample.problem}")
+        return tar_members(sample)
 
 
 def _shorter(shard: str, offset: int) -> ShardError:
@@ -97,7 +130,12 @@ class ShardWriter:
         self.nbytes += len(content)
 
     def copy(self, shard: str, offset: int, nbytes: int) -> None:
-        """Append a byte range of a local shard; raises `ShardError` when the shard ends before it does."""
+        """Append a byte range of a local shard; raises `ShardError` when the shard ends before it does.
+
+        A negative offset is −1 − row of a sample of a shard that is no tar: its members are appended.
+        """
+        if offset < 0:
+            return self.write(self._sources.read(shard, offset, nbytes))
         source = self._sources.get(shard)
         end = offset + nbytes
         while offset < end:
@@ -130,6 +168,17 @@ class ShardWriter:
     def finish(self) -> None:
         """Write the end-of-archive marker."""
         self.write(END_OF_ARCHIVE)
+
+
+def tar_members(sample: RawSample) -> bytes:
+    """The members of a sample as part of a tar: `KEY.jpg`, `KEY.json`, …; the same bytes whenever it is done."""
+    part = io.BytesIO()
+    for extension, content in sample.members.items():
+        header = tarfile.TarInfo(f"{sample.key}.{extension}")
+        header.size, header.mode = len(content), 0o444
+        part.write(header.tobuf(tarfile.PAX_FORMAT))
+        part.write(content + bytes(-len(content) % BLOCK))
+    return part.getvalue()
 
 
 def write_all(fd: int, content: bytes) -> None:

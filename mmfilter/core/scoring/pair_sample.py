@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from mmfilter.core.data.decode import IMAGE_EXTENSIONS, DecodeSettings, Pair, decode
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import RawSample, read_samples
+from mmfilter.core.data.shards import InputOptions, RawSample, read_samples
 from mmfilter.core.scoring.feed import in_order
 from mmfilter.core.scoring.reference import REFERENCE_SHARDS, spread
 from mmfilter.errors import ShardError
@@ -68,21 +68,24 @@ class PairSample:
         """Samples looked at, bad ones too."""
         return len(self.pairs) + sum(self.reasons.values())
 
-    def gather(self, shards: list[str], wanted: int, settings: DecodeSettings, *, workers: int, progress: Progress) -> None:
-        """Look at `wanted` samples in all and keep the usable ones."""
+    def gather(
+        self, shards: list[str], wanted: int, settings: DecodeSettings, *, workers: int, progress: Progress, allow_pipe: bool = False, images: str | None = None
+    ) -> None:
+        """Look at `wanted` samples in all and keep the usable ones; `images` and `allow_pipe` as in `InputOptions`."""
+        options = InputOptions(settings.caption, images, allow_pipe)
         self.shards = spread(shards, REFERENCE_SHARDS)
         each = -(-wanted // len(self.shards))
         progress.start("reading pairs", None)
         with ThreadPoolExecutor(workers, "decode") as decoders:
             for shard in self.shards:
-                for raw, pair in in_order(decoders, lambda raw, shard=shard: _decoded(raw, shard, settings), self._head(shard, each), 4 * workers):
+                for raw, pair in in_order(decoders, lambda raw, shard=shard: _decoded(raw, shard, settings), self._head(shard, each, options), 4 * workers):
                     self._keep(raw, pair)
-                    progress.advance(1, raw.nbytes)
+                    progress.advance(1, raw.nbytes or 0)
 
-    def _head(self, shard: str, n: int) -> Iterator[RawSample]:
+    def _head(self, shard: str, n: int, options: InputOptions) -> Iterator[RawSample]:
         """The first `n` samples of a shard; one that breaks ends early."""
         try:
-            yield from itertools.islice(read_samples(shard), n)
+            yield from itertools.islice(read_samples(shard, options=options), n)
         except ShardError as error:
             self.failures.append(error)
 

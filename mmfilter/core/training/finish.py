@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.data.shards import InputOptions, read_samples
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import FeatureWeights
@@ -18,6 +18,8 @@ from mmfilter.core.scoring.reference import fit_weights
 def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, caption: str, pairs: int, workers: int, progress: Any) -> FeatureWeights:
     """Weights fitted on the heads of the training shards, as `score` fits them."""
     with closing(Feed(backbone, DecodeSettings(caption), batch_size=pairs, workers=workers)) as feed:
+        options = InputOptions(caption)
         return fit_weights(
-            shards, lambda shard, n: itertools.islice(read_samples(shard), n), feed, backbone, sae.to(backbone.device), lambda n: progress.advance(n, 0)
+            shards, lambda shard, n: itertools.islice(read_samples(shard, options=options), n), feed, backbone, sae.to(backbone.device),
+            lambda n: progress.advance(n, 0),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmfilter import __version__
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.shards import read_samples, stamp
+from mmfilter.core.data.shards import stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import model_hash
@@ -29,7 +29,7 @@ from mmfilter.core.training.finish import fit_run_weights
 from mmfilter.core.training.memory import check_memory
 from mmfilter.core.training.run import Trained, TrainProgress, TrainRunSettings, TrainSummary, flat
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.source import Position, ShardStates, States, pilot
+from mmfilter.core.training.source import Position, ShardStates, States, estimated_pairs, pilot
 from mmfilter.core.training.statistics import StepStats
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.errors import SAEError
@@ -97,7 +97,8 @@ class TrainRun:
             cached = self._cached(None)
             return pilot(iter(cached), min(PILOT_TOKENS, cached.tokens), self.progress.advance)[0], cached.tokens
         found, per_pair = pilot(self._live(self.shards, None).once(), PILOT_TOKENS, self.progress.advance)
-        return found, self._epoch_tokens(per_pair)
+        pairs = estimated_pairs(self.shards, self.settings.caption)
+        return found, None if pairs is None else pairs * per_pair
 
     def _live(self, shards: list[str], position: Position | None) -> ShardStates:
         settings = self.settings
@@ -128,18 +129,6 @@ class TrainRun:
             return saved["tokens"]
         batch = self.settings.train.batch_size
         return MOST_TOKENS if epoch is None else int(min(MOST_TOKENS, max(batch, -(-MOST_EPOCHS * epoch // batch) * batch)))
-
-    def _epoch_tokens(self, per_pair: float) -> float | None:
-        """Tokens of one pass over the shards, by their size and that of a pair; None where a size is unknown."""
-        sizes = [stamp(shard).size for shard in self.shards]
-        return None if None in sizes else sum(sizes) / self._bytes_per_pair() * per_pair
-
-    def _bytes_per_pair(self) -> float:
-        for shard in self.shards:
-            sizes = [raw.nbytes for raw, _ in zip(read_samples(shard), range(100), strict=False)]
-            if sizes:
-                return sum(sizes) / len(sizes)
-        return 1.0
 
     def about(self) -> dict[str, Any]:
         """What the states are of; names and sizes, so that a folder may be moved."""

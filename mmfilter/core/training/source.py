@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
 
 from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.data.shards import InputOptions, RawSample, read_samples, stamp
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.scoring.feed import Batch, Feed
 from mmfilter.core.scoring.scorer import explained_memory
@@ -98,7 +99,7 @@ class ShardStates:
             self.position.shard, self.position.samples, self.position.batches = self.position.shard + 1, 0, 0
 
     def _windows(self, feed: Feed, shard: str) -> Iterator[States]:
-        samples = itertools.islice(read_samples(shard), self.position.samples, None)
+        samples = itertools.islice(read_samples(shard, options=InputOptions(self._caption)), self.position.samples, None)
         for window in feed.windows(samples, shard):
             skip = self.position.batches
             for number, batch in enumerate(window.batches):
@@ -128,6 +129,35 @@ def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
     if len(bad):
         key = keys[int(found.sample[bad[0]])]
         raise SAEError(f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the sample out; checkpoints are kept")
+
+
+def estimated_pairs(shards: Sequence[str], caption: str) -> float | None:
+    """How many pairs shards hold, by their sizes and those of the first pairs; None where a size is unknown.
+
+    Of shards with one extension a pair takes what it takes in the first of them that has any. Parquet whose
+    images shrink by its compression, as JPEGs hardly do, is taken to hold fewer.
+    """
+    sizes = [stamp(shard).size for shard in shards]
+    if None in sizes:
+        return None
+    kinds: dict[str, float] = {}
+    for shard in shards:
+        kind = os.path.splitext(shard)[1]
+        kinds[kind] = kinds.get(kind) or _bytes_per_pair(shard, caption)
+    return sum(size / (kinds[os.path.splitext(shard)[1]] or 1) for shard, size in zip(shards, sizes, strict=True))
+
+
+def _bytes_per_pair(shard: str, caption: str) -> float:
+    sizes = [_share(shard, raw) for raw in itertools.islice(read_samples(shard, options=InputOptions(caption)), 100)]
+    return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+def _share(shard: str, raw: RawSample) -> int:
+    """Bytes of a shard's size that a sample takes; the images of LLaVA JSON are elsewhere."""
+    if raw.nbytes is not None:
+        return raw.nbytes
+    alone = shard.lower().endswith((".json", ".jsonl"))
+    return sum(len(content) for name, content in raw.members.items() if name == "json" or not alone)
 
 
 def pilot(states: Iterator[States], tokens: int, advance: Callable[[int, int], None]) -> tuple[torch.Tensor, float]:

@@ -378,7 +378,7 @@ def test_urls_and_stdin_stay_as_they_are():
         (["-", "00000.tar"], "shard '-' (stdin) must be the only shard; give the others in another run"),
         (
             ["pipe:cat 00000.tar"],
-            "shard 'pipe:cat 00000.tar' is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -",
+            "shard 'pipe:cat 00000.tar' is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -, or allow it with --allow-pipe",
         ),
         (["nosuch://a/*.tar"], "shard 'nosuch://a/*.tar' has a protocol that fsspec does not know (Protocol not known: nosuch)"),
     ],

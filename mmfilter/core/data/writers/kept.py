@@ -10,18 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmfilter.core.data import artifacts
 from mmfilter.core.data.decode import DecodeSettings, caption_of, images_of
 from mmfilter.core.data.ranges import read_ranges
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shard_writer import Sources
-from mmfilter.core.data.shards import sample_members
+from mmfilter.core.data.sources.webdataset_tar import sample_members
 from mmfilter.errors import ShardError
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 32 << 20
 """Limits of a batch of samples; one sample alone may have more bytes"""
+_UNKNOWN_BYTES = 1 << 20
+"""Taken for the size of a sample that has no byte range"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,12 @@ class Kept:
 
     def batches(self, columns: Sequence[str] = ()) -> Iterator[tuple[int, list[KeptSample]]]:
         """Output shard and samples, a bounded number at a time, all of one output shard."""
-        settings = DecodeSettings(artifacts.read_json(self.tables.run.manifest).get("settings", {}).get("caption", "auto"))
+        settings = DecodeSettings(self.tables.options.caption)
         columns = list(dict.fromkeys(["key", *columns]))
         rows = self.tables.take(self.positions, columns)
         members = self.members
-        with Sources() as sources:
-            for start, stop in self._bounds(members.nbytes):
+        with Sources(members.options) as sources:
+            for start, stop in self._bounds(np.where(members.offset < 0, _UNKNOWN_BYTES, members.nbytes)):
                 places = [
                     (members.sources[source], offset, nbytes)
                     for source, offset, nbytes in zip(*(part[start:stop].tolist() for part in (members.source, members.offset, members.nbytes)), strict=True)
@@ -96,15 +97,20 @@ class Kept:
 
 
 def _sample(row: dict[str, Any], place: tuple[str, int, int], content: bytes, settings: DecodeSettings) -> KeptSample:
-    shard, offset, _ = place
     members = sample_members(content, row["key"])
     if members is None:
-        raise ShardError(shard, f"does not hold sample {row['key']!r} where it was scored: score it again; it should begin", offset=offset)
+        raise _changed(place, f"does not hold sample {row['key']!r} where it was scored", "should begin")
     images, caption = images_of(members), caption_of(members, settings)
     if not images or caption is None:
-        problem = f"holds sample {row['key']!r} without the image or the caption it was scored with: score it again; it begins"
-        raise ShardError(shard, problem, offset=offset)
+        raise _changed(place, f"holds sample {row['key']!r} without the image or the caption it was scored with", "begins")
     return KeptSample(row["key"], members, images, caption, row)
+
+
+def _changed(place: tuple[str, int, int], problem: str, begins: str) -> ShardError:
+    shard, offset, _ = place
+    if offset < 0:
+        return ShardError(shard, f"{problem}: score it again; it is row {-1 - offset:,}")
+    return ShardError(shard, f"{problem}: score it again; it {begins}", offset=offset)
 
 
 @dataclass(frozen=True)

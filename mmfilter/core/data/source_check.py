@@ -7,8 +7,10 @@ import operator
 
 import numpy as np
 
+from mmfilter.core.data.run import ScoredShard
 from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.data.shards import STDIN, is_url, key_at, open_shard, stamp
+from mmfilter.core.data.shards import STDIN, is_tar, is_url, open_shard, read_once, stamp
+from mmfilter.core.data.sources.webdataset_tar import key_at
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import SelectionError, ShardError
 
@@ -17,7 +19,8 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     """Raise `SelectionError` unless every shard with a row of the mask is as it was when it was scored.
 
     Its size and time of change (a remote one's ETag) are compared, and the headers of its first and last
-    kept sample must be where the score table has them; of a remote shard only where it has no ETag.
+    kept sample must be where the score table has them; of a remote shard only where it has no ETag, and of
+    tars only: other samples are made anew.
     """
     position = np.flatnonzero(kept)
     shard = np.searchsorted(tables.starts, position, side="right") - 1
@@ -25,14 +28,19 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     last = np.append(first[1:], len(position)) - 1
     for number in numbers.tolist():
         _check_stamp(tables, number)
-    looked_at = np.array([not is_url(tables.shards[i].path) or tables.shards[i].stamp.etag is None for i in numbers.tolist()], bool)
+    looked_at = np.array([_has_headers_to_check(tables.shards[i]) for i in numbers.tolist()], bool)
     _check_headers(tables, np.unique(np.concatenate([position[first[looked_at]], position[last[looked_at]]])))
+
+
+def _has_headers_to_check(shard: ScoredShard) -> bool:
+    return is_tar(shard.path) and (not is_url(shard.path) or shard.stamp.etag is None)
 
 
 def _check_stamp(tables: ScoreTables, number: int) -> None:
     shard = tables.shards[number]
-    if shard.path == STDIN:
-        raise SelectionError(f"run {str(tables.run.path)!r} was scored from stdin, so there is no shard to copy from; use --format keys")
+    if read_once(shard.path):
+        what = "stdin" if shard.path == STDIN else f"the command {shard.path!r}"
+        raise SelectionError(f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys")
     try:
         same = stamp(shard.path) == shard.stamp
     except ShardError as error:
