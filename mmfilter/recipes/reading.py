@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
             seen.add(key.value)
@@ -42,23 +45,30 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, with `KEY.KEY=VALUE` changes; raises `RecipeError`.
 
-    The file is YAML, or the manifest of an output that a recipe made.
+    The file is YAML, or `*.json`: the manifest of an output that a recipe made.
     """
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise RecipeError(f"recipe {str(path)!r} cannot be read: {problem}; write one with: mmfilter init SHARDS -o {path}") from error
-    values = _parsed(text, f"recipe {str(path)!r}")
+    values = _manifest(text, path) if path.suffix == ".json" else _parsed(text, f"recipe {str(path)!r}")
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {str(path)!r} holds no sections; expected lines like 'inputs:'; write one with: mmfilter init SHARDS")
-    if values.get("kind") == "selection":
-        if "recipe" not in values:
-            raise RecipeError(f"{str(path)!r} is the manifest of a selection that no recipe made; it has settings, no recipe")
-        values = values["recipe"]["recipe"]
     for change in changes:
         _change(values, change)
     return build(Recipe, values, "")
+
+
+def _manifest(text: str, path: Path) -> Any:
+    """The recipe in an output's manifest."""
+    try:
+        about = json.loads(text)
+        return about["recipe"]["recipe"]
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r} is not valid JSON ({error})") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise RecipeError(f"{str(path)!r} holds no recipe; expected the manifest of an output that mmfilter run made") from error
 
 
 def _parsed(text: str, what: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmfilter.core.codes.index import check_installed
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.progress import Progress
@@ -90,8 +91,8 @@ class _Follower:
             others = [shard for shard in known if shard not in self._shards]
             if others:
                 raise RecipeError(
-                    f"run {str(self._run.path)!r} also holds {len(others):,} shards that inputs.shards does not name (first: {others[0]!r}), and a "
-                    "selection would take of them too; name another run.directory, or those shards as well"
+                    f"run {str(self._run.path)!r} also holds {_shards(len(others))} that inputs.shards does not name (first: {others[0]!r}), and a selection "
+                    "would take of that too; name another run.directory, or add it to inputs.shards"
                 )
         if self._recipe.dedup is not None:
             self._recipe.dedup.settings()
@@ -148,8 +149,10 @@ class _Follower:
             return self._counted("skipped", "finished before: ")
         if self._dry_run:
             return Step(
-                "score", "planned", f"score {len(self._shards):,} shards with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped"
+                "score", "planned", f"score {_shards(len(self._shards))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped"
             )
+        if self._recipe.dedup is not None or (self._recipe.select is not None and self._recipe.select.dedup is not False):
+            check_installed()  # rather now than after the pass
         from mmfilter.ops import score as operation
 
         run = self._recipe.run
@@ -225,6 +228,10 @@ class _Follower:
 
         run = self._recipe.run
         return DeviceSettings(run.device, run.dtype, run.device_map, run.attention, run.compile, run.trust_remote_code)
+
+
+def _shards(n: int) -> str:
+    return f"{n:,} {'shard' if n == 1 else 'shards'}"
 
 
 def _difference(made: dict[str, Any], recipe: Recipe) -> str:

@@ -28,7 +28,7 @@ def test_from_init_to_a_selection_and_again(here, capsys):
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        f"score   would score 1 shards with 'tiny' into {here}/mmfilter-run; finished ones are skipped",
+        f"score   would score 1 shard with 'tiny' into {here}/mmfilter-run; finished ones are skipped",
         f"select  would write {here}/best (shards)",
     ]
     assert main(["run", "recipe.yaml", "--set", "select.top=30%", "--set", "outputs.0.shard_size=4"]) == 0

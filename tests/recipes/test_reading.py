@@ -133,7 +133,7 @@ REFUSED = {
     "twice": (S + "run: {limit: 1, limit: 2}", "the key 'limit' comes twice"),
     "no YAML": ("inputs: {", "is no YAML: "),
     "nothing": ("# nothing", "holds no sections; expected lines like 'inputs:'"),
-    "other manifest": ("kind: selection", "is the manifest of a selection that no recipe made"),
+    "list as a key": (S + "? [a]\n: b", "is no YAML: "),
 }
 
 
@@ -175,3 +175,18 @@ def test_the_settings_of_the_operations_judge_the_rest():
         Dedup(2).settings()
     with pytest.raises(SAEError, match="no SAE option 'kk'"):
         Model(sae_options={"kk": 2}).card()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"kind": "selection"}', r"manifest\.json' holds no recipe; expected the manifest of an output that mmfilter run made"),
+        ("[1]", "holds no recipe"),
+        ("{", r"manifest\.json' is not valid JSON"),
+        ('{"recipe": {"recipe": 5}}', "holds no sections"),
+    ],
+)
+def test_manifests_that_hold_no_recipe(tmp_path, text, words):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(tmp_path / "manifest.json")

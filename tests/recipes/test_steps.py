@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.data.shards import read_samples
-from mmfilter.errors import MMFilterError, RecipeError, RunError
+from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
 from mmfilter.recipes.steps import Step, follow
@@ -183,9 +183,17 @@ def test_outputs_in_the_way_are_refused_before_anything_is_scored(recipe, tmp_pa
 def test_a_run_with_other_shards_is_refused(recipe, tmp_path):
     go(replace(recipe, outputs=(), select=None, dedup=None))
     with pytest.raises(
-        RecipeError, match=r"also holds 1 shards that inputs\.shards does not name \(first: '.*/1\.tar'\), and a selection would take of them too"
+        RecipeError, match=r"also holds 1 shard that inputs\.shards does not name \(first: '.*/1\.tar'\), and a selection would take of that too"
     ):
         go(replace(recipe, inputs=Inputs((f"{tmp_path}/source/0.tar",))))
+
+
+def test_a_missing_faiss_is_told_before_the_pass(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingExtra, match=r"the index over codes needs an optional package: pip install 'mmfilter\[cpu\]'"):
+        go(recipe)
+    assert not (tmp_path / "run").exists()
+    assert states(go(replace(recipe, dedup=None)))[0] == ("score", "done")
 
 
 def test_a_selection_that_fails_leaves_no_manifest_behind(recipe, tmp_path):
