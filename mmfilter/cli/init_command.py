@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from mmfilter.cli import options
-
 
 def init(
-    shards: options.Shards,
+    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs.", metavar="SHARDS")],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write, or - for stdout.")] = "recipe.yaml",
 ) -> None:
     """Write a commented recipe for your shards.

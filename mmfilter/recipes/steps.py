@@ -87,8 +87,9 @@ class _Follower:
         """What would only come out after hours."""
         check_place(self._run, self._shards)
         if self._run.manifest.exists():
+            named = set(self._shards)
             known = [item["shard"] for item in artifacts.read_json(self._run.manifest)["inputs"]]
-            others = [shard for shard in known if shard not in self._shards]
+            others = [shard for shard in known if shard not in named]
             if others:
                 raise RecipeError(
                     f"run {str(self._run.path)!r} also holds {_shards(len(others))} that inputs.shards does not name (first: {others[0]!r}), and a selection "
