@@ -4,6 +4,7 @@
     ├── ShardError           a shard is missing, truncated, damaged or no tar
     ├── RunError             a run directory is missing, incomplete or made with other settings
     ├── SelectionError       a selection names a column, condition or output that cannot be
+    ├── RecipeError          a recipe cannot be read, has an unknown key, or belongs to another output
     ├── ModelError           a model, card or processor cannot be loaded or used
     ├── SAEError             an SAE cannot be loaded or trained, or does not fit the model
     └── MissingExtra         an optional package is not installed; names the line to type
@@ -33,6 +34,10 @@ class RunError(MMFilterError):
 
 class SelectionError(MMFilterError):
     """A selection cannot be made as asked."""
+
+
+class RecipeError(MMFilterError):
+    """A recipe cannot be read, or cannot be followed."""
 
 
 class ModelError(MMFilterError):

@@ -13,8 +13,10 @@ from mmfilter import __version__
 from mmfilter.cli import options
 from mmfilter.cli.check_command import check
 from mmfilter.cli.dedup_command import dedup
+from mmfilter.cli.init_command import init
 from mmfilter.cli.models_commands import models_app
 from mmfilter.cli.options import DEFAULT_RUN, card_for, destination, one_of, share
+from mmfilter.cli.run_command import run_recipe
 from mmfilter.cli.sae_commands import sae_app
 from mmfilter.cli.search_command import search
 from mmfilter.errors import MMFilterError
@@ -169,3 +171,5 @@ def select(
 app.command()(check)
 app.command()(dedup)
 app.command()(search)
+app.command("run")(run_recipe)
+app.command()(init)

@@ -154,7 +154,7 @@ def _show_counts(console: Console, summary: ScoreSummary) -> None:
 def show_funnel(funnel: list[tuple[str, int]]) -> None:
     """Print a selection's funnel, one step a line."""
     console = stderr()
-    width = max(len(f"{count:,}") for _, count in funnel)
+    width = max((len(f"{count:,}") for _, count in funnel), default=0)
     for label, count in funnel:
         console.print(f"  {count:>{width},}  {label}", soft_wrap=True)
 

@@ -6,6 +6,7 @@ Choosing reads one score column; copying moves byte ranges. Neither decodes a sa
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -175,13 +176,16 @@ class Selection:
         return steps
 
 
-def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = None, progress: Progress | None = None) -> Selection:
+def select(
+    run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = None, progress: Progress | None = None, recipe: Mapping[str, Any] | None = None
+) -> Selection:
     """Select from a run directory and write what is kept.
 
-    `stdout` is a binary file with a descriptor, by default the process's own. A reader that closes
-    it early is a normal end (`reader_closed`). Raises `SelectionError` before anything is written
-    when the selection cannot be made: an unknown column, an expression that is none, more asked for than
-    there is, an output in the way, a source shard that is missing or has changed since it was scored.
+    `recipe`, where the selection follows one, is told in the manifest of a folder. `stdout` is a binary
+    file with a descriptor, by default the process's own. A reader that closes it early is a normal end
+    (`reader_closed`). Raises `SelectionError` before anything is written when the selection cannot be
+    made: an unknown column, an expression that is none, more asked for than there is, an output in the
+    way, a source shard that is missing or has changed since it was scored.
     """
     tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
@@ -208,7 +212,7 @@ def select(run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = Non
         check_sources(tables, decision == Decision.KEPT)
     if settings.dry_run:
         return selection
-    kept = Kept(tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables), members)
+    kept = Kept(tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables, recipe), members)
     if settings.to_folder:
         return _write_folder(selection, kept, column, decision, order, drop, copies)
     return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
@@ -354,7 +358,7 @@ def _write_folder(
     return replace(selection, shards_written=written.n_shards, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
 
 
-def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
+def _about(selection: Selection, tables: ScoreTables, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "kind": "selection",
         "version": __version__,
@@ -364,7 +368,7 @@ def _about(selection: Selection, tables: ScoreTables) -> dict[str, Any]:
         "funnel": [{"step": step, "samples": n} for step, n in selection.funnel],
         "dropped": selection.dropped,
         "cut": selection.cut,
-    }
+    } | ({} if recipe is None else {"recipe": dict(recipe)})
 
 
 def _write_tar(selection: Selection, members: Members, stdout: BinaryIO | None) -> Selection:

@@ -11,6 +11,7 @@ million in 4 bits a number, so that the index of 100 million samples fits into 1
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,12 @@ def check_gpu() -> None:
         raise MMFilterError(f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'")
     if not faiss.get_num_gpus():
         raise MMFilterError(f"--gpu: FAISS ({faiss.__version__}) sees no GPU; go without --gpu")
+
+
+def check_installed() -> None:
+    """Raise `MissingExtra` when there is no FAISS, without loading it."""
+    if importlib.util.find_spec("faiss") is None:
+        raise MissingExtra("the index over codes", "cpu")
 
 
 def _faiss() -> Any:

@@ -79,15 +79,20 @@ def finished(run: RunDirectory, shard: Shard) -> bool:
         return False
 
 
+def check_place(run: RunDirectory, paths: list[str]) -> None:
+    """Raise `RunError` when the run would be written among the input's shards."""
+    for path in paths:
+        if in_source(run.path, path):
+            raise RunError(f"run {str(run.path)!r} is the folder of shard {path!r}, and nothing is written there: use another --run")
+
+
 def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, str], shards: list[Shard]) -> dict[str, Any]:
     """Write the manifest of a new run, or add the shards to that of an old one with the same settings.
 
     Raises `RunError` naming what differs, or when the run would be written among the input's shards;
     returns the manifest.
     """
-    for shard in shards:
-        if in_source(run.path, shard.path):
-            raise RunError(f"run {str(run.path)!r} is the folder of shard {shard.path!r}, and nothing is written there: use another --run")
+    check_place(run, [shard.path for shard in shards])
     manifest: dict[str, Any] = {
         "kind": "mmfilter run",
         "version": __version__,

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import mmfilter
 from mmfilter.core.model.sae_options import NO_OPTIONS, SAEOptions, make_options
 from mmfilter.errors import ModelError
@@ -62,6 +60,8 @@ def card_names() -> list[str]:
 
 def load_card(name: str) -> Card:
     """Read one card; raises `ModelError` when there is none or it holds unknown fields."""
+    import yaml  # here, since the command line's options know cards and --help reads none
+
     path = cards_folder() / f"{name}.yaml"
     if not path.is_file():
         raise ModelError(f"no card {name!r}; there is {', '.join(card_names())}. A local folder or hub id works with --layer and --sae")

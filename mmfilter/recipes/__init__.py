@@ -1,0 +1,1 @@
+"""A recipe: the whole way from shards to a selection in one YAML file."""
