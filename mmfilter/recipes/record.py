@@ -47,7 +47,7 @@ def score_request(recipe: Recipe) -> dict[str, Any]:
     return {
         "card": asdict(card),
         "files": {name: _files(Path(name)) for name in (card.model, card.sae, card.weights) if name and Path(name).exists()},
-        "caption": recipe.inputs.caption, "dtype": run.dtype, "limit": run.limit, "seed": run.seed,
+        "caption": recipe.inputs.caption, "images": recipe.inputs.images, "dtype": run.dtype, "limit": run.limit, "seed": run.seed,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from mmfilter.core.codes.duplicates import DuplicateSettings
 from mmfilter.core.codes.index import On
 from mmfilter.core.data.destination import Format
 from mmfilter.core.data.shards import STDIN, is_url
+from mmfilter.core.data.sources.source import InputOptions
 from mmfilter.core.model.card_choice import card_for
 from mmfilter.core.model.cards import Card, card_names
 from mmfilter.errors import RecipeError
@@ -27,15 +28,24 @@ class Inputs:
     """The pairs, and how they are read. What a sample is belongs here."""
 
     shards: tuple[str, ...]
-    """WebDataset tars: paths, globs, brace patterns, URLs"""
+    """WebDataset tars, parquet with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs"""
     caption: str = "auto"
     """Where captions are (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
         if not self.shards:
             raise RecipeError("inputs.shards names no shard; expected paths, globs, brace patterns or URLs")
         if STDIN in self.shards:
             raise RecipeError("inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards")
+
+    @property
+    def options(self) -> InputOptions:
+        """As sources take them."""
+        return InputOptions(self.caption, self.images, self.allow_pipe)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ class Select:
     match: str | None = None
     """Run directory"""
     repeat: str | None = None
+    metadata: tuple[str, ...] = ()
+    """Files whose columns `where`, `by`, `per` and `repeat` may name"""
     shuffle: int | None = None
 
 
@@ -164,10 +176,11 @@ class Recipe:
         if select is not None:
             threshold, on = self._duplicates(select)
             match = None if select.match is None else os.path.abspath(select.match)
-            select = replace(select, top=None if select.top is None else str(select.top), dedup=threshold, dedup_on=on, match=match)
+            metadata = tuple(map(os.path.abspath, select.metadata))
+            select = replace(select, top=None if select.top is None else str(select.top), dedup=threshold, dedup_on=on, match=match, metadata=metadata)
         return replace(
             self,
-            inputs=replace(self.inputs, shards=tuple(shard if is_url(shard) else os.path.abspath(shard) for shard in self.inputs.shards)),
+            inputs=replace(self.inputs, shards=tuple(map(_whole, self.inputs.shards)), images=self.inputs.images and _whole(self.inputs.images)),
             model=model,
             run=replace(self.run, directory=os.path.abspath(self.run.directory)),
             select=select,
@@ -189,7 +202,7 @@ class Recipe:
         return SelectSettings(
             top=None if select.top is None else str(select.top), min=select.min, by=select.by, where=select.where,
             dedup=None if threshold is False else threshold, dedup_on=on, per=select.per, diverse=select.diverse,
-            match=None if select.match is None else Path(select.match), repeat=select.repeat, shuffle=select.shuffle, dry_run=dry_run,
+            match=None if select.match is None else Path(select.match), repeat=select.repeat, metadata=select.metadata, shuffle=select.shuffle, dry_run=dry_run,
             format=output.format, output=Path(output.path), shard_size=output.shard_size,
         )  # fmt: skip
 
@@ -201,6 +214,13 @@ class Recipe:
 def _absolute(name: str) -> str:
     """The path of a local model or SAE; the name of a card, or of something on the hub, as it is."""
     return os.path.abspath(name) if name not in card_names() and os.path.exists(name) else name
+
+
+def _whole(path: str) -> str:
+    """A path that means the same in any folder; URLs and commands as they are."""
+    if is_url(path) or path.startswith("pipe:"):
+        return path
+    return os.path.abspath(path) + ("/" if path.endswith("/") else "")
 
 
 def _plain(value: Any) -> Any:

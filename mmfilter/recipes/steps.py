@@ -63,7 +63,7 @@ class _Follower:
     def __init__(self, recipe: Recipe, progress: Progress, told: Told, dry_run: bool) -> None:
         self._recipe, self._progress, self._told, self._dry_run = recipe, progress, told, dry_run
         self._run = RunDirectory(Path(recipe.run.directory))
-        self._shards = expand(recipe.inputs.shards)
+        self._shards = expand(recipe.inputs.shards, recipe.inputs.options)
         self._scored = False
         """Whether the scores are as the recipe wants them"""
 
@@ -132,7 +132,7 @@ class _Follower:
 
         settings = operation.CheckSettings(
             recipe.model.card(), wanted.sample, wanted.seed, device=self._device(), batch_size=recipe.run.batch_size, workers=recipe.run.workers,
-            caption=recipe.inputs.caption,
+            caption=recipe.inputs.caption, images=recipe.inputs.images, allow_pipe=recipe.inputs.allow_pipe,
         )  # fmt: skip
         report = operation.check(recipe.inputs.shards, settings, self._progress)
         facts = {
@@ -159,7 +159,7 @@ class _Follower:
         run = self._recipe.run
         settings = operation.ScoreSettings(
             card=self._recipe.model.card(), run=self._run.path, device=self._device(), batch_size=run.batch_size, workers=run.workers, limit=run.limit,
-            caption=self._recipe.inputs.caption, seed=run.seed,
+            caption=self._recipe.inputs.caption, images=self._recipe.inputs.images, allow_pipe=self._recipe.inputs.allow_pipe, seed=run.seed,
         )  # fmt: skip
         summary = operation.score(self._recipe.inputs.shards, settings, self._progress)
         if summary.failures:

@@ -19,7 +19,7 @@ from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
 from mmfilter.recipes.steps import Step, follow
-from tests.conftest import Quiet, good, picture, write_tar
+from tests.conftest import Quiet, caption, good, picture, write_tar
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -253,3 +253,22 @@ def test_selecting_from_finished_scores_needs_no_torch(recipe, tmp_path):
     script = "import sys; from mmfilter.cli.app import main; code = main(['run', sys.argv[1]]); print('torch' in sys.modules, code)"
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "recipe.yaml"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False 0" and len(kept_keys(tmp_path / "best")) == 6
+
+
+def test_llava_json_with_its_folder_and_columns_of_another_file(tmp_path, monkeypatch):
+    """Inputs that are no tars, and `select.metadata`, go through a recipe as through the commands."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    records = []
+    for i in range(6):
+        Path("pictures", f"{i}.jpg").write_bytes(picture(i))
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": caption(i)}]
+        records.append({"id": f"s{i}", "image": f"{i}.jpg", "conversations": turns})
+    Path("data.json").write_text(json.dumps(records))
+    Path("more.csv").write_text("key,taste\n" + "".join(f"s{i},{i}\n" for i in range(6)))
+    Path("recipe.yaml").write_text(
+        "inputs: {shards: [data.json], images: pictures}\nselect: {top: 50%, by: taste, metadata: [more.csv]}\noutputs: [{path: out, format: keys}]\n"
+    )
+    assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "done"), ("select", "done")]
+    assert Path("out").read_text().split() == ["s3", "s4", "s5"]
+    assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "skipped"), ("select", "skipped")]
