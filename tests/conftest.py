@@ -16,7 +16,17 @@ from PIL import Image
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white")
 THINGS = ("apple", "dog", "house", "face with tears of joy", "tree", "rocket in the night sky", "cat", "sun behind a small cloud")
 
+WHOLE = ("ops", "recipes")
+"""Folders of tests that run whole operations; together they take minutes"""
+
 Member = tuple[str, bytes]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole operations are slow ones."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in WHOLE:
+            item.add_marker(pytest.mark.slow)
 
 
 def picture(seed: int, *, size: tuple[int, int] = (96, 80), kind: str = "JPEG", mode: str = "RGB") -> bytes:

@@ -13,6 +13,8 @@ from mmfilter.core.model.cards import load_card
 from mmfilter.core.model.pretrained import load_sae
 from mmfilter.core.model.sae import SAE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outputs():

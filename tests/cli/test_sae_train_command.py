@@ -13,6 +13,8 @@ from mmfilter.cli.sae_train_command import KINDS, parsed, run_settings
 from mmfilter.core.model.pretrained import load_sae
 from mmfilter.core.training.settings import TrainSettings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def shard(make_shard):

@@ -31,6 +31,7 @@ LAYER = 1
 VISION_MIXERS = ("out_proj.weight", "o_proj.weight", "attn.proj.weight", "proj_out.weight", "projection_layer.weight", "in_proj_weight")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*"),  # of transformers' families there are many kinds
 ]
 

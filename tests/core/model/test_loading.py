@@ -14,6 +14,8 @@ from mmfilter.core.model.loading import LoadSettings, load_backbone
 from mmfilter.errors import MissingExtra, ModelError
 from tests.zoo import build, picture, save
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "USER: <image>\n{caption} ASSISTANT:"
 
 

@@ -25,6 +25,8 @@ from mmfilter.ops.score import ScoreSettings, score
 from tests.conftest import Quiet, caption, good, picture, write_tar
 from tests.zoo import build, save
 
+pytestmark = pytest.mark.slow
+
 CPU = DeviceSettings(device="cpu")
 N = 40
 
