@@ -61,7 +61,7 @@ class Arms:
     def _events(self):
         settings = self.settings
         with closing(Feed(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)) as feed:
-            source = operation.Source(self.samples)
+            source = operation.Source(self.samples, settings.inputs)
             run = RunDirectory(self.folder / "none")
             with closing(Prefetched(operation.events(self.shards, {shard.name for shard in self.shards}, run, source, feed), 3)) as events:
                 yield from events
