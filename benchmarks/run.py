@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: what `make bench` runs (some fifty minutes on two cores, half of them dedup_scale).
+"""Every benchmark, one after the other: what `make bench` runs (some thirty minutes on two cores, a third of them dedup_scale).
 
 python benchmarks/run.py              all
 python benchmarks/run.py startup      one or more by name
