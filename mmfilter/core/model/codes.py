@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 IMAGE, TEXT = 0, 1
@@ -38,6 +39,23 @@ class TokenCodes:
         return TokenCodes(token, feature[token, place], value[token, place], *pre.shape)
 
     @staticmethod
+    def above(pre: torch.Tensor, threshold: torch.Tensor, k: int) -> TokenCodes:
+        """The positive entries of `pre` (tokens, features) above their feature's `threshold`, (features,), of each row at most the `k` largest.
+
+        As exact as `strongest`. Where a threshold leaves few, to find these costs less than to look for the largest.
+        """
+        n_features = pre.shape[1]
+        entries = _true(pre > threshold.clamp(min=0))
+        if len(entries) > MANY * k * len(pre):
+            return TokenCodes.strongest(pre.masked_fill(pre <= threshold, 0), k)
+        token = entries.div(n_features, rounding_mode="floor")
+        feature, value = entries - token * n_features, pre.view(-1)[entries]
+        inside = _first_of_each(token, value, k)
+        if inside is not None:
+            token, feature, value = token[inside], feature[inside], value[inside]
+        return TokenCodes(token, feature, value, *pre.shape)
+
+    @staticmethod
     def concatenate(parts: list[TokenCodes], n_features: int) -> TokenCodes:
         """One list of tokens after the other."""
         if len(parts) == 1:
@@ -63,6 +81,32 @@ class TokenCodes:
 
 GROUP = 8
 """Columns whose maximum stands for them when the largest entries of wide rows are looked for."""
+
+
+MANY = 4
+"""Times the wanted number of entries, on average, above which ordering them costs more than looking for the largest"""
+
+
+def _true(mask: torch.Tensor) -> torch.Tensor:
+    """Places of the true entries of a mask, counted through all its rows; numpy finds a few among many faster than torch."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero()[:, 0]
+
+
+def _first_of_each(token: torch.Tensor, value: torch.Tensor, k: int) -> torch.Tensor | None:
+    """Which entries, ascending by token, are among the `k` largest of their token, of equals the earlier; None if all are."""
+    counts = torch.bincount(token)
+    crowded = (counts > k)[token].nonzero()[:, 0]
+    if not len(crowded):
+        return None
+    order = value[crowded].argsort(descending=True, stable=True)
+    order = order[token[crowded][order].argsort(stable=True)]
+    sizes = counts[counts > k]
+    first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    inside = torch.ones(len(token), dtype=torch.bool, device=token.device)
+    inside[crowded[order[torch.arange(len(order), device=token.device) - first >= k]]] = False
+    return inside
 
 
 def _largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

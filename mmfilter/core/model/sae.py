@@ -29,13 +29,14 @@ from safetensors.torch import save_file
 
 from mmfilter.core.data.artifacts import atomic
 from mmfilter.core.model.codes import TokenCodes
+from mmfilter.core.model.product import linear
 from mmfilter.errors import SAEError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"
 """Version of the layout that `save` writes; SAELens reads folders without one as its old layout."""
-DENSE_CHUNK_ELEMENTS = 8_000_000
-"""Most elements of the dense pre-activation array that exist at once (32 MB in float32)."""
+DENSE_CHUNK_ELEMENTS = 1 << 22
+"""Most elements of the dense pre-activation array that exist at once (16 MB in float32): memory of that size is used again, not mapped anew."""
 
 Activation = Literal["relu", "jumprelu", "topk"]
 Normalisation = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -108,23 +109,21 @@ class SAE:
         """
         if states.shape[-1] != self.d_model:
             raise SAEError(f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model")
-        rows = min(len(states), max(1, DENSE_CHUNK_ELEMENTS // self.n_features))
-        dense = self.W_enc.new_empty(rows, self.n_features)  # one array for all chunks: fresh memory costs as much as a pass over it
-        parts = [self._encode_chunk(part, max_active, dense[: len(part)]) for part in states.split(max(1, rows))]
-        return TokenCodes.concatenate(parts, self.n_features)
+        rows = max(1, DENSE_CHUNK_ELEMENTS // self.n_features)
+        return TokenCodes.concatenate([self._encode_chunk(part, max_active) for part in states.split(rows)], self.n_features)
 
-    def _encode_chunk(self, states: torch.Tensor, max_active: int, dense: torch.Tensor) -> TokenCodes:
-        pre = self.preactivations(states, out=dense)
+    def _encode_chunk(self, states: torch.Tensor, max_active: int) -> TokenCodes:
+        pre = self.preactivations(states)
         if self.activation == "jumprelu":
-            pre.masked_fill_(pre <= self.threshold, 0)
+            return TokenCodes.above(pre, self.threshold, max_active)
         return TokenCodes.strongest(pre, min(self.k or max_active, max_active))
 
-    def preactivations(self, states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """h of every feature, dense (tokens, n_features), in `out` if given."""
+    def preactivations(self, states: torch.Tensor) -> torch.Tensor:
+        """h of every feature, dense (tokens, n_features)."""
         x = self.normalised(states)
         if self.subtract_b_dec:
             x = x - self.b_dec
-        return torch.addmm(self.b_enc, x, self.W_enc, out=out)
+        return linear(x, self.W_enc.t(), self.b_enc)
 
     def normalised(self, states: torch.Tensor) -> torch.Tensor:
         """The states as `normalisation` leaves them, before any centring."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from mmfilter.core.training.product import EncoderProduct, linear
+from mmfilter.core.model.product import linear
+from mmfilter.core.training.product import EncoderProduct
 from mmfilter.core.training.selection import strongest_of_each
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.weights import Weights

@@ -154,6 +154,45 @@ def test_the_strongest_are_exact_and_ties_go_to_lower_features(width, k, kind):
     assert (order.diff() > 0).all(), "sorted by token, then feature"
 
 
+@pytest.mark.parametrize("kind", ["all differ", "few values", "all equal", "infinite", "none positive", "some thresholds negative"])
+@pytest.mark.parametrize(("share", "k"), [(0.01, 3), (0.01, 50), (0.05, 20), (0.6, 5), (0.6, 900)])
+def test_above_the_threshold_at_most_k_exact_and_ties_go_to_lower_features(share, k, kind):
+    width = 1003
+    g = torch.Generator().manual_seed(k)
+    rows, threshold = torch.randn(13, width, generator=g), torch.full((width,), float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share))))
+    if kind == "few values":
+        rows = (rows * 2).round() + threshold
+    if kind == "all equal":
+        rows = torch.where(torch.rand(13, width, generator=g) < share, threshold + 1, -1)
+    if kind == "infinite":
+        rows[:, ::300] = torch.inf
+    if kind == "none positive":
+        rows = -rows.abs()
+    if kind == "some thresholds negative":
+        threshold = torch.where(torch.arange(width) % 100 == 0, -3.0, 2.0)
+    rows[4] = -1
+    codes = TokenCodes.above(rows, threshold, k)
+    assert torch.equal(codes.dense(), choice(torch.where(rows > threshold, rows, 0), k))
+    order = codes.token * width + codes.feature
+    assert (order.diff() > 0).all(), "sorted by token, then feature"
+    assert (codes.value > 0).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_a_token_alone_has_the_codes_it_has_in_a_batch(activation):
+    """To the bit: at a threshold a rounding decides whether a feature is there."""
+    sae, x = make(activation, **({"k": 7} if activation == "topk" else {})), states()
+    codes = sae.encode(x)
+    for i in range(len(x)):
+        assert torch.equal(sae.encode(x[i : i + 1]).dense()[0], codes.dense()[i])
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_no_tokens_have_no_codes(activation):
+    codes = make(activation, **({"k": 7} if activation == "topk" else {})).encode(torch.zeros(0, D))
+    assert (codes.n_tokens, len(codes.value), codes.dense().shape) == (0, 0, (0, N))
+
+
 def test_the_hash_sees_every_part():
     base = make("jumprelu")
     others = [make("jumprelu", subtract=False), make("relu"), make("topk", k=3), make("topk", k=4), make("jumprelu", normalisation="layer_norm")]
