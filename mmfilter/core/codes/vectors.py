@@ -60,7 +60,7 @@ class SideCodes:
 
     def by_feature(self) -> SideCodes:
         """The same samples, entries in the order of features."""
-        order = np.argsort((self.rows << 32) | self.ids, kind="stable")
+        order = np.argsort((self.rows << 32) | self.ids)
         return SideCodes(self.starts, self.ids[order], self.means[order])
 
     def weights(self, idf: np.ndarray) -> np.ndarray:
