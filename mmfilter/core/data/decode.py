@@ -88,6 +88,14 @@ def images_of(members: dict[str, bytes]) -> dict[str, bytes]:
     return {ext: content for ext, content in members.items() if ext in IMAGE_EXTENSIONS}
 
 
+def picture(payload: bytes) -> Image.Image | None:
+    """An image file decoded as it is for scoring; None where it cannot be."""
+    try:
+        return _image(payload, DecodeSettings(), {})
+    except _Unusable:
+        return None
+
+
 def _hash(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()[:32]
 
