@@ -17,7 +17,7 @@ from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
 from tests import inputs
-from tests.ops.test_select import keys_of, make_run, make_shard
+from tests.runs import keys_of, make_run, make_shard
 
 PER_SHARD = 12
 

@@ -26,7 +26,7 @@ from mmfilter.ops.dedup import DedupSettings, DuplicateSettings, dedup
 from mmfilter.ops.select import SelectSettings, select
 from tests.codes import FEATURES, REFERENCE, SAMPLES, Sample, clustered, write_run
 from tests.conftest import Quiet
-from tests.ops.test_select import collect, make_run, make_shard, samples_of
+from tests.runs import collect, make_run, make_shard, samples_of
 
 
 def with_own_keys(samples: list[Sample]) -> list[Sample]:
