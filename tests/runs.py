@@ -86,3 +86,18 @@ def collect(run: Path, settings: SelectSettings) -> tuple[bytes, Selection]:
         selection = select(run, settings, stdout=writer)
         writer.close()
         return reader.read(), selection
+
+
+def kept_keys(run: Path, **settings) -> list[str]:
+    """What `--format keys` prints."""
+    return collect(run, SelectSettings(format="keys", **settings))[0].decode().split()
+
+
+def refused(run: Path, **settings) -> str:
+    """Like `error_of`; keys are asked for unless a format is given."""
+    return error_of(run, **{"format": "keys", **settings})
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of all that is in a folder."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ class SelectSettings:
             raise SelectionError(f"nothing says what to keep: give --top 20%, --top 5000 or --min 0.3{more}")
         if self.top is not None:
             Top.parse(self.top)
-        if self.min is not None and self.min != self.min:
-            raise SelectionError("--min is nan; give a number")
+        if self.min is not None and not math.isfinite(self.min):
+            raise SelectionError(f"--min is {self.min}; give a number")
         self._check_format()
         if self.output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.output)):
             raise SelectionError(f"output {str(self.output)!r} is a URL; select into a local folder and upload that")

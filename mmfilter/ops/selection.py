@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ class Selection:
     n_parts: int | None
     """Values of `per` among the candidates"""
     cut: float | None
-    """Lowest score kept"""
+    """Lowest score kept; None too where that is infinite"""
     dropped: dict[str, int]
     """Reason -> samples"""
     shards_written: int = 0
@@ -100,10 +101,15 @@ def counted(
         written=counts[Decision.KEPT] if copies is None else int(copies.sum()),
         asked=_asked(settings, candidates, parts),
         n_parts=None if parts is None else int(parts.max(initial=-1)) + 1,
-        cut=float(column.values[decision == Decision.KEPT].min()) if counts[Decision.KEPT] else None,
+        cut=_cut(column.values[decision == Decision.KEPT]),
         dropped={label: n for label, n in dropped.items() if n},
         warnings=(*_unfinished(tables), *tables.notes),
     )
+
+
+def _cut(kept: np.ndarray) -> float | None:
+    lowest = float(kept.min()) if len(kept) else math.inf
+    return lowest if math.isfinite(lowest) else None
 
 
 def _asked(settings: SelectSettings, candidates: int, parts: np.ndarray | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from decimal import ROUND_HALF_UP, Decimal
@@ -12,7 +13,7 @@ import pytest
 from mmfilter.core.data.artifacts import write_json
 from mmfilter.core.data.choice import Decision, Top, choose
 from mmfilter.ops.select import SelectSettings, select
-from tests.runs import add_table, error_of, keys_of, samples_of
+from tests.runs import add_table, error_of, keys_of, make_run, make_shard, samples_of
 
 
 def test_known_answers(run, tmp_path):
@@ -29,6 +30,24 @@ def test_known_answers(run, tmp_path):
 def test_ties_break_by_key_whatever_the_input_order(run, tmp_path):
     assert keys_of(run, tmp_path, top="4") == ["b1", "b4", "a0", "a2"]
     assert keys_of(run, tmp_path, top="5") == ["b1", "b4", "a0", "a2", "a3"]
+
+
+def test_a_column_is_found_whatever_its_case(run, tmp_path):
+    assert keys_of(run, tmp_path, top="2", by="Similarity") == keys_of(run, tmp_path, top="2")
+
+
+def test_a_minimum_that_float32_cannot_hold(run, tmp_path):
+    assert keys_of(run, tmp_path, min=1e39) == []
+    assert len(keys_of(run, tmp_path, min=-1e39)) == 9
+
+
+def test_an_infinite_score_ranks_and_leaves_the_record_valid_json(tmp_path):
+    make_shard(tmp_path / "x.tar", ["a", "b", "c"])
+    run = make_run(tmp_path / "run", {str(tmp_path / "x.tar"): [-math.inf, math.inf, 0.5]})
+    assert keys_of(run, tmp_path, top="2") == ["b", "c"]
+    selection = select(run, SelectSettings(top="100%", output=tmp_path / "best"))
+    assert (selection.kept, selection.cut) == (3, None)
+    assert json.loads((tmp_path / "best/manifest.json").read_text(), parse_constant=pytest.fail)["cut"] is None
 
 
 def test_a_stored_float32_meets_the_same_decimal(run, tmp_path):

@@ -34,21 +34,25 @@ class Expression:
     """`--where`, `--by`, …: what messages begin with"""
     text: str
     condition: bool = False
-    """It says which rows pass; others give a value, may use `rank(x)` and must be the same each time"""
+    """It says which rows pass; others give a value and may use `rank(x)`"""
 
     def check(self, database: duckdb.DuckDBPyConnection, columns: str) -> None:
         """Raise `SelectionError` unless it is one expression over the columns, without sub-queries.
 
         `columns` says in words which there are.
         """
+        if not self.text.strip():
+            raise self.error(f"is no{self._what.removeprefix('a')}")
         skeleton, _ = self._parsed(database, "true")
         statement, found = self._parsed(database, self.text)
         if statement != skeleton:
             raise self.error(f"is more than {self._what}")
         if '"class": "SUBQUERY"' in json.dumps(found):
             raise self.error(f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible")
+        if next(_nodes(found, "STAR"), None) is not None:
+            raise self.error("has a * for several columns; name each")
+        self._check_constant(database, found)
         if not self.condition:
-            self._check_constant(database, found)
             database.execute(_NO_RANK)
         try:
             database.execute(f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0")
