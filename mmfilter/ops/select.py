@@ -83,7 +83,10 @@ def _check_count(settings: SelectSettings, column: Column) -> None:
     count = None if settings.top is None or settings.per is not None else Top.parse(settings.top).count
     there = int((column.present & column.passes).sum())
     if count is not None and count > there:
-        which = f"have a score {settings.by!r}" + ("" if settings.where is None else f" and pass --where {settings.where!r}")
+        condition = f"--where {settings.where!r}"
+        if not there:
+            raise SelectionError(f"no sample has a score {settings.by!r}" + ("" if settings.where is None else f" and passes {condition}"))
+        which = f"have a score {settings.by!r}" + ("" if settings.where is None else f" and pass {condition}")
         raise SelectionError(f"--top {count} is more than there is: {there:,} samples {which}; give a smaller number, or --top 100%")
 
 

@@ -310,6 +310,13 @@ def test_columns_that_are_named_go_with_the_pairs(tmp_path):
     assert [(row["key"], row["stars"]) for row in rows] == [(f"{i:09d}", i) for i in range(2, 6)]
 
 
+def test_a_column_of_decimals_ranks(tmp_path):
+    make_shard(tmp_path / "x.tar", ["a", "b", "c"])
+    run = make_run(tmp_path / "run", {str(tmp_path / "x.tar"): [0.5, 0.5, 0.5]})
+    pq.write_table(pa.table({"key": ["a", "b", "c"], "stars": pa.array([2, 3, 1], pa.decimal128(5, 2))}), tmp_path / "more.parquet")
+    assert keys_of(run, tmp_path, top="1", by="stars", metadata=(str(tmp_path / "more.parquet"),)) == ["b"]
+
+
 OURS = ("_at", "_among", "among", "place", "position", "v", "given", "found", "name", "first", "theirs", "mine", "my col", "größe", "select", 'a"b')
 
 

@@ -119,7 +119,8 @@ def test_selection_is_that_of_a_plain_sort(tmp_path, seed):
     settings = SelectSettings(top=top, min=minimum, by=by, where=where, format="keys", output=tmp_path / "keys")
     there = len(brute_force(rows, by, "100%", None, CONDITIONS[where]))
     if top is not None and top[-1] != "%" and int(top) > there:
-        assert error_of(run, top=top, by=by, where=where, format="keys").startswith(f"--top {top} is more than there is: {there} samples have a score")
+        problem = f"--top {top} is more than there is: {there} samples have a score" if there else f"no sample has a score {by!r}"
+        assert error_of(run, top=top, by=by, where=where, format="keys").startswith(problem)
         return
     selection = select(run, settings)
     expected = brute_force(rows, by, top, minimum, CONDITIONS[where])

@@ -134,6 +134,7 @@ def test_a_count_larger_than_what_is_there(repeated, tmp_path):
     assert refused(repeated, top="5", where=where) == (
         f"--top 5 is more than there is: 4 samples have a score 'similarity' and pass --where {where!r}; give a smaller number, or --top 100%"
     )
+    assert refused(repeated, top="1", where="similarity > 2") == "no sample has a score 'similarity' and passes --where 'similarity > 2'"
     assert listing(tmp_path) == before
     assert len(kept_keys(repeated, top="5")) == len(kept_keys(repeated, top="9", per="shard")) == 5
     assert len(kept_keys(repeated, top="5", min=0.75)) == 2, "with --min fewer is what was asked for"

@@ -119,6 +119,20 @@ def test_a_target_that_was_scored_otherwise(tmp_path):
     assert refused(run, top="5", match=tmp_path / "none").startswith(f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json")
 
 
+def test_a_target_with_nothing_in_common_is_refused(tmp_path):
+    samples = with_own_keys(clustered(30, seed=7))
+    halves = [
+        [dataclasses.replace(sample, **{name: {j: value for j, value in getattr(sample, name).items() if j % 2 == odd} for name in ("image", "text")}) for sample in samples]
+        for odd in (0, 1)
+    ]  # fmt: skip
+    run, target = (write_run(tmp_path / f"half{odd}", half) for odd, half in enumerate(halves))
+    blank = write_run(tmp_path / "blank", [dataclasses.replace(sample, image={}, text={}) for sample in samples])
+    said = "no candidate has a feature that {} asks for, so none is better than another; leave it out for the best by score"
+    assert refused(run, top="5", match=target) == said.format(f"--match {str(target)!r}")
+    assert refused(blank, top="5", diverse=True) == said.format("--diverse")
+    assert len(kept_keys(blank, top="100%", diverse=True)) == sum(sample.score is not None for sample in samples), "nothing is chosen among"
+
+
 # --- groups ---
 
 

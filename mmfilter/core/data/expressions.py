@@ -18,6 +18,8 @@ from mmfilter.core.data.sql import reason_of
 from mmfilter.errors import SelectionError
 
 NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+DECIMAL = ("DECIMAL", "HUGEINT", "UHUGEINT")
+"""How types begin whose values become DOUBLE"""
 
 _RANK = """CREATE OR REPLACE MACRO rank(x) AS CASE WHEN x IS NOT NULL AND NOT isnan(CAST(x AS DOUBLE)) THEN
     percent_rank() OVER (PARTITION BY x IS NULL OR isnan(CAST(x AS DOUBLE)) ORDER BY x) END"""
@@ -104,7 +106,7 @@ class Expression:
             raise self.error(f"is not possible: {reason_of(error)}") from error
         if kind in NUMERIC:
             return f"(\n{self.text}\n)"
-        if kind in ("BOOLEAN", "HUGEINT", "UHUGEINT") or kind.startswith("DECIMAL"):
+        if kind.startswith(("BOOLEAN", *DECIMAL)) and not kind.endswith("]"):
             return f"CAST((\n{self.text}\n) AS DOUBLE)"
         raise self.error(f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'")
 

@@ -21,7 +21,7 @@ import numpy as np
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.database import lock, open_database
-from mmfilter.core.data.expressions import NUMERIC, Expression
+from mmfilter.core.data.expressions import DECIMAL, NUMERIC, Expression
 from mmfilter.core.data.more_columns import MoreColumns
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.run import ScoredShard
@@ -132,7 +132,7 @@ class ScoreTables:
         plain = by in self.types or re.fullmatch(r"\w+", by) is not None
         condition = None if where is None else Expression("--where", where, condition=True)
         self._find(({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor())))
-        if not plain:
+        if not plain or self.types.get(by, "").startswith(DECIMAL):
             passes = np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
             return Column(*self.numbers("--by", by, passes & self.scored), passes)
         self._check_numeric(by)
