@@ -5,6 +5,9 @@ Choosing reads one score column; copying moves byte ranges. Neither decodes a sa
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +22,10 @@ from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision, Top, choose, positions
+from mmfilter.core.data.database import in_memory
 from mmfilter.core.data.destination import check_output, explained, stream
+from mmfilter.core.data.expressions import Expression
+from mmfilter.core.data.places import is_url
 from mmfilter.core.data.progress import Progress, Silence
 from mmfilter.core.data.repack import Members, new_folder, write_tar
 from mmfilter.core.data.score_tables import Column, ScoreTables
@@ -76,6 +82,26 @@ def select(
     if settings.to_folder:
         return _write_folder(selection, kept, column, decision, order, drop, copies)
     return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
+
+
+def check_request(settings: SelectSettings) -> None:
+    """Raise `SelectionError` or `RunError` for what can be seen before there are scores to select by.
+
+    That is the form of the expressions, files that are not there, and a run to match that is none; which
+    columns there are is seen later.
+    """
+    if settings.match is not None:
+        RunDirectory(settings.match).score_tables()
+    for pattern in settings.metadata:
+        if not is_url(pattern) and not os.path.exists(pattern) and not glob.glob(pattern, recursive=True):
+            raise SelectionError(f"--metadata {pattern!r} matches no file; check the path")
+    given = (("--by", settings.by), ("--per", settings.per), ("--repeat", settings.repeat))
+    expressions = [Expression(option, text) for option, text in given if text is not None and not re.fullmatch(r"\w+", text)]
+    if settings.where is not None:
+        expressions.append(Expression("--where", settings.where, condition=True))
+    with in_memory() as database:
+        for expression in expressions:
+            expression.check_form(database)
 
 
 def _check_count(settings: SelectSettings, column: Column) -> None:

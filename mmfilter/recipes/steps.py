@@ -97,6 +97,8 @@ class _Follower:
                 )
         if self._recipe.dedup is not None:
             self._recipe.dedup.settings()
+        if self._recipe.outputs:
+            select_operation.check_request(self._recipe.selection(self._recipe.outputs[0]))
         for output in self._recipe.outputs:
             self._check_output(output)
 
@@ -203,9 +205,9 @@ class _Follower:
         facts = {"output": output.path, "format": output.format}
         if self._check_output(output):
             return Step("select", "skipped", f"finished before: {output.path} ({output.format})", facts)
+        settings = self._recipe.selection(output, dry_run=self._dry_run)
         if self._dry_run:
-            return Step("select", "planned", f"write {output.path} ({output.format})", facts)
-        settings = self._recipe.selection(output)
+            return self._planned(settings, facts)
         about = record.about_output(self._recipe, output, self._run)
         if settings.to_folder:
             selection = select_operation.select(self._run.path, settings, progress=self._progress, recipe=about)
@@ -213,6 +215,21 @@ class _Follower:
             selection = self._select_file(settings, record.manifest_of(output, False), about)
         text = f"{selection.written:,} samples, {selection.fraction_kept:.1%} of the candidates -> {output.path} ({output.format})"
         return Step("select", "done", text, facts | {"written": selection.written}, tuple(selection.funnel), selection.warnings)
+
+    def _planned(self, settings: select_operation.SelectSettings, facts: dict[str, Any]) -> Step:
+        """What would be written; how much, where the scores are there already."""
+        place = f"{settings.output} ({settings.format})"
+        if not self._scored:
+            return Step("select", "planned", f"write {place}", facts)
+        found = select_operation.select(self._run.path, settings, progress=self._progress)
+        return Step(
+            "select",
+            "planned",
+            f"write {found.written:,} samples, {found.fraction_kept:.1%} of the candidates -> {place}",
+            facts,
+            tuple(found.funnel),
+            found.warnings,
+        )
 
     def _select_file(self, settings: select_operation.SelectSettings, manifest: Path, about: dict[str, Any]) -> select_operation.Selection:
         """Write a file, and before it the manifest beside it, so that a file under its name always has one."""

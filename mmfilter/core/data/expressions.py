@@ -43,6 +43,18 @@ class Expression:
 
         `columns` says in words which there are.
         """
+        self.check_form(database)
+        if not self.condition:
+            database.execute(_NO_RANK)
+        try:
+            database.execute(f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0")
+        except duckdb.Error as error:
+            raise self._impossible(error, columns) from error
+        if not self.condition:
+            database.execute(_RANK)
+
+    def check_form(self, database: duckdb.DuckDBPyConnection) -> None:
+        """Raise `SelectionError` for what can be seen in the text, whatever the columns."""
         if not self.text.strip():
             raise self.error(f"is no{self._what.removeprefix('a')}")
         skeleton, _ = self._parsed(database, "true")
@@ -54,14 +66,6 @@ class Expression:
         if next(_nodes(found, "STAR"), None) is not None:
             raise self.error("has a * for several columns; name each")
         self._check_constant(database, found)
-        if not self.condition:
-            database.execute(_NO_RANK)
-        try:
-            database.execute(f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0")
-        except duckdb.Error as error:
-            raise self._impossible(error, columns) from error
-        if not self.condition:
-            database.execute(_RANK)
 
     def columns(self, database: duckdb.DuckDBPyConnection) -> set[str]:
         """The names in it that may be columns."""
