@@ -56,7 +56,7 @@ def select(
     tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
     if settings.output is not None:
-        check_output(Path(settings.output), settings.to_folder, tables)
+        check_output(Path(settings.output), settings.to_folder, tables.run.path, [shard.path for shard in tables.shards])
     column = tables.column(settings.by, settings.where)
     _check_count(settings, column)
     drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)

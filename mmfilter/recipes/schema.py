@@ -163,12 +163,15 @@ class Recipe:
             raise RecipeError("the recipe has outputs and no section select; say what to keep, such as 'select: {top: 20%}'")
         if self.select is not None and not self.outputs:
             raise RecipeError("the recipe has a section select and no outputs; say where to, such as 'outputs: [{path: best}]'")
-        real = [os.path.realpath(output.path) for output in self.outputs]
+        real = [os.path.realpath(os.path.expanduser(output.path)) for output in self.outputs]
         for i, path in enumerate(real):
             if path in real[:i]:
                 raise RecipeError(
                     f"outputs.{real.index(path)}.path and outputs.{i}.path are both {self.outputs[i].path!r}; each output needs a place of its own"
                 )
+            for j, other in enumerate(real):
+                if path.startswith(other + os.sep):
+                    raise RecipeError(f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; name a place beside it")
 
     def resolved(self) -> Recipe:
         """The same recipe with every default of the selection spelled out, and with paths that mean the same in any folder."""

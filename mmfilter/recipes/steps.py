@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmfilter.core.codes.index import check_installed
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.destination import check_output
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.run import check_place
 from mmfilter.core.data.shards import expand
@@ -107,6 +108,7 @@ class _Follower:
         folder = self._recipe.selection(output).to_folder
         path = Path(output.path)
         if not path.exists() or (folder and path.is_dir() and not any(path.iterdir())):
+            check_output(path, folder, self._run.path, self._shards)
             return False
         made = record.recipe_of(record.manifest_of(output, folder))
         if made is None:

@@ -141,6 +141,10 @@ REFUSED = {
     "no select": (S + "outputs: [{path: a}]", "the recipe has outputs and no section select"),
     "no outputs": (S + "select: {top: 5}", "the recipe has a section select and no outputs"),
     "one place twice": (S + "select: {top: 5}\noutputs: [{path: a}, {path: ./a}]", "outputs.0.path and outputs.1.path are both './a'"),
+    "one place in another": (
+        S + "select: {top: 5}\noutputs: [{path: a/b}, {path: a}]",
+        "outputs.0.path 'a/b' is in outputs.1.path 'a'; name a place beside it",
+    ),
     "twice": (S + "run: {limit: 1, limit: 2}", "recipe.yaml' is no YAML: line 2, column 17: the key 'limit' comes twice"),
     "no YAML": (S + "run: [", "recipe.yaml' is no YAML: line 2, column 7 while parsing a flow node: "),
     "nothing": ("# nothing", "holds no sections; expected lines like 'inputs:'"),

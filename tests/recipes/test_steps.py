@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.data.shards import read_samples
-from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError
+from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError, SelectionError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
 from mmfilter.recipes.steps import Step, follow
@@ -196,6 +196,19 @@ def test_a_local_model_that_changed_is_looked_at_again(recipe, tmp_path):
     os.utime(tmp_path / "sae/cfg.json", (1, 1))
     assert states(go(recipe)) == [("score", "done")]  # its hash is the same, so nothing is scored again
     assert states(go(recipe)) == [("score", "skipped")]
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_scored(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    places = {
+        "run/best": f"is in the run directory '{tmp_path}/run'; write beside it",
+        "file/best": "cannot be written: Not a directory",
+    }
+    for place, words in places.items():
+        with pytest.raises(SelectionError) as caught:
+            go(replace(recipe, outputs=(Output(f"{tmp_path}/{place}"),)), dry_run=True)
+        assert str(caught.value) == f"output '{tmp_path}/{place}' {words}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_outputs_in_the_way_are_refused_before_anything_is_scored(recipe, tmp_path):
