@@ -118,7 +118,10 @@ class _Follower:
                 f"output {output.path!r} was made with another recipe ({_difference(made['recipe'], self._recipe)}); name a new path, or delete it"
             )
         if self._scored and made["scores"] != record.scores_digest(self._recipe, self._run):
-            raise RecipeError(f"output {output.path!r} was made from other scores than run {str(self._run.path)!r} holds now; name a new path, or delete it")
+            more = ", or select.metadata" if self._recipe.select.metadata else ""
+            raise RecipeError(
+                f"output {output.path!r} was made from other scores than run {str(self._run.path)!r}{more} holds now; name a new path, or delete it"
+            )
         return True
 
     # --- the steps ---------------------------------------------------------------------------
