@@ -318,5 +318,7 @@ def test_llava_json_with_its_folder_and_columns_of_another_file(tmp_path, monkey
     assert Path("out").read_text().split() == ["s3", "s4", "s5"]
     assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "skipped"), ("select", "skipped")]
     Path("more.csv").write_text("key,taste\n" + "".join(f"s{i},{10 - i}\n" for i in range(6)))
-    with pytest.raises(RecipeError, match=r"output '.*/out' was made from other scores than run '.*', or select\.metadata holds now; name a new path, or delete it"):
+    with pytest.raises(
+        RecipeError, match=r"output '.*/out' was made from other scores than run '.*', or select\.metadata holds now; name a new path, or delete it"
+    ):
         go(read_recipe(Path("recipe.yaml")))
