@@ -47,6 +47,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     The file is YAML, or `*.json`: the manifest of an output that a recipe made.
     """
+    if path.is_dir():
+        raise RecipeError(f"recipe {str(path)!r} is a folder; name a recipe, or the manifest.json of an output that a recipe made")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

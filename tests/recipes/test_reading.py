@@ -182,6 +182,8 @@ def test_changes_that_are_refused(tmp_path, change, words):
 def test_no_file(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe '.*none\.yaml' cannot be read: No such file or directory; write one with: mmfilter init SHARDS -o "):
         read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match=r"is a folder; name a recipe, or the manifest\.json of an output that a recipe made"):
+        read_recipe(tmp_path)
 
 
 def test_the_settings_of_the_operations_judge_the_rest():

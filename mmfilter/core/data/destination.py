@@ -34,7 +34,7 @@ def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None
     real, inside = output.resolve(), run.resolve()
     if real == inside or inside in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
-    above = next(parent for parent in real.parents if parent.exists())
+    above = next((parent for parent in real.parents if parent.exists()), real)
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not os.access(above, os.W_OK):
