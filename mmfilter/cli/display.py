@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mmfilter.ops.score import ScoreSummary
-    from mmfilter.ops.select import Selection
+    from mmfilter.ops.selection import Selection
 
 BARS = " ▁▂▃▄▅▆▇█"
 

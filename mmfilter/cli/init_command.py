@@ -8,10 +8,18 @@ from typing import Annotated
 
 import typer
 
+from mmfilter.cli import options
+
 
 def init(
-    shards: Annotated[list[str], typer.Argument(help="WebDataset tars: paths, globs, brace patterns, URLs.", metavar="SHARDS")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(help="WebDataset tars, parquet files with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs.", metavar="SHARDS"),
+    ],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write, or - for stdout.")] = "recipe.yaml",
+    caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
 ) -> None:
     """Write a commented recipe for your shards.
 
@@ -21,9 +29,10 @@ def init(
     Example: mmfilter init 'examples/shards/*.tar'
     """
     from mmfilter.cli import display
+    from mmfilter.core.data.shards import InputOptions
     from mmfilter.recipes.drafting import draft, look, write_draft
 
-    found = look(shards)
+    found = look(shards, InputOptions(caption, images, allow_pipe))
     if output == "-":
         sys.stdout.write(draft(found))
         return

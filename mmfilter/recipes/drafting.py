@@ -8,12 +8,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.decode import CAPTION_FIELDS, DecodeSettings, caption_of
-from mmfilter.core.data.shards import STDIN, RawSample, expand, is_url, read_samples, stamp
+from mmfilter.core.data.shards import NO_OPTIONS, STDIN, InputOptions, RawSample, expand, is_tar, is_url, read_once, read_samples, stamp
 from mmfilter.core.model.cards import card_names, load_card
 from mmfilter.errors import RecipeError
 
@@ -30,11 +32,15 @@ class Look:
     patterns: tuple[str, ...]
     n_shards: int
     n_samples: int | None
-    """Estimate over all shards from their sizes; None where these are unknown, as of most URLs"""
+    """Estimate over all shards from the sizes of tars; None where these are unknown, as of most URLs"""
     caption: str
-    """Where all captions that were seen are; `auto` where that is more than one place"""
+    """Where all captions that were seen are; `auto` where that is more than one place, or something else than tars"""
     has_uid: bool
     """Whether every sample that was seen has a uid of 32 hexadecimal digits, as DataComp's have"""
+    output: Literal["shards", "llava-json", "keys"] = "shards"
+    """The format that these pairs are most likely wanted in; only keys where nothing can be read again"""
+    options: InputOptions = NO_OPTIONS
+    """What the user says of them"""
 
     @property
     def told(self) -> str:
@@ -43,22 +49,33 @@ class Look:
         return shards + ("" if self.n_samples is None else f" with about {self.n_samples:,} samples")
 
 
-def look(patterns: Sequence[str]) -> Look:
-    """Look at the first shard; raises `ShardError`, and `RecipeError` when there is nothing to see."""
+def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
+    """Look at the first shard; raises `ShardError`, and `RecipeError` when there is nothing to see or nothing to use."""
     if STDIN in patterns:
         raise RecipeError("a recipe names its shards, so that it can go on with them; '-' is a tar on stdin")
-    shards = expand(patterns)
-    head = list(itertools.islice(read_samples(shards[0]), HEAD))
+    shards = expand(patterns, options)
+    with closing(read_samples(shards[0], options=options)) as samples:
+        head = list(itertools.islice(samples, HEAD))
     if not head:
         raise RecipeError(f"shard {shards[0]!r} holds no samples: nothing to write a recipe for")
+    if all(raw.problem for raw in head):
+        hint = "; --images names the folder of its images" if shards[0].lower().endswith((".json", ".jsonl")) else ""
+        raise RecipeError(f"none of the first {len(head)} samples of shard {shards[0]!r} can be used, the first has: {head[0].problem}{hint}")
     uids = [_uid(raw) for raw in head]
-    return Look(tuple(patterns), len(shards), _estimate(shards, head), _caption(head), all(uid and _UID.fullmatch(uid) for uid in uids))
+    found = _caption(head)
+    return Look(
+        tuple(patterns), len(shards), _estimate(shards, head),
+        caption=options.caption if options.caption != "auto" else found if all(map(is_tar, shards)) else "auto",
+        has_uid=all(uid and _UID.fullmatch(uid) for uid in uids),
+        output="keys" if any(map(read_once, shards)) else "llava-json" if found == "conversations" else "shards",
+        options=options,
+    )  # fmt: skip
 
 
 def _estimate(shards: list[str], head: list[RawSample]) -> int | None:
     if len(shards) == 1 and len(head) < HEAD:
         return len(head)
-    if any(is_url(shard) for shard in shards):
+    if any(is_url(shard) or read_once(shard) or not is_tar(shard) for shard in shards):
         return None
     total = sum(stamp(shard).size or 0 for shard in shards)
     end = head[-1].offset + head[-1].nbytes
@@ -104,11 +121,18 @@ def draft(found: Look) -> str:
     return _DRAFT.format(
         told=found.told,
         shards="\n".join(f"    - {json.dumps(pattern, ensure_ascii=False)}" for pattern in found.patterns),
-        caption=found.caption,
+        caption=f"{found.caption if re.fullmatch('[a-z_]+', found.caption) else json.dumps(found.caption, ensure_ascii=False)}  ".ljust(19),
+        more=_more(found.options),
         cards="\n".join(f"  #   {name}" for name in scoring if name != "tiny"),
-        output=_LLAVA if found.caption == "conversations" else _SHARDS,
+        output=_OUTPUTS[found.output],
         datacomp=_DATACOMP if found.has_uid else "",
     )
+
+
+def _more(options: InputOptions) -> str:
+    """Lines for what has been said of the inputs beside where their captions are."""
+    images = "" if options.images is None else f"  images: {json.dumps(options.images, ensure_ascii=False)}\n"
+    return images + ("  allow_pipe: true            # runs the commands in a shell\n" if options.allow_pipe else "")
 
 
 _SHARDS = """  - path: best
@@ -118,6 +142,11 @@ _SHARDS = """  - path: best
 _LLAVA = """  - path: best
     format: llava-json        # captions are conversations; or shards, parquet, hf, datacomp (new folders), tar, keys (new files)
     shard_size: 10000"""
+
+_KEYS = """  - path: best.txt
+    format: keys              # what a command prints cannot be read again, so nothing else is possible"""
+
+_OUTPUTS = {"shards": _SHARDS, "llava-json": _LLAVA, "keys": _KEYS}
 
 _DATACOMP = """
   # The samples have uids, so this is possible too, for DataComp's resharder:
@@ -132,8 +161,8 @@ _DRAFT = """\
 inputs:
   shards:                     # paths, globs, brace patterns, URLs
 {shards}
-  caption: {caption}                # txt, conversations, the name of a JSON field, or auto
-
+  caption: {caption}# txt, conversations, the name of a JSON field or parquet column, or auto
+{more}
 model:
   # tiny is embedded, for trying this out on icons and emoji; on photographs its scores mean nothing.
   # For real data name the card of a real model (mmfilter models list):

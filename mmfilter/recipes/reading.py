@@ -47,6 +47,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     The file is YAML, or `*.json`: the manifest of an output that a recipe made.
     """
+    if path.is_dir():
+        raise RecipeError(f"recipe {str(path)!r} is a folder; name a recipe, or the manifest.json of an output that a recipe made")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,13 +77,22 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # derived from the safe loader
     except yaml.YAMLError as error:
-        raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise RecipeError(f"{what} is no YAML: {_problem(error)}") from error
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, after the line that it is in."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    context = f" {error.context}" if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}{context}: {problem}"
 
 
 def _change(values: dict[str, Any], change: str) -> None:
     """Put `select.top=30%` or `outputs.0.path=best` into the values of a recipe."""
     place, equals, text = change.partition("=")
-    if not equals or not place:
+    if not equals or not all(part.strip() for part in place.split(".")):
         raise RecipeError(f"--set {change!r} is not KEY.KEY=VALUE, such as select.top=30%")
     inner: Any = values
     *way, last = place.strip().split(".")
@@ -213,6 +224,8 @@ def _told(kinds: Sequence[Any]) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     told = []
     for kind in kinds:
+        if kind is int and float in kinds:
+            continue
         if get_origin(kind) is Literal:
             choices = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in get_args(kind)]
             told.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")

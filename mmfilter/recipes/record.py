@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 from mmfilter import __version__
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.places import is_url
 from mmfilter.core.data.run import finished, name_shards
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.recipes.schema import Output, Recipe
@@ -110,9 +112,11 @@ def about_output(recipe: Recipe, output: Output, run: RunDirectory) -> dict[str,
 
 
 def scores_digest(recipe: Recipe, run: RunDirectory) -> str:
-    """Of the scores that a selection of the recipe rests on, those of the run to match too."""
-    match = recipe.select.match if recipe.select is not None else None
-    return digest([tables_digest(run), None if match is None else tables_digest(RunDirectory(Path(match)))])
+    """Of the scores that a selection of the recipe rests on, those of the run to match and files with more columns too."""
+    match, patterns = (None, ()) if recipe.select is None else (recipe.select.match, recipe.select.metadata)
+    found = [tables_digest(run), None if match is None else tables_digest(RunDirectory(Path(match)))]
+    local = [pattern for pattern in patterns if not is_url(pattern)]
+    return digest(found + [[path, stamp_of(Path(path))] for pattern in local for path in (sorted(glob.glob(pattern, recursive=True)) or [pattern])])
 
 
 def recipe_of(path: Path) -> dict[str, Any] | None:

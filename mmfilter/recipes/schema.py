@@ -118,7 +118,8 @@ class Dedup:
 class Select:
     """What to keep (see `SelectSettings`)."""
 
-    top: str | int | None = None
+    top: str | int | float | None = None
+    """As `SelectSettings` has it; a number with a point is refused there"""
     min: float | None = None
     by: str = "similarity"
     where: str | None = None
@@ -162,12 +163,15 @@ class Recipe:
             raise RecipeError("the recipe has outputs and no section select; say what to keep, such as 'select: {top: 20%}'")
         if self.select is not None and not self.outputs:
             raise RecipeError("the recipe has a section select and no outputs; say where to, such as 'outputs: [{path: best}]'")
-        real = [os.path.realpath(output.path) for output in self.outputs]
+        real = [os.path.realpath(os.path.expanduser(output.path)) for output in self.outputs]
         for i, path in enumerate(real):
             if path in real[:i]:
                 raise RecipeError(
                     f"outputs.{real.index(path)}.path and outputs.{i}.path are both {self.outputs[i].path!r}; each output needs a place of its own"
                 )
+            for j, other in enumerate(real):
+                if path.startswith(other + os.sep):
+                    raise RecipeError(f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; name a place beside it")
 
     def resolved(self) -> Recipe:
         """The same recipe with every default of the selection spelled out, and with paths that mean the same in any folder."""
@@ -175,16 +179,16 @@ class Recipe:
         select = self.select
         if select is not None:
             threshold, on = self._duplicates(select)
-            match = None if select.match is None else os.path.abspath(select.match)
-            metadata = tuple(map(os.path.abspath, select.metadata))
+            match = None if select.match is None else _place(select.match)
+            metadata = tuple(map(_place, select.metadata))
             select = replace(select, top=None if select.top is None else str(select.top), dedup=threshold, dedup_on=on, match=match, metadata=metadata)
         return replace(
             self,
             inputs=replace(self.inputs, shards=tuple(map(_whole, self.inputs.shards)), images=self.inputs.images and _whole(self.inputs.images)),
             model=model,
-            run=replace(self.run, directory=os.path.abspath(self.run.directory)),
+            run=replace(self.run, directory=_place(self.run.directory)),
             select=select,
-            outputs=tuple(replace(output, path=os.path.abspath(output.path)) for output in self.outputs),
+            outputs=tuple(replace(output, path=_place(output.path)) for output in self.outputs),
         )
 
     def _duplicates(self, select: Select) -> tuple[float | Literal[False], On]:
@@ -203,7 +207,7 @@ class Recipe:
             top=None if select.top is None else str(select.top), min=select.min, by=select.by, where=select.where,
             dedup=None if threshold is False else threshold, dedup_on=on, per=select.per, diverse=select.diverse,
             match=None if select.match is None else Path(select.match), repeat=select.repeat, metadata=select.metadata, shuffle=select.shuffle, dry_run=dry_run,
-            format=output.format, output=Path(output.path), shard_size=output.shard_size,
+            format=output.format, output=output.path, shard_size=output.shard_size,
         )  # fmt: skip
 
     def values(self) -> dict[str, Any]:
@@ -213,14 +217,18 @@ class Recipe:
 
 def _absolute(name: str) -> str:
     """The path of a local model or SAE; the name of a card, or of something on the hub, as it is."""
-    return os.path.abspath(name) if name not in card_names() and os.path.exists(name) else name
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if name not in card_names() and os.path.exists(path) else name
 
 
 def _whole(path: str) -> str:
-    """A path that means the same in any folder; URLs and commands as they are."""
-    if is_url(path) or path.startswith("pipe:"):
-        return path
-    return os.path.abspath(path) + ("/" if path.endswith("/") else "")
+    """An input that means the same in any folder, with the slash that makes a folder of a URL; commands as they are."""
+    return path if path.startswith("pipe:") else _place(path) + ("/" if path.endswith("/") and not is_url(path) else "")
+
+
+def _place(path: str) -> str:
+    """A path that means the same in any folder; URLs as they are."""
+    return path if is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmfilter.core.codes.index import check_installed
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
+from mmfilter.core.data.destination import check_output
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.run import check_place
 from mmfilter.core.data.shards import expand
@@ -97,6 +98,8 @@ class _Follower:
                 )
         if self._recipe.dedup is not None:
             self._recipe.dedup.settings()
+        if self._recipe.outputs:
+            select_operation.check_request(self._recipe.selection(self._recipe.outputs[0]))
         for output in self._recipe.outputs:
             self._check_output(output)
 
@@ -105,6 +108,7 @@ class _Follower:
         folder = self._recipe.selection(output).to_folder
         path = Path(output.path)
         if not path.exists() or (folder and path.is_dir() and not any(path.iterdir())):
+            check_output(path, folder, self._run.path, self._shards)
             return False
         made = record.recipe_of(record.manifest_of(output, folder))
         if made is None:
@@ -114,7 +118,10 @@ class _Follower:
                 f"output {output.path!r} was made with another recipe ({_difference(made['recipe'], self._recipe)}); name a new path, or delete it"
             )
         if self._scored and made["scores"] != record.scores_digest(self._recipe, self._run):
-            raise RecipeError(f"output {output.path!r} was made from other scores than run {str(self._run.path)!r} holds now; name a new path, or delete it")
+            more = ", or select.metadata" if self._recipe.select.metadata else ""
+            raise RecipeError(
+                f"output {output.path!r} was made from other scores than run {str(self._run.path)!r}{more} holds now; name a new path, or delete it"
+            )
         return True
 
     # --- the steps ---------------------------------------------------------------------------
@@ -203,9 +210,9 @@ class _Follower:
         facts = {"output": output.path, "format": output.format}
         if self._check_output(output):
             return Step("select", "skipped", f"finished before: {output.path} ({output.format})", facts)
+        settings = self._recipe.selection(output, dry_run=self._dry_run)
         if self._dry_run:
-            return Step("select", "planned", f"write {output.path} ({output.format})", facts)
-        settings = self._recipe.selection(output)
+            return self._planned(settings, facts)
         about = record.about_output(self._recipe, output, self._run)
         if settings.to_folder:
             selection = select_operation.select(self._run.path, settings, progress=self._progress, recipe=about)
@@ -213,6 +220,21 @@ class _Follower:
             selection = self._select_file(settings, record.manifest_of(output, False), about)
         text = f"{selection.written:,} samples, {selection.fraction_kept:.1%} of the candidates -> {output.path} ({output.format})"
         return Step("select", "done", text, facts | {"written": selection.written}, tuple(selection.funnel), selection.warnings)
+
+    def _planned(self, settings: select_operation.SelectSettings, facts: dict[str, Any]) -> Step:
+        """What would be written; how much, where the scores are there already."""
+        place = f"{settings.output} ({settings.format})"
+        if not self._scored:
+            return Step("select", "planned", f"write {place}", facts)
+        found = select_operation.select(self._run.path, settings, progress=self._progress)
+        return Step(
+            "select",
+            "planned",
+            f"write {found.written:,} samples, {found.fraction_kept:.1%} of the candidates -> {place}",
+            facts,
+            tuple(found.funnel),
+            found.warnings,
+        )
 
     def _select_file(self, settings: select_operation.SelectSettings, manifest: Path, about: dict[str, Any]) -> select_operation.Selection:
         """Write a file, and before it the manifest beside it, so that a file under its name always has one."""

@@ -14,7 +14,7 @@ from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests import inputs
 from tests.ops.test_inputs import samples_of
-from tests.ops.test_select import make_run
+from tests.runs import make_run
 
 N = 30
 PAIRS = inputs.pairs(N)

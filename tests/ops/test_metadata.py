@@ -17,7 +17,7 @@ from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
 from tests import inputs
-from tests.ops.test_select import keys_of, make_run, make_shard
+from tests.runs import keys_of, make_run, make_shard
 
 PER_SHARD = 12
 
@@ -308,3 +308,26 @@ def test_columns_that_are_named_go_with_the_pairs(tmp_path):
     select(run, SelectSettings(top="100%", where="stars >= 2", format="parquet", output=tmp_path / "best"))
     rows = pq.read_table(tmp_path / "best/data").to_pylist()
     assert [(row["key"], row["stars"]) for row in rows] == [(f"{i:09d}", i) for i in range(2, 6)]
+
+
+def test_a_column_of_decimals_ranks(tmp_path):
+    make_shard(tmp_path / "x.tar", ["a", "b", "c"])
+    run = make_run(tmp_path / "run", {str(tmp_path / "x.tar"): [0.5, 0.5, 0.5]})
+    pq.write_table(pa.table({"key": ["a", "b", "c"], "stars": pa.array([2, 3, 1], pa.decimal128(5, 2))}), tmp_path / "more.parquet")
+    assert keys_of(run, tmp_path, top="1", by="stars", metadata=(str(tmp_path / "more.parquet"),)) == ["b"]
+
+
+OURS = ("_at", "_among", "among", "place", "position", "v", "given", "found", "name", "first", "theirs", "mine", "my col", "größe", "select", 'a"b')
+
+
+def test_columns_of_other_files_may_be_called_as_what_is_inside(tmp_path):
+    make_shard(tmp_path / "x.tar", [f"k{i}" for i in range(6)])
+    run = make_run(tmp_path / "run", {str(tmp_path / "x.tar"): [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]})
+    pq.write_table(pa.table({"key": [f"k{i}" for i in range(6)]} | {name: list(range(6)) for name in OURS}), tmp_path / "more.parquet")
+    files = (str(tmp_path / "more.parquet"),)
+    for name in OURS:
+        quoted = '"' + name.replace('"', '""') + '"'
+        assert keys_of(run, tmp_path, top="2", by=f"{quoted} + 0", metadata=files) == ["k4", "k5"], name
+        assert keys_of(run, tmp_path, top="100%", where=f"{quoted} = 3", metadata=files) == ["k3"], name
+        assert keys_of(run, tmp_path, top="1", per=f"{quoted} % 2", metadata=files) == ["k0", "k1"], name
+        assert keys_of(run, tmp_path, top="100%", repeat=f"{quoted} // 4", metadata=files) == ["k4", "k5"], name

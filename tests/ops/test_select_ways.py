@@ -4,48 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import tarfile
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import webdataset
+import scipy.stats
 
 from mmfilter.cli.app import main
 from mmfilter.core.codes import matching
 from mmfilter.core.data.artifacts import RunDirectory, read_json, write_json
 from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.data.shards import read_samples
-from mmfilter.errors import RunError, SelectionError
-from mmfilter.ops.dedup import DedupSettings, DuplicateSettings, dedup
 from mmfilter.ops.select import SelectSettings, select
 from tests.codes import FEATURES, REFERENCE, SAMPLES, Sample, clustered, write_run
-from tests.conftest import Quiet
-from tests.ops.test_select import collect, make_run, make_shard, samples_of
+from tests.runs import kept_keys, listing, make_run, make_shard, refused
 
 
 def with_own_keys(samples: list[Sample]) -> list[Sample]:
     return [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(samples)]
-
-
-def keys_of(run: Path, **settings) -> list[str]:
-    return collect(run, SelectSettings(format="keys", **settings))[0].decode().split()
-
-
-def error_of(run: Path, **settings) -> str:
-    with pytest.raises((SelectionError, RunError)) as caught:
-        select(run, SelectSettings(**{"format": "keys", **settings}))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
 # --- coverage and matching ---
@@ -82,21 +60,21 @@ def greedy_keys(samples: list[Sample], n: int, target: np.ndarray) -> set[str]:
 def test_diverse_is_a_plain_loop_over_the_definition(tmp_path):
     samples = with_own_keys(clustered(150, seed=1, ties=False))
     run = write_run(tmp_path / "run", samples)
-    assert set(keys_of(run, top="30", diverse=True)) == greedy_keys(samples, 30, np.full(FEATURES, 1 / FEATURES))
+    assert set(kept_keys(run, top="30", diverse=True)) == greedy_keys(samples, 30, np.full(FEATURES, 1 / FEATURES))
 
 
 def test_match_is_a_plain_loop_over_the_definition(tmp_path):
     samples, good = with_own_keys(clustered(150, seed=2, ties=False)), with_own_keys(clustered(20, seed=3, share=0.9))
     run, target = write_run(tmp_path / "run", samples), write_run(tmp_path / "good", good)
     mean = np.mean([profile(sample) for sample in good if sample.score is not None], axis=0)
-    found = keys_of(run, top="25", match=target)
+    found = kept_keys(run, top="25", match=target)
     assert set(found) == greedy_keys(samples, 25, mean / mean.sum())
     at = {sample.key: profile(sample) for sample in samples}
 
     def distance(keys: list[str]) -> float:
         return 0.5 * float(np.abs(np.mean([at[key] for key in keys], axis=0) - mean).sum())
 
-    assert distance(found) < distance(keys_of(run, top="25")) - 0.02
+    assert distance(found) < distance(kept_keys(run, top="25")) - 0.02
 
 
 @pytest.mark.parametrize("at_once", [matching.AT_ONCE, 60])
@@ -107,7 +85,7 @@ def test_the_order_of_shards_and_row_groups_plays_no_part(tmp_path, monkeypatch,
     samples = clustered(300, seed=4, shards=4)
     one = write_run(tmp_path / "one", samples, group=50)
     other = write_run(tmp_path / "other", samples, shards=["/data/s2.tar", "/data/s0.tar", "/data/s3.tar", "/data/s1.tar"], group=333)
-    kept = [sorted(keys_of(run, top=top, diverse=True, by="similarity")) for run in (one, other)]
+    kept = [sorted(kept_keys(run, top=top, diverse=True, by="similarity")) for run in (one, other)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == (12 if top == "12" else 120)
 
@@ -117,7 +95,7 @@ def test_samples_in_other_rows_and_shards_are_chosen_alike(tmp_path):
     order = np.random.default_rng(0).permutation(len(samples))
     moved = [dataclasses.replace(samples[i], shard=f"/data/s{n % 4}.tar", row=n // 4) for n, i in enumerate(order.tolist())]
     runs = [write_run(tmp_path / name, some) for name, some in (("one", samples), ("other", moved))]
-    assert sorted(keys_of(runs[0], top="50", diverse=True)) == sorted(keys_of(runs[1], top="50", diverse=True))
+    assert sorted(kept_keys(runs[0], top="50", diverse=True)) == sorted(kept_keys(runs[1], top="50", diverse=True))
 
 
 def test_the_candidates_of_a_coverage_are_those_of_any_selection(tmp_path):
@@ -133,12 +111,26 @@ def test_the_candidates_of_a_coverage_are_those_of_any_selection(tmp_path):
 def test_a_target_that_was_scored_otherwise(tmp_path):
     run, target = (write_run(tmp_path / name, with_own_keys(clustered(30, seed=7))) for name in ("run", "good"))
     write_json(target / "manifest.json", read_json(target / "manifest.json") | {"settings": {"layer": 3}})
-    assert error_of(run, top="5", match=target) == (
+    assert refused(run, top="5", match=target) == (
         f"--match {str(target)!r} was scored otherwise (layer is 3 there and None here): score it with the settings of {str(run)!r}"
     )
     empty = write_run(tmp_path / "empty", [Sample("a", "/data/s0.tar", 0, {}, {}, 0.5)])
-    assert error_of(run, top="5", match=empty) == f"--match {str(empty)!r} has no sample with features: there is nothing to match"
-    assert error_of(run, top="5", match=tmp_path / "none").startswith(f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json")
+    assert refused(run, top="5", match=empty) == f"--match {str(empty)!r} has no sample with features: there is nothing to match"
+    assert refused(run, top="5", match=tmp_path / "none").startswith(f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json")
+
+
+def test_a_target_with_nothing_in_common_is_refused(tmp_path):
+    samples = with_own_keys(clustered(30, seed=7))
+    halves = [
+        [dataclasses.replace(sample, **{name: {j: value for j, value in getattr(sample, name).items() if j % 2 == odd} for name in ("image", "text")}) for sample in samples]
+        for odd in (0, 1)
+    ]  # fmt: skip
+    run, target = (write_run(tmp_path / f"half{odd}", half) for odd, half in enumerate(halves))
+    blank = write_run(tmp_path / "blank", [dataclasses.replace(sample, image={}, text={}) for sample in samples])
+    said = "no candidate has a feature that {} asks for, so none is better than another; leave it out for the best by score"
+    assert refused(run, top="5", match=target) == said.format(f"--match {str(target)!r}")
+    assert refused(blank, top="5", diverse=True) == said.format("--diverse")
+    assert len(kept_keys(blank, top="100%", diverse=True)) == sum(sample.score is not None for sample in samples), "nothing is chosen among"
 
 
 # --- groups ---
@@ -159,7 +151,7 @@ def test_each_group_keeps_its_share(tmp_path, seed):
         left = [s for s in candidates if group(s) == name and s.score is not None and (minimum is None or s.score >= np.float32(minimum))]
         quota = int((Decimal(size) * Decimal(top[:-1]) / 100).quantize(Decimal(1), ROUND_HALF_UP)) if top[-1] == "%" else int(top)
         expected += [s.key for s in sorted(left, key=lambda s: (-s.score, s.key))[:quota]]
-    assert sorted(keys_of(run, top=top, min=minimum, per=per, where="width <> 3")) == sorted(expected)
+    assert sorted(kept_keys(run, top=top, min=minimum, per=per, where="width <> 3")) == sorted(expected)
     assert selection.kept == len(expected) and selection.n_parts == len(sizes)
     assert selection.funnel[-1][0].startswith(f"kept by --top {top} in each of {len(sizes)} groups of --per {per!r}")
     assert selection.kept + sum(selection.dropped.values()) == selection.rows
@@ -169,7 +161,7 @@ def test_null_is_a_group_too(tmp_path):
     make_shard(tmp_path / "a.tar", [f"k{i}" for i in range(6)])
     rows = [{"similarity": i / 10, "caption_chars": None if i < 3 else 1} for i in range(6)]
     run = make_run(tmp_path / "run", {str(tmp_path / "a.tar"): rows})
-    assert keys_of(run, top="1", per="caption_chars") == ["k2", "k5"]
+    assert kept_keys(run, top="1", per="caption_chars") == ["k2", "k5"]
 
 
 # --- formulas ---
@@ -192,15 +184,15 @@ def test_a_formula_ranks_as_numpy_says(tmp_path):
             assert column.values[i] == pytest.approx(0.7 * row["similarity"] + 0.3 * percentile, rel=1e-6)
     assert sorted(column.values[column.present])[0] >= 0
     best = [i for i in np.argsort(-np.where(column.present, column.values, -1), kind="stable")[:10]]
-    assert keys_of(run, top="10", where="width >= 20", by="0.7 * similarity + 0.3 * rank(saev)") == [f"k{i:03d}" for i in sorted(best)]
+    assert kept_keys(run, top="10", where="width >= 20", by="0.7 * similarity + 0.3 * rank(saev)") == [f"k{i:03d}" for i in sorted(best)]
 
 
 def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
     make_shard(tmp_path / "b.tar", ["k3", "k1", "k2"])
     run = make_run(tmp_path / "run", {str(tmp_path / "b.tar"): [0.7, 0.7, 0.1]})
-    assert keys_of(run, top="1", by="similarity * 1") == ["k1"]
-    assert keys_of(run, min=0.7, by="similarity * 1") == ["k3", "k1"]
-    assert keys_of(run, min=1, by="similarity > 0.5") == ["k3", "k1"]
+    assert kept_keys(run, top="1", by="similarity * 1") == ["k1"]
+    assert kept_keys(run, min=0.7, by="similarity * 1") == ["k3", "k1"]
+    assert kept_keys(run, min=1, by="similarity > 0.5") == ["k3", "k1"]
     select(run, SelectSettings(top="1", by="2 * similarity", output=tmp_path / "best"))
     assert pq.read_table(tmp_path / "best/selection.parquet").column("score").to_pylist() == pytest.approx([1.4, 1.4, 0.2])
 
@@ -214,6 +206,8 @@ def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
         ("rank(similarity) + rank() OVER ()", "is not possible: Binder Error:"),
         ("rank(rank(similarity))", "is not possible: Binder Error: window function calls cannot be nested"),
         ("random() + 1", "uses random(), which is another number each time; the column 'random' is a seeded one"),
+        ("", "is no formula; write one over the columns, such as '0.7 * similarity + 0.3 * rank(saev)'"),
+        ("COLUMNS('s.*')", "has a * for several columns; name each"),
         ("key || 'x'", "is no number but varchar; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'"),
         ("(SELECT 1)", "has a sub-query; only a formula over the columns of one row is possible"),
         ("(FROM read_text('/etc/hostname'))", "has a sub-query; only a formula over the columns of one row is possible"),
@@ -225,163 +219,25 @@ def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
 def test_a_formula_that_is_none(tmp_path, by, message):
     run = write_run(tmp_path / "run", [Sample("x", "/data/s0.tar", 0, {}, {}, 0.5)])
     for option in ("by", "repeat"):
-        assert error_of(run, top="1", **{option: by}).startswith(f"--{option} {by!r} {message}")
+        assert refused(run, top="1", **{option: by}).startswith(f"--{option} {by!r} {message}")
 
 
 def test_a_group_that_is_none(tmp_path):
     run = write_run(tmp_path / "run", [Sample("x", "/data/s0.tar", 0, {}, {}, 0.5)])
-    assert error_of(run, top="1", per="source").startswith("--per 'source' names a column 'source' that the score table does not have; it has key,")
-    assert error_of(run, top="1", per="CAST(key AS INTEGER)").startswith("--per 'CAST(key AS INTEGER)' fails: Conversion Error:")
+    assert refused(run, top="1", per="source").startswith("--per 'source' names a column 'source' that the score table does not have; it has key,")
+    assert refused(run, top="1", per="CAST(key AS INTEGER)").startswith("--per 'CAST(key AS INTEGER)' fails: Conversion Error:")
+    assert refused(run, top="1", per=" ").startswith("--per ' ' is no formula; write one over the columns")
 
 
-# --- repetitions ---
-
-
-@pytest.fixture
-def repeated(tmp_path: Path) -> Path:
-    """Five samples to be written 2.5, 0.4, 1, no and 2 times."""
-    make_shard(tmp_path / "data/a.tar", [f"a/{'k' * 110}{i}" for i in range(5)])
-    scores = [{"similarity": 0.5 + i / 10, "saev": times} for i, times in enumerate([2.5, 0.4, 1.0, None, 2.0])]
-    return make_run(tmp_path / "run", {str(tmp_path / "data/a.tar"): scores})
-
-
-EXPECTED = ["0", "2", "4", "0-2", "4-2", "0-3"]
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
-@pytest.mark.parametrize("format", ["shards", "tar"])
-def test_repetitions_are_read_as_samples_of_their_own(repeated, tmp_path, format):
-    output = tmp_path / ("best" if format == "shards" else "best.tar")
-    selection = select(repeated, SelectSettings(top="100%", repeat="saev", output=output, format=format))
-    shard = output / "00000000.tar" if format == "shards" else output
-    originals = {raw.key: raw.members for raw in read_samples(str(tmp_path / "data/a.tar"))}
-    found = list(webdataset.WebDataset(str(shard), shardshuffle=False))
-    prefix = f"a/{'k' * 110}"
-    assert [sample["__key__"] for sample in found] == [prefix + key for key in EXPECTED]
-    for sample, key in zip(found, EXPECTED, strict=True):
-        assert {name: sample[name] for name in ("jpg", "txt")} == originals[prefix + key.split("-")[0]]
-    with tarfile.open(shard) as tar:
-        assert {(member.mtime, member.uname, member.mode) for member in tar} == {(1_700_000_000, "bigdata", 0o444)}
-    assert (selection.kept, selection.written) == (3, 6)
-    assert selection.dropped == {"written 0 times by --repeat 'saev'": 2}
-    assert selection.funnel[2:] == [("kept by --top 100%", 5), ("at least once by --repeat 'saev'", 3), ("with their repetitions", 6)]
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_repetitions_of_every_kind_of_tar(tmp_path, format):
-    make_shard(tmp_path / "data/a.tar", ["d" * 60 + "/grün.v" + "k" * 60, "b"], format=format)
-    run = make_run(tmp_path / "run", {str(tmp_path / "data/a.tar"): [0.5, 0.6]})
-    select(run, SelectSettings(top="100%", repeat="2", output=tmp_path / "best.tar", format="tar", shuffle=1))
-    originals = {raw.key: raw.members for raw in read_samples(str(tmp_path / "data/a.tar"))}
-    found = {raw.key: raw.members for raw in read_samples(str(tmp_path / "best.tar"))}
-    assert found == originals | {f"{key}-2": members for key, members in originals.items()}
-
-
-def test_repetitions_as_keys_and_in_the_record(repeated, tmp_path):
-    ends = [key[-1] for key in keys_of(repeated, top="100%", repeat="saev")]
-    assert ends == ["0", "2", "4", "0", "4", "0"], "a list of keys names samples of the source, as often as they are to be read"
-    shuffled = [key[-1] for key in keys_of(repeated, top="100%", repeat="saev", shuffle=3)]
-    select(repeated, SelectSettings(top="100%", repeat="saev", shuffle=3, output=tmp_path / "best", shard_size=2))
-    written = [(shard, members[::2]) for shard, members in samples_of(tmp_path / "best")]
-    assert [name.split(".")[0].rstrip("-23")[-1] if "-" in name else name.split(".")[0][-1] for _, some in written for name, _ in some] == shuffled
-    assert sorted(shuffled) == sorted(ends)
-    rows = pq.read_table(tmp_path / "best/selection.parquet").to_pylist()
-    assert [row["copies"] for row in rows] == [3, 0, 1, 0, 2]
-    assert [(row["kept"], row["reason"]) for row in rows[:2]] == [(True, None), (False, "written 0 times by --repeat 'saev'")]
-    home = {name.removesuffix(".jpg")[-1]: shard for shard, some in written for name, _ in some if "-" not in name}
-    assert {str(i): row["output_shard"] for i, row in enumerate(rows) if row["kept"]} == home
-    assert json.loads((tmp_path / "best/sizes.json").read_text()) == {f"0000000{i}.tar": 2 for i in range(3)}
-
-
-def test_a_copy_whose_key_is_there_already_goes_into_the_next_shard(tmp_path):
-    make_shard(tmp_path / "data/a.tar", ["k", "k-2"])
-    run = make_run(tmp_path / "run", {str(tmp_path / "data/a.tar"): [0.5, 0.6]})
-    selection = select(run, SelectSettings(top="100%", repeat="CASE WHEN key = 'k' THEN 2 ELSE 1 END", output=tmp_path / "best"))
-    assert [[name for name, _ in members[::2]] for _, members in samples_of(tmp_path / "best")] == [["k.jpg", "k-2.jpg"], ["k-2.jpg"]]
-    assert selection.warnings == ("input shards share keys: 1 output shards end early, so that keys are unique in each",)
-
-
-def test_too_many_repetitions(repeated):
-    assert error_of(repeated, top="100%", repeat="saev * 1000") == "--repeat 'saev * 1000' asks for 2500 copies of a sample; up to 1,000 are possible"
-    assert keys_of(repeated, top="100%", repeat="-saev") == []
-
-
-# --- dry runs, counts, sources ---
-
-
-@pytest.mark.parametrize("settings", [{"top": "2"}, {"top": "50%", "diverse": True}, {"top": "50%", "dedup": 0.9}, {"top": "2", "repeat": "2"}])
-def test_a_dry_run_writes_nothing(tmp_path, settings):
-    shard = tmp_path / "data/s0.tar"
-    make_shard(shard, ["x0", "x1", "x2", "x3"])
-    samples = [dataclasses.replace(sample, key=f"x{i}", shard=str(shard), row=i, score=i / 4) for i, sample in enumerate(clustered(4, seed=1))]
-    run = write_run(tmp_path / "run", samples)
-    before = listing(tmp_path)
-    dry = select(run, SelectSettings(**settings, format="keys", output=tmp_path / "keys", dry_run=True))
-    assert listing(tmp_path) == before
-    wet = select(run, SelectSettings(**settings, format="keys", output=tmp_path / "keys"))
-    assert dry.funnel == wet.funnel and dry.dropped == wet.dropped and wet.nbytes_written and not dry.nbytes_written
-
-
-def test_a_dry_run_uses_pairs_that_are_there(tmp_path):
-    run = write_run(tmp_path / "run", clustered(200, seed=8))
-    dedup(run, DedupSettings(DuplicateSettings(0.9)), Quiet())
-    before = listing(tmp_path)
-    selection = select(run, SelectSettings(top="100%", dedup=0.9, format="keys", dry_run=True))
-    assert listing(tmp_path) == before and selection.not_near < selection.scored
-
-
-def test_a_dry_run_says_what_would_go_wrong(repeated, tmp_path):
-    settings = {"top": "1", "dry_run": True, "format": "shards"}
-    assert error_of(repeated, **settings, output=tmp_path / "data") == f"output {str(tmp_path / 'data')!r} holds shards of the input; name a new folder"
-    os.utime(tmp_path / "data/a.tar", ns=(0, 1))
-    assert "has changed since it was scored" in error_of(repeated, **settings, output=tmp_path / "best")
-    assert select(repeated, SelectSettings(**settings)).kept == 1, "to count needs no shard"
-
-
-def test_a_count_larger_than_what_is_there(repeated, tmp_path):
-    before = listing(tmp_path)
-    there = "5 samples have a score 'similarity'"
-    assert error_of(repeated, top="6", output=tmp_path / "best", format="shards") == (
-        f"--top 6 is more than there is: {there}; give a smaller number, or --top 100%"
-    )
-    where = "similarity > 0.55"
-    assert error_of(repeated, top="5", where=where) == (
-        f"--top 5 is more than there is: 4 samples have a score 'similarity' and pass --where {where!r}; give a smaller number, or --top 100%"
-    )
-    assert listing(tmp_path) == before
-    assert len(keys_of(repeated, top="5")) == len(keys_of(repeated, top="9", per="shard")) == 5
-    assert len(keys_of(repeated, top="5", min=0.75)) == 2, "with --min fewer is what was asked for"
-
-
-def test_a_shard_whose_samples_lie_elsewhere(repeated, tmp_path):
-    shard = tmp_path / "data/a.tar"
-    before, content = shard.stat(), shard.read_bytes()
-    make_shard(shard, [f"b/{'k' * 110}{i}" for i in range(5)])  # the same sizes and places, other keys
-    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert shard.stat().st_size == before.st_size
-    key = f"a/{'k' * 110}0"
-    message = f"has sample {key.replace('a/', 'b/')!r} at byte 0, where {key!r} was scored: it has changed; score it again"
-    assert error_of(repeated, top="100%", format="tar", output=tmp_path / "x.tar") == f"shard {str(shard)!r} {message}"
-    shard.write_bytes(bytes(512) + content[:-512])
-    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    message = f"has no sample at byte 0, where {key!r} was scored: it has changed; score it again"
-    assert error_of(repeated, top="100%", format="tar", output=tmp_path / "x.tar") == f"shard {str(shard)!r} {message}"
-    assert not (tmp_path / "x.tar").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"top": "1", "per": "shard", "diverse": True}, "--per and --diverse are different ways to choose; give one of them"),
-        ({"top": "1", "diverse": True, "match": Path("x")}, "--diverse and --match are different ways to choose; give one of them"),
-        ({"min": 0.5, "diverse": True}, "--diverse needs to know how many: add --top 20% or --top 5000"),
-        ({"min": 0.5, "per": "shard"}, "--per needs to know how many: add --top 20% or --top 5000"),
-    ],
-)
-def test_ways_that_do_not_go_together(settings, message):
-    with pytest.raises(SelectionError) as caught:
-        SelectSettings(**settings, format="keys")
-    assert str(caught.value) == message
+def test_groups_by_rank_are_those_of_scipy(tmp_path):
+    rng = np.random.default_rng(8)
+    widths = rng.integers(0, 20, 60)
+    make_shard(tmp_path / "x.tar", [f"{i:02d}" for i in range(60)])
+    rows = [{"similarity": float(np.float32(rng.random())), "width": int(width)} for width in widths]
+    run = make_run(tmp_path / "run", {str(tmp_path / "x.tar"): rows})
+    quarter = np.floor(4 * (scipy.stats.rankdata(widths, "min") - 1) / 59)
+    best = {max(np.flatnonzero(quarter == group), key=lambda i: rows[i]["similarity"]) for group in np.unique(quarter)}
+    assert kept_keys(run, top="1", per="floor(4 * rank(width))") == [f"{i:02d}" for i in sorted(best)]
 
 
 # --- the command line ---

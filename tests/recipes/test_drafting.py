@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mmfilter.core.data.shards import InputOptions
 from mmfilter.core.model.cards import card_names, load_card
 from mmfilter.errors import RecipeError, ShardError
 from mmfilter.recipes.drafting import Look, draft, look, write_draft
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Inputs, Model, Output, Run, Select
-from tests.conftest import good, picture, write_tar
+from mmfilter.recipes.steps import follow
+from tests import inputs
+from tests.conftest import Quiet, good, picture, write_tar
 
 
 def sample(i: int, record: dict | bytes | None, text: str | None = None) -> list[tuple[str, bytes]]:
@@ -41,7 +46,8 @@ HEADS = {
 def test_captions_and_uids_are_found(tmp_path, case):
     samples, caption, has_uid = HEADS[case]
     shard = write_tar(tmp_path / "a.tar", [member for members in samples for member in members])
-    assert look([str(shard)]) == Look((str(shard),), 1, len(samples), caption, has_uid)
+    output = "llava-json" if caption == "conversations" else "shards"
+    assert look([str(shard)]) == Look((str(shard),), 1, len(samples), caption, has_uid, output)
 
 
 def test_the_number_of_samples_is_estimated_from_sizes(tmp_path):
@@ -66,6 +72,47 @@ def test_what_is_written_is_a_recipe_that_says_what_was_seen(tmp_path, monkeypat
         assert (f"  #   {name}\n" in text) == (name != "tiny" and not load_card(name).cannot_score)
 
 
+OTHERS = {
+    "folder": (lambda here, found: inputs.as_folder(here / "pairs", found), {}, Inputs(("pairs",)), "shards"),
+    "parquet": (lambda here, found: inputs.as_parquet(here / "p/0.parquet", found).parent / "*.parquet", {}, Inputs(("p/*.parquet",)), "shards"),
+    "a column": (lambda here, found: _captioned(here / "p.parquet", found), {"caption": "my words"}, Inputs(("p.parquet",), "my words"), "shards"),
+    "LLaVA JSON": (lambda here, found: inputs.as_llava(here / "d.json", found), {"images": "images"}, Inputs(("d.json",), images="images"), "llava-json"),
+    "a command": (
+        lambda here, found: f"pipe:cat {inputs.as_tar(here / 'a.tar', found).name}", {"allow_pipe": True},
+        Inputs(("pipe:cat a.tar",), "txt", allow_pipe=True), "keys",
+    ),
+}  # fmt: skip
+
+
+def _captioned(path: Path, found: list[inputs.Pair]) -> Path:
+    inputs.as_parquet(path, found)
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns([{"caption": "my words"}.get(name, name) for name in table.column_names]), path)
+    return path
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_inputs_get_a_recipe_that_runs_as_it_is(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    make, options, expected, output = OTHERS[case]
+    made = make(tmp_path, inputs.pairs(6))
+    pattern = made if isinstance(made, str) else str(made.relative_to(tmp_path))
+    found = look([pattern], InputOptions(**options))
+    assert (found.n_samples, found.output) == (6, output)
+    write_draft(tmp_path / "recipe.yaml", draft(found))
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert recipe.inputs == expected and recipe.outputs[0].format == output
+    steps = follow(recipe, Quiet(), lambda step: None)
+    assert [(step.name, step.state) for step in steps] == [("score", "done"), ("select", "done")]
+    assert (steps[0].facts, steps[1].facts["written"]) == ({"samples": 6, "scored": 6}, 1)
+
+
+def test_how_many_samples_there_are_is_not_guessed_where_sizes_do_not_say(tmp_path):
+    for i in range(2):
+        inputs.as_parquet(tmp_path / f"{i}.parquet", inputs.pairs(3))
+    assert look([f"{tmp_path}/*.parquet"]).told == "2 shards"
+
+
 def test_everything_in_comments_is_a_recipe_too(tmp_path):
     """Each commented key, put in, is one that a recipe has."""
     shard = write_tar(tmp_path / "a.tar", [member for i in range(2) for member in good(f"{i}", i)])
@@ -87,6 +134,14 @@ def test_what_is_refused(tmp_path):
     empty = write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(RecipeError, match=r"shard '.*empty\.tar' holds no samples: nothing to write a recipe for"):
         look([str(empty)])
+    llava = inputs.as_llava(tmp_path / "d.json", inputs.pairs(2), images="elsewhere")
+    problem = (
+        "none of the first 2 samples of shard '.*d.json' can be used, the first has: no such file: '000000000.jpg'; --images names the folder of its images"
+    )
+    with pytest.raises(RecipeError, match=problem):
+        look([str(llava)])
+    with pytest.raises(ShardError, match="would run a shell"):
+        look(["pipe:cat a.tar"])
     (tmp_path / "recipe.yaml").write_text("mine")
     with pytest.raises(RecipeError, match=r"recipe\.yaml' is there already; name another file with -o, or delete it first"):
         write_draft(tmp_path / "recipe.yaml", "new")

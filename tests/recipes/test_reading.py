@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_the_resolved_recipe_reads_back_and_is_the_same_from_any_folder(path, tm
     assert Path(resolved.run.directory).is_absolute() and Path(resolved.outputs[0].path).is_absolute()
 
 
+def test_the_home_folder_is_known_and_urls_stay_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "inputs: {shards: [~/a.tar, 's3://b/'], images: ~/i}\nrun: {directory: ~/run/}\nselect: {top: 1, match: ~/good}\noutputs: [{path: 's3://b/x'}]"
+    resolved = read_recipe(written(tmp_path, text)).resolved()
+    assert resolved.inputs == Inputs((f"{tmp_path}/a.tar", "s3://b/"), images=f"{tmp_path}/i")
+    assert (resolved.run.directory, resolved.select.match) == (f"{tmp_path}/run", f"{tmp_path}/good")
+    with pytest.raises(SelectionError, match="output 's3://b/x' is a URL; select into a local folder and upload that"):
+        resolved.selection(resolved.outputs[0])
+
+
 @pytest.mark.parametrize(
     ("dedup", "select", "threshold", "on"),
     [
@@ -121,7 +132,7 @@ REFUSED = {
     "no whole number": (S + "run: {workers: true}", "run.workers is True; expected a whole number"),
     "number": (S + "select: {min: lots}", "select.min is 'lots'; expected a number"),
     "truth": (S + "select: {diverse: yes}", "select.diverse is 'yes'; expected true or false"),
-    "share as a number": (S + "select: {top: 0.2}", "select.top is 0.2; expected a text or a whole number"),
+    "truth as a number": (S + "select: {top: true}", "select.top is True; expected a text or a number"),
     "cosine or false": (S + "select: {dedup: true}", "select.dedup is True; expected a number or false"),
     "choice": (S + "dedup: {on: sound}", "dedup.on is 'sound'; expected one of both, image, text"),
     "format": (S + "outputs: [{path: a, format: zip}]", "outputs.0.format is 'zip'; expected one of shards, tar, keys"),
@@ -130,8 +141,12 @@ REFUSED = {
     "no select": (S + "outputs: [{path: a}]", "the recipe has outputs and no section select"),
     "no outputs": (S + "select: {top: 5}", "the recipe has a section select and no outputs"),
     "one place twice": (S + "select: {top: 5}\noutputs: [{path: a}, {path: ./a}]", "outputs.0.path and outputs.1.path are both './a'"),
-    "twice": (S + "run: {limit: 1, limit: 2}", "the key 'limit' comes twice"),
-    "no YAML": ("inputs: {", "is no YAML: "),
+    "one place in another": (
+        S + "select: {top: 5}\noutputs: [{path: a/b}, {path: a}]",
+        "outputs.0.path 'a/b' is in outputs.1.path 'a'; name a place beside it",
+    ),
+    "twice": (S + "run: {limit: 1, limit: 2}", "recipe.yaml' is no YAML: line 2, column 17: the key 'limit' comes twice"),
+    "no YAML": (S + "run: [", "recipe.yaml' is no YAML: line 2, column 7 while parsing a flow node: "),
     "nothing": ("# nothing", "holds no sections; expected lines like 'inputs:'"),
     "list as a key": (S + "? [a]\n: b", "is no YAML: "),
 }
@@ -153,7 +168,9 @@ def test_what_is_refused_and_in_which_words(tmp_path, case):
         ("outputs.2.path=a", "'2' is none of the 2 parts of that list; they count from 0"),
         ("outputs.path=a", "'path' is none of the 2 parts of that list"),
         ("select.top.x=1", "select.top is 5 in the recipe and has no keys"),
-        ("run.limit=[", "is no YAML"),
+        ("run.limit=[", "is no YAML: line 1, column 2 while parsing"),
+        (".top=1", "--set '.top=1' is not KEY.KEY=VALUE, such as select.top=30%"),
+        ("select.=1", "--set 'select.=1' is not KEY.KEY=VALUE"),
     ],
 )
 def test_changes_that_are_refused(tmp_path, change, words):
@@ -165,10 +182,14 @@ def test_changes_that_are_refused(tmp_path, change, words):
 def test_no_file(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe '.*none\.yaml' cannot be read: No such file or directory; write one with: mmfilter init SHARDS -o "):
         read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match=r"is a folder; name a recipe, or the manifest\.json of an output that a recipe made"):
+        read_recipe(tmp_path)
 
 
 def test_the_settings_of_the_operations_judge_the_rest():
     recipe = Recipe(Inputs(("a.tar",)), select=Select(top="lots"), outputs=(Output("x"),))
+    with pytest.raises(SelectionError, match=r"--top '0\.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"):
+        replace(recipe, select=Select(top=0.2)).selection(recipe.outputs[0])
     with pytest.raises(SelectionError, match="lots"):
         recipe.selection(recipe.outputs[0])
     with pytest.raises(SelectionError, match="the similarity threshold is 2; give one above 0"):

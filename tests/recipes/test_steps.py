@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.data.shards import read_samples
-from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError
+from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError, SelectionError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
 from mmfilter.recipes.steps import Step, follow
@@ -139,6 +139,38 @@ def test_a_dry_run_writes_nothing(recipe, tmp_path):
     assert {step.state for step in go(recipe, dry_run=True)} == {"skipped"}
 
 
+def test_a_dry_run_of_a_scored_run_has_the_funnel_of_what_would_be_written(recipe, tmp_path):
+    go(recipe)
+    other = replace(recipe, select=Select("50%", min=-1.0), outputs=(Output(f"{tmp_path}/half"),))
+    before = sorted(tmp_path.rglob("*"))
+    planned = go(other, dry_run=True)[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+    done = go(other)[-1]
+    assert (planned.state, done.state) == ("planned", "done") and planned.funnel == done.funnel
+    assert planned.text == f"write 12 samples, 50.0% of the candidates -> {tmp_path}/half (shards)" and done.facts["written"] == 12
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        (Select("25%", where="width >"), "--where 'width >' is not possible: syntax error"),
+        (Select("25%", by="random() + 1"), r"--by 'random\(\) \+ 1' uses random\(\), which is another number each time"),
+        (Select("25%", per="(SELECT 1)"), r"--per '\(SELECT 1\)' has a sub-query"),
+        (Select("25%", match="nowhere"), "nowhere' is no run: it has no manifest.json"),
+        (Select("25%", metadata=("no*.csv",)), r"--metadata '.*/no\*\.csv' matches no file; check the path"),
+    ],
+)
+def test_a_selection_that_cannot_be_made_is_told_before_the_pass(recipe, tmp_path, select, words):
+    with pytest.raises(MMFilterError, match=words):
+        go(replace(recipe, select=select))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_at_a_url_is_refused(recipe):
+    with pytest.raises(RunError, match=r"run 's3:/bucket/run' is a URL; use a local folder and upload that"):
+        go(replace(recipe, run=Run("s3://bucket/run")))
+
+
 def test_a_changed_shard_is_scored_again_and_its_old_output_is_not_taken_for_new(recipe, tmp_path):
     go(recipe)
     members = [member for i in range(13) for member in good(f"{i:09d}", 40 + i)]
@@ -164,6 +196,19 @@ def test_a_local_model_that_changed_is_looked_at_again(recipe, tmp_path):
     os.utime(tmp_path / "sae/cfg.json", (1, 1))
     assert states(go(recipe)) == [("score", "done")]  # its hash is the same, so nothing is scored again
     assert states(go(recipe)) == [("score", "skipped")]
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_scored(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    places = {
+        "run/best": f"is in the run directory '{tmp_path}/run'; write beside it",
+        "file/best": "cannot be written: Not a directory",
+    }
+    for place, words in places.items():
+        with pytest.raises(SelectionError) as caught:
+            go(replace(recipe, outputs=(Output(f"{tmp_path}/{place}"),)), dry_run=True)
+        assert str(caught.value) == f"output '{tmp_path}/{place}' {words}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_outputs_in_the_way_are_refused_before_anything_is_scored(recipe, tmp_path):
@@ -272,3 +317,8 @@ def test_llava_json_with_its_folder_and_columns_of_another_file(tmp_path, monkey
     assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "done"), ("select", "done")]
     assert Path("out").read_text().split() == ["s3", "s4", "s5"]
     assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "skipped"), ("select", "skipped")]
+    Path("more.csv").write_text("key,taste\n" + "".join(f"s{i},{10 - i}\n" for i in range(6)))
+    with pytest.raises(
+        RecipeError, match=r"output '.*/out' was made from other scores than run '.*', or select\.metadata holds now; name a new path, or delete it"
+    ):
+        go(read_recipe(Path("recipe.yaml")))

@@ -84,17 +84,21 @@ class Covering:
     def __init__(self, scores: ScoreTables, values: np.ndarray, target: ScoreTables | None, progress: Progress) -> None:
         self._scores, self._values, self._progress = scores, values, progress
         self._tables = CodeTables(scores)
+        self._option = "--diverse" if target is None else f"--match {str(target.run.path)!r}"
         n = len(self._tables.idf)
         self._target = np.full(n, 1 / n) if target is None else target_of(target, scores, self._tables.idf)
 
     def __call__(self, among: np.ndarray, n: int) -> np.ndarray:
-        """Positions of `n` of the rows of a mask."""
+        """Positions of `n` of the rows of a mask; raises `SelectionError` when none of them has a feature of the target."""
         order = self._scores.first_by_key(among, int(among.sum()))
         order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][::-1]  # the best first, ties stay by key
         sizes = np.sort(self._values[order])
         ranks = np.searchsorted(sizes, self._values[order], side="right") / len(order)
         self._progress.start("choosing", None)
-        chosen = choose_in_chunks(self._chunks(order), self._loader(order, ranks), Coverage(self._target, n), n, AT_ONCE)
+        coverage = Coverage(self._target, n)
+        chosen = choose_in_chunks(self._chunks(order), self._loader(order, ranks), coverage, n, AT_ONCE)
+        if not coverage.value:
+            raise SelectionError(f"no candidate has a feature that {self._option} asks for, so none is better than another; leave it out for the best by score")
         return order[chosen]
 
     def _chunks(self, order: np.ndarray) -> list[np.ndarray]:

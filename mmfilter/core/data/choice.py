@@ -40,11 +40,11 @@ class Top:
     def parse(cls, text: str) -> Top:
         """`20%`, `33.3%` (exact decimals) or `5000`."""
         text = text.strip()
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII):
+        if match := re.fullmatch(r"(\d{1,3}(?:\.\d{1,30})?)\s*%", text, re.ASCII):
             fraction = Fraction(match[1]) / 100
             if 0 < fraction <= 1:
                 return cls(fraction=fraction)
-        elif re.fullmatch(r"\d+", text, re.ASCII) and int(text) > 0:
+        elif re.fullmatch(r"\d{1,18}", text, re.ASCII) and int(text) > 0:
             return cls(count=int(text))
         raise SelectionError(f"--top {text!r} is neither a percentage up to 100% nor a count from 1; write 20% or 5000")
 
@@ -82,7 +82,8 @@ def choose(
     decision[~passes] = Decision.NOT_IN_WHERE
     if minimum is not None:
         if values.dtype.kind == "f":
-            minimum = values.dtype.type(minimum)  # a stored 0.7 is at least 0.7, also as float32
+            with np.errstate(over="ignore"):  # what float32 cannot hold is above all that it can
+                minimum = values.dtype.type(minimum)  # a stored 0.7 is at least 0.7, also as float32
         decision[(decision == Decision.KEPT) & (values < minimum)] = Decision.BELOW_MIN
     if duplicates is not None:
         exact, near = duplicates(decision == Decision.KEPT)

@@ -22,6 +22,11 @@ def open_database(paths: Sequence[Path], view: str) -> duckdb.DuckDBPyConnection
     return database
 
 
+def in_memory() -> duckdb.DuckDBPyConnection:
+    """An empty database, to see what DuckDB makes of a text."""
+    return duckdb.connect(config={"autoinstall_known_extensions": "false"})
+
+
 def lock(database: duckdb.DuckDBPyConnection, paths: Iterable[Path]) -> None:
     """Let it read nothing but the folders of these files, and write nothing, from now on."""
     folders = {os.path.dirname(str(path)) + "/" for path in paths}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.run import in_source
-from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import SelectionError
 
 Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
@@ -23,18 +24,23 @@ def to_folder(format: Format, output: str | Path | None) -> bool:
     return format not in ("tar", "keys")
 
 
-def check_output(output: Path, folder: bool, tables: ScoreTables) -> None:
-    """Raise `SelectionError` for an output that is in the way, in the run, or among the input's shards."""
+def check_output(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None:
+    """Raise `SelectionError` for an output that is in the way, in the run directory, among the input's shards, or where nothing can be written."""
     with explained(output):
-        _check(output, folder, tables)
+        _check(output, folder, run, shards)
 
 
-def _check(output: Path, folder: bool, tables: ScoreTables) -> None:
-    real, run = output.resolve(), tables.run.path.resolve()
-    if real == run or run in real.parents:
-        raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
+def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None:
+    real, inside = output.resolve(), run.resolve()
+    if real == inside or inside in real.parents:
+        raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
+    above = next((parent for parent in real.parents if parent.exists()), real)
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if folder:
-        if any(in_source(real, shard.path) for shard in tables.shards):
+        if any(in_source(real, shard) for shard in shards):
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             what = "is not empty" if real.is_dir() else "is a file"

@@ -18,6 +18,8 @@ from mmfilter.core.data.sql import reason_of
 from mmfilter.errors import SelectionError
 
 NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+DECIMAL = ("DECIMAL", "HUGEINT", "UHUGEINT")
+"""How types begin whose values become DOUBLE"""
 
 _RANK = """CREATE OR REPLACE MACRO rank(x) AS CASE WHEN x IS NOT NULL AND NOT isnan(CAST(x AS DOUBLE)) THEN
     percent_rank() OVER (PARTITION BY x IS NULL OR isnan(CAST(x AS DOUBLE)) ORDER BY x) END"""
@@ -34,21 +36,15 @@ class Expression:
     """`--where`, `--by`, …: what messages begin with"""
     text: str
     condition: bool = False
-    """It says which rows pass; others give a value, may use `rank(x)` and must be the same each time"""
+    """It says which rows pass; others give a value and may use `rank(x)`"""
 
     def check(self, database: duckdb.DuckDBPyConnection, columns: str) -> None:
         """Raise `SelectionError` unless it is one expression over the columns, without sub-queries.
 
         `columns` says in words which there are.
         """
-        skeleton, _ = self._parsed(database, "true")
-        statement, found = self._parsed(database, self.text)
-        if statement != skeleton:
-            raise self.error(f"is more than {self._what}")
-        if '"class": "SUBQUERY"' in json.dumps(found):
-            raise self.error(f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible")
+        self.check_form(database)
         if not self.condition:
-            self._check_constant(database, found)
             database.execute(_NO_RANK)
         try:
             database.execute(f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0")
@@ -56,6 +52,20 @@ class Expression:
             raise self._impossible(error, columns) from error
         if not self.condition:
             database.execute(_RANK)
+
+    def check_form(self, database: duckdb.DuckDBPyConnection) -> None:
+        """Raise `SelectionError` for what can be seen in the text, whatever the columns."""
+        if not self.text.strip():
+            raise self.error(f"is no{self._what.removeprefix('a')}")
+        skeleton, _ = self._parsed(database, "true")
+        statement, found = self._parsed(database, self.text)
+        if statement != skeleton:
+            raise self.error(f"is more than {self._what}")
+        if '"class": "SUBQUERY"' in json.dumps(found):
+            raise self.error(f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible")
+        if next(_nodes(found, "STAR"), None) is not None:
+            raise self.error("has a * for several columns; name each")
+        self._check_constant(database, found)
 
     def columns(self, database: duckdb.DuckDBPyConnection) -> set[str]:
         """The names in it that may be columns."""
@@ -100,7 +110,7 @@ class Expression:
             raise self.error(f"is not possible: {reason_of(error)}") from error
         if kind in NUMERIC:
             return f"(\n{self.text}\n)"
-        if kind in ("BOOLEAN", "HUGEINT", "UHUGEINT") or kind.startswith("DECIMAL"):
+        if kind.startswith(("BOOLEAN", *DECIMAL)) and not kind.endswith("]"):
             return f"CAST((\n{self.text}\n) AS DOUBLE)"
         raise self.error(f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'")
 

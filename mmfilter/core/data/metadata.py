@@ -29,6 +29,7 @@ _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json
 _FILE = "__mmfilter_file"
 FOUND = "__mmfilter_found"
 """Column of what `write_columns` writes that is null where a row was not found"""
+_NAME, _FIRST = "__mmfilter_name", "__mmfilter_first"
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,12 @@ def write_columns(database: duckdb.DuckDBPyConnection, files: Files, columns: Se
     """
     arrays: dict[str, Any] = {"position": np.arange(starts[-1]), "first": np.repeat(starts[:-1], np.diff(starts))}
     database.register("given", artifacts.table(arrays))
-    joined = f"SELECT {_listed(columns, 'theirs.')}, theirs.found AS {FOUND} FROM {_mine(files)} LEFT JOIN {_theirs(files, columns)} ON theirs.name = mine.name"
+    joined = f"SELECT {_listed(columns, 'theirs.')}, theirs.{FOUND} FROM {_mine(files)} LEFT JOIN {_theirs(files, columns)} ON theirs.{_NAME} = mine.name"
     if files.start_of is not None:
         names = list(files.start_of)
         _reach(database, names)
         database.register("places", artifacts.table({"file": names, "first": [files.start_of[name] for name in names]}))
-        joined += " AND theirs.first = mine.first"
+        joined += f" AND theirs.{_FIRST} = mine.first"
     try:
         [(rows,)] = database.execute(f"COPY ({joined} ORDER BY mine.position) TO {literal(str(path))} (FORMAT parquet)").fetchall()
         [(without,)] = database.execute(f"SELECT count(*) FROM {reading(path)} WHERE {FOUND} IS NULL").fetchall()
@@ -219,10 +220,10 @@ def _mine(files: Files) -> str:
 def _theirs(files: Files, columns: Sequence[str]) -> str:
     """The rows of the files: what they are found by, their columns, and where their shard begins."""
     name = f"CAST(rows.{files.by} AS {'HUGEINT' if files.by_number else 'VARCHAR'})"
-    found = f"{name} AS name, true AS found, {_listed(columns, 'rows.')}"
+    found = f"{name} AS {_NAME}, true AS {FOUND}, {_listed(columns, 'rows.')}"
     if files.start_of is None:
         return f"(SELECT {found} FROM {files.relation} AS rows) AS theirs"
-    return f"(SELECT {found}, places.first AS first FROM {files.relation} AS rows JOIN places ON places.file = rows.{_FILE}) AS theirs"
+    return f"(SELECT {found}, places.first AS {_FIRST} FROM {files.relation} AS rows JOIN places ON places.file = rows.{_FILE}) AS theirs"
 
 
 def _listed(columns: Sequence[str], table: str) -> str:

@@ -80,7 +80,9 @@ def finished(run: RunDirectory, shard: Shard) -> bool:
 
 
 def check_place(run: RunDirectory, paths: list[str]) -> None:
-    """Raise `RunError` when the run would be written among the input's shards."""
+    """Raise `RunError` when the run would be written to a URL, or among the input's shards."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run.path)):
+        raise RunError(f"run {str(run.path)!r} is a URL; use a local folder and upload that")
     for path in paths:
         if in_source(run.path, path):
             raise RunError(f"run {str(run.path)!r} is the folder of shard {path!r}, and nothing is written there: use another --run")

@@ -21,7 +21,7 @@ import numpy as np
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.database import lock, open_database
-from mmfilter.core.data.expressions import NUMERIC, Expression
+from mmfilter.core.data.expressions import DECIMAL, NUMERIC, Expression
 from mmfilter.core.data.more_columns import MoreColumns
 from mmfilter.core.data.repack import Members
 from mmfilter.core.data.run import ScoredShard
@@ -83,7 +83,7 @@ class ScoreTables:
     def _connect(self, *, locked: bool = False, among: np.ndarray | None = None) -> duckdb.DuckDBPyConnection:
         """A database with the view `scores`; a locked one can read nothing else, nor write.
 
-        With a mask there is the view `candidates` too: the rows of the mask with their position as `_at`.
+        With a mask there is the view `candidates` too: the rows of the mask with their position as `__mmfilter_at`.
         """
         try:
             database = open_database(self._paths, "score_tables")
@@ -91,8 +91,8 @@ class ScoreTables:
         except duckdb.Error as error:
             raise self._damaged(error) from error
         if among is not None:
-            database.register("given", artifacts.table({"_among": among, "_at": np.arange(len(among))}))
-            database.execute("CREATE VIEW candidates AS SELECT scores.*, _at FROM scores POSITIONAL JOIN given WHERE _among")
+            database.register("given", artifacts.table({"among": among, "place": np.arange(len(among))}))
+            database.execute("CREATE VIEW candidates AS SELECT scores.*, given.place AS __mmfilter_at FROM scores POSITIONAL JOIN given WHERE given.among")
         if locked:
             lock(database, (*self._paths, *self._more.paths))
         return database
@@ -128,10 +128,11 @@ class ScoreTables:
         candidates are the scored rows that pass. Raises `SelectionError` for another column, or an
         expression or condition that is no plain one.
         """
+        by = next((name for name in self.types if name.lower() == by.lower()), by)  # as in SQL
         plain = by in self.types or re.fullmatch(r"\w+", by) is not None
         condition = None if where is None else Expression("--where", where, condition=True)
         self._find(({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor())))
-        if not plain:
+        if not plain or self.types.get(by, "").startswith(DECIMAL):
             passes = np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
             return Column(*self.numbers("--by", by, passes & self.scored), passes)
         self._check_numeric(by)
@@ -185,13 +186,13 @@ class ScoreTables:
         expression.check(database, self._there)
         value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
         try:
-            database.execute(f"CREATE TEMP TABLE found AS SELECT _at, {made(value)} AS v FROM candidates AS scores")
+            database.execute(f"CREATE TEMP TABLE found AS SELECT i, {made('v')} AS v FROM (SELECT __mmfilter_at AS i, {value} AS v FROM candidates AS scores)")
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason_of(error)}") from error
         for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
-            sql = f"SELECT _at, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
+            sql = f"SELECT i, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
             chunk = database.execute(sql).fetchnumpy()
-            yield tuple(np.ma.getdata(chunk[name]) for name in ("_at", "v", "there"))
+            yield tuple(np.ma.getdata(chunk[name]) for name in ("i", "v", "there"))
 
     @property
     def _there(self) -> str:
@@ -216,8 +217,7 @@ class ScoreTables:
 
     def first_by_key(self, among: np.ndarray, n: int) -> np.ndarray:
         """Positions of the first `n` rows by key, then shard, then row, where `among` is true."""
-        sql = f"""
-            SELECT given.position FROM scores POSITIONAL JOIN given WHERE given.among
+        sql = f"""SELECT given.position FROM scores POSITIONAL JOIN given WHERE given.among
             ORDER BY key, shard, scores.row LIMIT {int(n)}"""
         return self._query(sql, among=among, position=np.arange(len(among))).fetchnumpy()["position"]
 

@@ -19,7 +19,7 @@ from mmfilter.core.data.shards import read_samples, stamp
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import good, write_tar
-from tests.ops.test_select import add_table, make_run, make_shard
+from tests.runs import add_table, make_run, make_shard
 
 
 class Counted(MemoryFileSystem):

@@ -16,7 +16,7 @@ from mmfilter.core.data.artifacts import read_json, write_json
 from mmfilter.core.data.shards import read_samples
 from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import picture
-from tests.ops.test_select import add_table, make_run
+from tests.runs import add_table, make_run
 
 TURNS = [{"from": "human", "value": "What is this?\n<image>"}, {"from": "gpt", "value": "Ein Baum."}, {"from": "human", "value": "Sure?"}]
 

@@ -17,7 +17,7 @@ from mmfilter.core.data.writers.datacomp import subset
 from mmfilter.core.data.writers.kept import Kept
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
-from tests.ops.test_select import add_table
+from tests.runs import add_table
 
 U16 = np.dtype("u8,u8")
 

@@ -79,7 +79,7 @@ def test_parquet_opens_too(hard, written, load):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves tars open
 def test_shards_of_one_kind_of_image_open_as_webdataset(tmp_path, written, load):
     from tests.conftest import good, write_tar
-    from tests.ops.test_select import make_run
+    from tests.runs import make_run
 
     shard = write_tar(tmp_path / "a.tar", [member for i in range(6) for member in good(f"{i}", i)])
     run = make_run(tmp_path / "run", {str(shard): [i / 10 for i in range(6)]})

@@ -18,7 +18,7 @@ from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import picture, write_tar
 from tests.core.data.writers.conftest import HARD, TURNS
-from tests.ops.test_select import make_run
+from tests.runs import make_run
 
 
 def items_of(folder):

@@ -15,7 +15,7 @@ import pytest
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests.core.data.writers.conftest import HARD
-from tests.ops.test_select import add_table
+from tests.runs import add_table
 
 CAPTIONS = ["日本のリンゴ 🍎", "spaces", "ж" * 300, "three", "What is this?\nEin Baum.\nSure?", "two images", "long key", "capitals"]
 
