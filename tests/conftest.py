@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.servers import Log, s3_server
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white")
 THINGS = ("apple", "dog", "house", "face with tears of joy", "tree", "rocket in the night sky", "cat", "sun behind a small cloud")
@@ -107,3 +110,32 @@ class Quiet:
 @pytest.fixture
 def quiet() -> Quiet:
     return Quiet()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[Log]:
+    """An S3 server for the whole session, with the bucket `bucket`."""
+    import boto3
+
+    with s3_server() as log:
+        client = boto3.client("s3", endpoint_url=log.url, aws_access_key_id="testing", aws_secret_access_key="testing", region_name="us-east-1")
+        client.create_bucket(Bucket="bucket")
+        client.close()
+        yield log
+
+
+@pytest.fixture
+def s3(s3_endpoint: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
+    """The S3 server as a user has one: named by the environment, with credentials, and nothing else of this machine's settings."""
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    settings = {"AWS_ENDPOINT_URL_S3": s3_endpoint.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_endpoint.clear()
+    yield s3_endpoint
+    s3_endpoint.clear()
+    s3fs.S3FileSystem.clear_instance_cache()
