@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 Fault = Callable[["Request"], int | None]
 """What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for nothing"""
@@ -160,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Send the head of the answer; the body, and whether it ends too early."""
         asked, log = self.headers.get("Range"), self.server.log
         wrong = log.what_goes_wrong(self.command, self.path, asked)
-        content = None if wrong not in (None, CUT) else self.server.files.get(self.path)
+        content = None if wrong not in (None, CUT) else self.server.files.get(unquote(self.path))
         status = (404 if wrong in (None, CUT) else wrong) if content is None else 200
         body = content or b""
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", asked or "") if self.server.ranges and content is not None else None

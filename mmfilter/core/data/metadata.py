@@ -20,7 +20,7 @@ import numpy as np
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.remote import exists, in_parallel, is_url, matches, without_query
-from mmfilter.core.data.remote_tables import cause_of, reach
+from mmfilter.core.data.remote_tables import reach, said_by_file
 from mmfilter.core.data.shards import is_tar, read_once, stamp
 from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
 from mmfilter.errors import SelectionError, ShardError
@@ -169,12 +169,12 @@ def _types(database: duckdb.DuckDBPyConnection, relation: str, what: str) -> dic
     try:
         return {name: kind for name, kind, *_ in database.execute(f"DESCRIBE FROM {relation}").fetchall()}
     except duckdb.Error as error:
-        raise SelectionError(f"{what} {_why(error)}") from error
+        raise SelectionError(f"{what}{_why(error)}") from error
 
 
 def _why(error: duckdb.Error) -> str:
-    failure = cause_of(error)
-    return f"cannot be read: {reason_of(error)}" if failure is None else failure.problem
+    said = said_by_file(error)
+    return f" cannot be read: {reason_of(error)}" if said is None else f": {said}"
 
 
 # --- joining ---------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def write_columns(database: duckdb.DuckDBPyConnection, files: Files, columns: Se
         [(rows,)] = database.execute(f"COPY ({joined} ORDER BY mine.position) TO {literal(str(path))} (FORMAT parquet)").fetchall()
         [(without,)] = database.execute(f"SELECT count(*) FROM {reading(path)} WHERE {FOUND} IS NULL").fetchall()
     except duckdb.Error as error:
-        raise SelectionError(f"{files.what} {_why(error)}") from error
+        raise SelectionError(f"{files.what}{_why(error)}") from error
     if rows > starts[-1]:
         raise SelectionError(f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of each")
     if without == rows:

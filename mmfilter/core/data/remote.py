@@ -115,6 +115,12 @@ def exists(url: str) -> bool:
     return True
 
 
+def forget(urls: Iterable[str]) -> None:
+    """Let file systems forget what they have listed: what they say of files is what is there now."""
+    for filesystem in {id(filesystem): filesystem for filesystem, _ in map(filesystem_of, urls)}.values():
+        filesystem.invalidate_cache()
+
+
 def tag_of(info: dict[str, Any]) -> str | None:
     """What a store says of a file that changes when its content does: its ETag, else its time of the last change."""
     tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "created"))
@@ -202,7 +208,7 @@ class RemoteFile(io.RawIOBase):
 
     def _read(self, start: int, end: int) -> bytes:
         if self._file is None:
-            return self._filesystem.cat_file(self._path, start, end)
+            return self._filesystem.cat_file(self._path, start=start, end=end)
         self._file.seek(start)
         return self._file.read(end - start)
 
@@ -244,14 +250,9 @@ def _gives_ranges(url: str, file: Any) -> bool:
 
 
 def read_start(url: str, size: int) -> bytes:
-    """The first `size` bytes of a file, or all that it has, in one request."""
-    filesystem, path = filesystem_of(url)
-    try:
-        return ask(url, filesystem.cat_file, path, 0, size)[:size]
-    except ShardError as error:
-        if status_of(error) == 416:  # it has none
-            return b""
-        raise
+    """The first `size` bytes of a file, or all that it has."""
+    with RemoteFile(url) as file:
+        return file.read(min(size, file.size))
 
 
 def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -277,4 +278,4 @@ def _again(found: list[Any], filesystem: Any, path: str, start: int, end: int) -
     if isinstance(found[0], BaseException):
         error, found[0] = found[0], None
         raise error
-    return filesystem.cat_file(path, start, end)
+    return filesystem.cat_file(path, start=start, end=end)

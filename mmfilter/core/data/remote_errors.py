@@ -42,7 +42,8 @@ def status_of(error: BaseException) -> int | None:
     for part in _chain(error):
         response = getattr(part, "response", None)
         about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        for status in (getattr(part, "status", None), about.get("HTTPStatusCode"), getattr(response, "status_code", None), getattr(part, "code", None)):
+        of_google = part.code if type(part).__name__ == "HttpError" else None
+        for status in (getattr(part, "status", None), about.get("HTTPStatusCode"), getattr(response, "status_code", None), of_google):
             if isinstance(status, int) and 400 <= status < 600:
                 return status
     if _names(error) & (_NO_TLS | _NO_CONNECTION | _BROKEN):

@@ -11,7 +11,6 @@ import duckdb
 from fsspec import AbstractFileSystem
 
 from mmfilter.core.data.remote import RemoteFile, ask, filesystem_of, is_url
-from mmfilter.errors import ShardError
 
 
 def reach(database: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
@@ -63,9 +62,7 @@ class _Tables(AbstractFileSystem):
         return self._sizes[path]
 
 
-def cause_of(error: duckdb.Error) -> ShardError | None:
-    """What a file system said, when it is behind an error of DuckDB."""
-    part: BaseException | None = error
-    while part is not None and not isinstance(part, ShardError):
-        part = part.__cause__ or part.__context__
-    return part
+def said_by_file(error: duckdb.Error) -> str | None:
+    """What `RemoteFile` said when it is behind an error of DuckDB, which holds it as the end of a traceback's text."""
+    found = re.search(r"^(?:\w+\.)*ShardError: shard (.+)$", str(error), re.MULTILINE)
+    return found[1] if found else None

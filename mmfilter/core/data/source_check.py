@@ -7,7 +7,7 @@ import operator
 
 import numpy as np
 
-from mmfilter.core.data.remote import check_ranges, is_web
+from mmfilter.core.data.remote import check_ranges, forget, is_web
 from mmfilter.core.data.run import ScoredShard
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shards import STDIN, Stamp, is_tar, is_url, open_shard, read_once, stamps
@@ -30,6 +30,7 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     shards = [tables.shards[number] for number in numbers.tolist()]
     for shard in shards:
         _check_kept(tables, shard)
+    forget(shard.path for shard in shards if is_url(shard.path))
     for shard, now in zip(shards, stamps([shard.path for shard in shards]), strict=True):
         _check_stamp(shard, now)
     for url in {shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and is_tar(shard.path)}.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import ssl
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_patterns_on_s3(s3: Log, tmp_path, tar):
     put("patterns", tmp_path / "set")
     both = ["s3://bucket/patterns/0.tar", "s3://bucket/patterns/1.tar"]
     assert expand(["s3://bucket/patterns/*.tar"]) == both
+    fsspec.filesystem("s3").invalidate_cache()
     s3.clear()
     assert expand(["s3://bucket/patterns/{0..1}.tar"]) == both
     assert [(request.method, request.path) for request in s3.requests] == [("HEAD", "/bucket/patterns/0.tar")], "the first is looked at, no more"
@@ -170,8 +172,10 @@ def test_what_a_web_server_refuses(tar):
             )
         web.fault = lambda _: 410
         assert error_of(expand, [f"{web.url}/a.tar"]) == f"shard '{web.url}/a.tar' cannot be read: the server answers 410 (Gone); try again later"
-        url = web.url
-    message = error_of(expand, [f"{url}/a.tar"])
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"  # where nobody listens
+        message = error_of(expand, [f"{url}/a.tar"])
     assert message.startswith(f"shard '{url}/a.tar' cannot be reached (Cannot connect to host ")
     assert message.endswith("); check the host, and the network or proxy")
 
@@ -212,7 +216,7 @@ def test_what_s3_refuses(s3: Log, monkeypatch):
         error_of(expand, ["s3://nobucket/a.tar"])
         == "shard 's3://nobucket/a.tar' is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
     )
-    urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"0", method="POST")).close()  # from now on keys are looked at
+    urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}, method="POST")).close()  # from now on keys are looked at
     try:
         assert error_of(expand, ["s3://bucket/none.tar"]) == (
             "shard 's3://bucket/none.tar' is refused (403: Forbidden); check the credentials, and that they may read it"
@@ -220,7 +224,7 @@ def test_what_s3_refuses(s3: Log, monkeypatch):
         message = error_of(expand, ["s3://bucket/*.tar"])
         assert message.startswith("shard 's3://bucket/*.tar' is refused (403: The AWS Access Key Id you provided does not exist")
     finally:
-        urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"inf", method="POST")).close()
+        urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"inf", {"Content-Type": "text/plain"}, method="POST")).close()
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a.tar", "s3://bucket/*.tar"])
