@@ -216,7 +216,9 @@ def test_what_s3_refuses(s3: Log, monkeypatch):
         error_of(expand, ["s3://nobucket/a.tar"])
         == "shard 's3://nobucket/a.tar' is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
     )
-    urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}, method="POST")).close()  # from now on keys are looked at
+    urllib.request.urlopen(
+        urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}, method="POST")
+    ).close()  # from now on keys are looked at
     try:
         assert error_of(expand, ["s3://bucket/none.tar"]) == (
             "shard 's3://bucket/none.tar' is refused (403: Forbidden); check the credentials, and that they may read it"
