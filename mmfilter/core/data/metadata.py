@@ -19,9 +19,9 @@ import duckdb
 import numpy as np
 
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.remote import exists, in_parallel, is_url, matches, without_query
+from mmfilter.core.data.remote import exists, in_parallel, is_url, look, matches, without_query
 from mmfilter.core.data.remote_tables import reach, said_by_file
-from mmfilter.core.data.shards import is_tar, read_once, stamp
+from mmfilter.core.data.shards import is_tar, read_once
 from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
 from mmfilter.errors import SelectionError, ShardError
 
@@ -133,7 +133,7 @@ def _matches(pattern: str) -> list[str]:
         try:
             found = matches(pattern)
             if found == [pattern]:
-                stamp(pattern)
+                look(pattern)
         except ShardError as error:
             raise SelectionError(f"--metadata {pattern!r} {error.problem}") from error
     else:

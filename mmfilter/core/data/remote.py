@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
 from mmfilter.core.data.remote_errors import explained, is_transient, knows_no_ranges, status_of
@@ -29,6 +30,8 @@ _PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before another try. S3, Google and the hub have clients that try again by themselves; plain HTTP has none."""
 _QUIET = 60
 """Seconds without a byte after which a web server is given up; a transfer as a whole may take any time"""
+_PATIENCE = 30
+"""Seconds that a store has for its first answer"""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _WEB = ("http://", "https://")
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
@@ -95,12 +98,26 @@ def ask(url: str, call: Callable[..., _Result], *args: Any, **settings: Any) -> 
     raise AssertionError("the last try returns or raises")
 
 
+def look(url: str) -> None:
+    """See that a file is there, without much patience: clients try for minutes where a host takes calls and says nothing."""
+    filesystem, path = filesystem_of(url)
+    ask(url, filesystem.info, path, **({"timeout": _PATIENCE} if filesystem.async_impl else {}))
+
+
 def matches(pattern: str) -> list[str]:
     """The URLs that a pattern names, sorted; web servers do not list their files, so there it is taken as it is."""
     if not glob.has_magic(pattern) or is_web(pattern):
         return [pattern]
     filesystem, path = filesystem_of(pattern)
+    if filesystem.async_impl:
+        ask(pattern, _look_at_root, filesystem, path)
     return [filesystem.unstrip_protocol(match) for match in sorted(ask(pattern, filesystem.glob, path))]
+
+
+def _look_at_root(filesystem: Any, path: str) -> None:
+    """Whether anybody answers at all; a bucket may be listed by those who may not look at it."""
+    with suppress(FileNotFoundError, PermissionError):
+        filesystem.info(path.split("/")[0], timeout=_PATIENCE)
 
 
 def exists(url: str) -> bool:

@@ -32,6 +32,8 @@ def explained(url: str, error: BaseException) -> ShardError:
         return ShardError(url, f"cannot be reached over TLS ({said}); check the certificate, or write http:// where the server has none")
     if names & _NO_CONNECTION:
         return ShardError(url, f"cannot be reached ({said}); check the host, and the network or proxy")
+    if "FSTimeoutError" in names:
+        return ShardError(url, "has not answered for half a minute; check the host, and the network or proxy")
     if status is not None:
         return ShardError(url, f"cannot be read: the server answers {status}{' (' + said + ')' if said else ''}; try again later")
     return ShardError(url, f"cannot be read: {type(_telling(error)).__name__}{': ' + said if said else ''}; try again later")
@@ -55,7 +57,9 @@ def status_of(error: BaseException) -> int | None:
 def is_transient(error: BaseException) -> bool:
     """Whether another try may go well: the server is busy, or the connection broke."""
     status, names = status_of(error), _names(error)
-    return status in _TRANSIENT if status is not None else bool(names & (_NO_CONNECTION | _BROKEN)) and not names & _NO_TLS
+    if status is not None:
+        return status in _TRANSIENT
+    return bool(names & (_NO_CONNECTION | _BROKEN)) and not names & (_NO_TLS | {"FSTimeoutError"})
 
 
 def knows_no_ranges(error: BaseException) -> bool:

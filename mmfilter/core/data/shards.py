@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from mmfilter.core.data.places import PIPE, STDIN, Stamp, open_shard, read_once, stamp_file
-from mmfilter.core.data.remote import as_it_suits, is_url, matches
+from mmfilter.core.data.places import PIPE, STDIN, Stamp, open_shard, read_once
+from mmfilter.core.data.remote import as_it_suits, is_url, look, matches
 from mmfilter.core.data.sample import MAX_MEMBER_BYTES, RawSample
 from mmfilter.core.data.sources.image_folder import ImageFolder, folder_shards, has_images, is_folder
 from mmfilter.core.data.sources.llava_json import LlavaJson
@@ -126,7 +126,7 @@ def _look_at_first(shards: Sequence[str]) -> None:
         if is_url(shard) and not is_folder(shard):  # a folder has been listed
             first.setdefault("/".join(shard.split("/")[:3]), shard)
     for shard in first.values():
-        stamp_file(shard)
+        look(shard)
 
 
 def _expand_one(name: str, options: InputOptions) -> Iterator[str]:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -255,6 +256,26 @@ def test_packages_that_are_not_installed(url, package, message):
         f"try:\n    expand([{url!r}])\nexcept Exception as error:\n    print(error)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == message
+
+
+@pytest.mark.parametrize("pattern", ["a.tar", "*.tar"])
+def test_a_store_that_says_nothing(s3: Log, monkeypatch, pattern):
+    monkeypatch.setattr(remote, "_PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        message = error_of(expand, [f"s3://bucket/{pattern}"])
+    assert message == f"shard 's3://bucket/{pattern}' has not answered for half a minute; check the host, and the network or proxy"
+
+
+def test_credentials_are_not_waited_for(s3: Log, monkeypatch):
+    """Without any, the cloud's own service for them is asked, which outside of the cloud may say nothing."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert "needs credentials and there are none" in error_of(expand, ["s3://bucket/a.tar"])
+        assert time.monotonic() - started < 10
 
 
 def test_a_protocol_that_nobody_knows():
