@@ -120,10 +120,10 @@ class _Counted:
 
 
 @contextmanager
-def http_server(files: dict[str, bytes], *, ranges: bool = True, etags: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[Log]:
-    """A server of these files (path with its slash -> content), with or without byte ranges and ETags."""
+def http_server(files: dict[str, bytes], *, ranges: bool = True, sizes: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[Log]:
+    """A server of these files (path with its slash -> content), with or without byte ranges and sizes."""
     log = Log()
-    server = _Server(files, log, ranges, etags)
+    server = _Server(files, log, ranges, sizes)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     log.url = f"http{'' if tls is None else 's'}://127.0.0.1:{server.server_port}"
@@ -134,9 +134,9 @@ def http_server(files: dict[str, bytes], *, ranges: bool = True, etags: bool = T
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, files: dict[str, bytes], log: Log, ranges: bool, etags: bool) -> None:
+    def __init__(self, files: dict[str, bytes], log: Log, ranges: bool, sizes: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.log, self.ranges, self.etags = files, log, ranges, etags
+        self.files, self.log, self.ranges, self.sizes = files, log, ranges, sizes
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that leave are no news."""
@@ -168,10 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         if span:
             status, body = 206, body[int(span[1]) : int(span[2]) + 1]
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header(*(("Content-Length", str(len(body))) if self.server.sizes else ("Connection", "close")))
         if span:
             self.send_header("Content-Range", f"bytes {span[1]}-{int(span[1]) + len(body) - 1}/{len(content)}")
-        if self.server.etags and content is not None:
+        if content is not None:
             self.send_header("ETag", f'"{zlib.crc32(content):x}"')
         self.end_headers()
         sent = body[: len(body) // 2] if wrong == CUT else body

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmfilter.cli.app import main
 from mmfilter.core.data import remote
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.score_tables import ScoreTables
@@ -283,3 +284,10 @@ def test_a_server_that_stops_in_the_middle_leaves_nothing(tiny, tmp_path):
         assert str(caught.value).startswith(f"shard '{web.url}/a.tar' cannot be read: ClientPayloadError")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "run"]
     assert json.loads((tmp_path / "run/manifest.json").read_text())["inputs"]
+
+
+def test_what_cannot_be_reached_leaves_no_run(s3: Log, tmp_path, capsys):
+    for url, said in (("s3://bucket/none.tar", "does not exist; check the URL"), ("s3://bucket/none/", "is a folder without images (jpg, jpeg, png, webp)")):
+        assert main(["score", url, "--run", str(tmp_path / "run")]) == 1
+        assert capsys.readouterr().err == f"mmfilter: shard {url.rstrip('/')!r} {said}\n"
+    assert not (tmp_path / "run").exists()

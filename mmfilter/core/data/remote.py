@@ -140,7 +140,7 @@ def forget(urls: Iterable[str]) -> None:
 
 def tag_of(info: dict[str, Any]) -> str | None:
     """What a store says of a file that changes when its content does: its ETag, else its time of the last change."""
-    tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "created"))
+    tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "created", "blob_id"))
     return next((str(tag) for tag in tags if tag is not None), None)
 
 
@@ -177,8 +177,8 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str, size: int | None = None) -> None:
         super().__init__()
         self.size, self._url, self._at = size, url, 0
-        self._filesystem, self._path = filesystem_of(url)
         self._file: Any = None
+        self._filesystem, self._path = filesystem_of(url)
         if size is None or is_web(url):
             self._file = ask(url, self._filesystem.open, self._path, "rb", cache_type="none")
             self.size = getattr(self._file, "size", None)
@@ -286,13 +286,12 @@ def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
             found[i] = content
     for i, ((url, start, end), (filesystem, path)) in enumerate(zip(ranges, places, strict=True)):
         if isinstance(found[i], BaseException):  # `cat_ranges` returns them
-            found[i] = ask(url, _again, found[i:], filesystem, path, start, end)
+            found[i] = ask(url, _again, [found[i]], filesystem, path, start, end)
     return found
 
 
-def _again(found: list[Any], filesystem: Any, path: str, start: int, end: int) -> bytes:
-    """A range whose first try ended in an error, which is raised first so that it counts as a try."""
-    if isinstance(found[0], BaseException):
-        error, found[0] = found[0], None
-        raise error
+def _again(failed: list[BaseException], filesystem: Any, path: str, start: int, end: int) -> bytes:
+    """A range whose first try has failed already: that error is raised first, so that it counts as a try."""
+    if failed:
+        raise failed.pop()
     return filesystem.cat_file(path, start=start, end=end)

@@ -108,16 +108,19 @@ def test_an_image_that_is_not_there_is_a_bad_sample_but_a_store_that_fails_is_no
 # --- plain HTTP ---
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_web_servers_with_and_without_byte_ranges(tar, tmp_path, ranges):
+@pytest.mark.parametrize(("ranges", "sizes"), [(True, True), (False, True), (False, False)])
+def test_web_servers_with_and_without_byte_ranges(tar, tmp_path, ranges, sizes):
     (tmp_path / "a.tar").write_bytes(tar)
     rows = as_parquet(tmp_path / "rows.parquet", pairs(9))
-    with http_server({"/a.tar": tar, "/rows.parquet": rows.read_bytes(), "/a.tar?x=[1]": tar}, ranges=ranges) as web:
+    with http_server({"/a.tar": tar, "/rows.parquet": rows.read_bytes(), "/a.tar?x=[1]": tar}, ranges=ranges, sizes=sizes) as web:
         assert expand([f"{web.url}/a.tar?x=[1]"]) == [f"{web.url}/a.tar?x=[1]"]
         assert read(f"{web.url}/a.tar") == read(str(tmp_path / "a.tar"))
         assert web.nbytes("a.tar") == len(tar) if ranges else web.nbytes("a.tar") <= 3 * len(tar)
         assert read(f"{web.url}/rows.parquet") == read(str(rows))
-        assert stamp(f"{web.url}/a.tar").size == len(tar)
+        assert stamp(f"{web.url}/a.tar").size == (len(tar) if sizes else None)
+        if not ranges:
+            said = "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"
+            assert error_of(remote.check_ranges, f"{web.url}/a.tar") == f"shard '{web.url}/a.tar' {said}"
 
 
 def test_ranges_of_a_web_server(tar):
