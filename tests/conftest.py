@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,29 +114,31 @@ def quiet() -> Quiet:
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[Log]:
-    """An S3 server for the whole session, with the bucket `bucket`."""
+def s3_endpoint() -> Iterator[tuple[Log, Any]]:
+    """An S3 server for the whole session, and a client of it."""
     import boto3
 
     with s3_server() as log:
         client = boto3.client("s3", endpoint_url=log.url, aws_access_key_id="testing", aws_secret_access_key="testing", region_name="us-east-1")
-        client.create_bucket(Bucket="bucket")
+        yield log, client
         client.close()
-        yield log
 
 
 @pytest.fixture
-def s3(s3_endpoint: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
-    """The S3 server as a user has one: named by the environment, with credentials, and nothing else of this machine's settings."""
+def s3(s3_endpoint: tuple[Log, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
+    """The S3 server with an empty bucket `bucket`, as a user has one: named by the environment, and nothing else of this machine's settings."""
     import s3fs
 
+    log, client = s3_endpoint
+    urllib.request.urlopen(urllib.request.Request(f"{log.url}/moto-api/reset", method="POST")).close()
+    client.create_bucket(Bucket="bucket")
     for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
         monkeypatch.delenv(name)
-    settings = {"AWS_ENDPOINT_URL_S3": s3_endpoint.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings = {"AWS_ENDPOINT_URL_S3": log.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in (settings | {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
-    s3_endpoint.clear()
-    yield s3_endpoint
-    s3_endpoint.clear()
+    log.clear()
+    yield log
+    log.clear()
     s3fs.S3FileSystem.clear_instance_cache()
