@@ -19,13 +19,13 @@ class MMFilterError(Exception):
 
 
 class ShardError(MMFilterError):
-    """A shard cannot be read to its end; `offset` is the byte where reading stopped."""
+    """A shard cannot be read to its end; `problem` is the message without its name, `offset` the byte where reading stopped."""
 
     def __init__(self, shard: str, problem: str, *, offset: int | None = None) -> None:
         self.shard = shard
         self.offset = offset
-        where = "" if offset is None else f" at byte {offset:,}"
-        super().__init__(f"shard {shard!r} {problem}{where}")
+        self.problem = problem if offset is None else f"{problem} at byte {offset:,}"
+        super().__init__(f"shard {shard!r} {self.problem}")
 
 
 class RunError(MMFilterError):

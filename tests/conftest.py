@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable, Iterable
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.servers import Log, s3_server
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white")
 THINGS = ("apple", "dog", "house", "face with tears of joy", "tree", "rocket in the night sky", "cat", "sun behind a small cloud")
@@ -107,3 +111,34 @@ class Quiet:
 @pytest.fixture
 def quiet() -> Quiet:
     return Quiet()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[tuple[Log, Any]]:
+    """An S3 server for the whole session, and a client of it."""
+    import boto3
+
+    with s3_server() as log:
+        client = boto3.client("s3", endpoint_url=log.url, aws_access_key_id="testing", aws_secret_access_key="testing", region_name="us-east-1")
+        yield log, client
+        client.close()
+
+
+@pytest.fixture
+def s3(s3_endpoint: tuple[Log, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
+    """The S3 server with an empty bucket `bucket`, as a user has one: named by the environment, and nothing else of this machine's settings."""
+    import s3fs
+
+    log, client = s3_endpoint
+    urllib.request.urlopen(urllib.request.Request(f"{log.url}/moto-api/reset", method="POST")).close()
+    client.create_bucket(Bucket="bucket")
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    settings = {"AWS_ENDPOINT_URL_S3": log.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    log.clear()
+    yield log
+    log.clear()
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -26,7 +26,8 @@ Shards = Annotated[
     ),
 ]
 Images = Annotated[Optional[str], typer.Option("--images", help="Folder of the images of LLaVA JSON (default: the JSON's own).", metavar="DIR")]
-AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run pipe:COMMAND inputs in a shell and read the tars that they print.")]
+ALLOW_PIPE = typer.Option("--allow-pipe", help="Run pipe:COMMAND inputs in a shell and read the tars that they print.")
+AllowPipe = Annotated[bool, ALLOW_PIPE]
 ModelName = Annotated[str, typer.Option("--model", help="Card name, local folder or hub id.")]
 Layer = Annotated[
     Optional[int], typer.Option("--layer", help="Layer whose output the SAE reads, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")

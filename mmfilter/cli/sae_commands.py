@@ -64,6 +64,8 @@ def show(
     prompt: options.Prompt = None,
     text_context: options.TextContext = None,
     caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
     sample: Annotated[int, typer.Option(help="With --on: pairs to measure on, from the heads of up to 10 shards.")] = 200,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -92,7 +94,7 @@ def show(
         stated = layer if layer is not None else description.metadata.get("layer")
         card = options.card_of_sae(sae, "--on", model, stated, prompt, text_context, sae_option or ())
         how = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
-        settings = measure.MeasureSettings(card, sample=sample, device=how, batch_size=batch_size, caption=caption)
+        settings = measure.MeasureSettings(card, sample=sample, device=how, batch_size=batch_size, caption=caption, images=images, allow_pipe=allow_pipe)
         with display.TerminalProgress() as progress:
             measurement = measure.measure(on, settings, progress)
         report["measured"] = check_display.measurement_json(measurement)

@@ -29,6 +29,8 @@ def evaluate(
     prompt: options.Prompt = None,
     text_context: options.TextContext = None,
     caption: options.Caption = "auto",
+    images: options.Images = None,
+    allow_pipe: options.AllowPipe = False,
     sample: Annotated[int, typer.Option(help="Pairs to evaluate on, from the heads of up to 10 shards.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the random SAE.")] = 0,
     device: options.Device = "auto",
@@ -59,7 +61,7 @@ def evaluate(
     settings = operation.EvaluateSettings(
         card=card, also=tuple(_another(name, card, prompt) for name in also or ()), text_only=text_only, sample=sample, seed=seed,
         device=options.device_settings(device, dtype, device_map, attn, False, trust_remote_code),
-        batch_size=batch_size, workers=workers, caption=caption,
+        batch_size=batch_size, workers=workers, caption=caption, images=images, allow_pipe=allow_pipe,
     )  # fmt: skip
     with display.TerminalProgress() as progress:
         evaluation = operation.evaluate(shards, settings, progress)

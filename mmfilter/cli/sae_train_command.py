@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mmfilter.core.training.statistics import StepStats
 
 KINDS: dict[str, str] = {
-    "model": "text", "layer": "number", "prompt": "text", "text_context": "text", "caption": "text", "device": "text", "dtype": "text", "device_map": "text",
+    "model": "text", "layer": "number", "prompt": "text", "text_context": "text", "caption": "text", "images": "text",
+    "allow_pipe": "flag", "device": "text", "dtype": "text", "device_map": "text",
     "attn": "text", "compile": "flag", "trust_remote_code": "flag", "architecture": "text", "widths": "numbers", "k": "numbers", "groups": "fractions",
     "tokens": "number", "batch_size": "number", "lr": "fraction", "warm_up": "fraction", "decay": "fraction", "clip": "fraction", "aux_k": "number",
     "aux_coefficient": "fraction", "dead_tokens": "number", "l1_coefficient": "fraction", "l0_penalty": "text", "l0_coefficient": "fraction",
@@ -49,6 +50,8 @@ def train(
     prompt: Annotated[Text, typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")] = None,
     text_context: Annotated[Text, typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")] = None,
     caption: Annotated[Text, typer.Option(help="Where captions are: txt, conversations, a JSON field, or auto.")] = None,
+    images: options.Images = None,
+    allow_pipe: Annotated[Flag, options.ALLOW_PIPE] = None,
     architecture: Annotated[Text, typer.Option(help="batchtopk, topk, jumprelu or relu (L1, the recipe of SAE-V).  [default: batchtopk]")] = None,
     widths: Annotated[
         Text, typer.Option(help="Features, or several numbers with commas to train several SAEs from one pass (default: 8 x the state's width).")
@@ -187,9 +190,11 @@ def run_settings(output: Path, values: Mapping[str, Any]) -> TrainRunSettings:
         train["dtype"] = values["precision"]
     run = {
         name: values[name]
-        for name in ("tokens", "capacity", "image_fraction", "sink_factor", "pairs", "workers", "caption", "checkpoint_every", "weights", "seed")
+        for name in (
+            "tokens", "capacity", "image_fraction", "sink_factor", "pairs", "workers", "caption", "images", "allow_pipe", "checkpoint_every", "weights", "seed",
+        )
         if name in values
-    }
+    }  # fmt: skip
     cache = values.get("cache")
     device = options.device_settings(
         values.get("device", "auto"), values.get("dtype", "auto"), values.get("device_map"), values.get("attn", "sdpa"), values.get("compile", False),

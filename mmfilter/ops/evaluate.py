@@ -11,7 +11,7 @@ import torch
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
+from mmfilter.core.data.shards import InputOptions, expand
 from mmfilter.core.model.backbone import Backbone, Inputs
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import read_config
@@ -58,6 +58,10 @@ class EvaluateSettings:
     """Threads that decode and pre-process"""
     caption: str = "auto"
     """Where the caption is (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
         for name in ("sample", "batch_size", "workers"):
@@ -110,13 +114,16 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
     model and stays the same for all. Raises `ShardError` for a pattern that names nothing, `ModelError`
     and `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns)
+    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
     backbone, sae = load(settings.card, settings.device, whole=True)
     for other in settings.also:
         check_also(other, backbone, sae, settings)
     contexts = contexts_of(backbone, settings)
     with PairSample() as sample:
-        sample.gather(shards, settings.sample, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
+        decoding = DecodeSettings(settings.caption)
+        sample.gather(
+            shards, settings.sample, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe
+        )  # fmt: skip
         if not len(sample):
             raise MMFilterError(f"the shards hold no usable pair to evaluate the SAE on ({_counted(sample.reasons)})")
         saes, weights = beside_random(backbone, sae, sample, settings, progress)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
+from mmfilter.core.data.shards import InputOptions, expand
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.engine import DeviceSettings, load
@@ -40,6 +40,10 @@ class MeasureSettings:
     """Threads that decode and pre-process"""
     caption: str = "auto"
     """Where the caption is (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
         for name in ("sample", "batch_size", "workers"):
@@ -78,11 +82,14 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
     Raises `ShardError` for a pattern that names nothing, `ModelError` and `SAEError` for what cannot be
     loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns)
+    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
     backbone, sae = load(settings.card, settings.device)
     meter, n_pairs = FidelityMeter(sae), 0
     with PairSample() as sample:
-        sample.gather(shards, settings.sample, DecodeSettings(settings.caption), workers=settings.workers, progress=progress)
+        decoding = DecodeSettings(settings.caption)
+        sample.gather(
+            shards, settings.sample, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe
+        )  # fmt: skip
         numbers, reasons = range(len(sample)), sample.reasons
         with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
             progress.start("measuring", sample.nbytes(numbers))

@@ -20,8 +20,8 @@ from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.decode import DecodeSettings, Pair
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.run import Shard, ShardTables, finished, name_shards, open_run
-from mmfilter.core.data.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp
+from mmfilter.core.data.run import Shard, ShardTables, name_shards, open_run, unfinished
+from mmfilter.core.data.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp, stamps
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import model_hash
@@ -120,7 +120,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     shards = name_shards(expand(patterns, settings.inputs), run)
     backbone, sae = load(settings.card, settings.device)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
-    todo = [shard for shard in shards if not finished(run, shard)]
+    todo = unfinished(run, shards)
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
     for shard in shards:
         if shard not in todo:
@@ -234,12 +234,8 @@ def total_bytes(shards: Sequence[Shard]) -> int | None:
     """Size of the input, None where a part of it is unknown or its samples have no size in it."""
     if not all(is_tar(shard.path) for shard in shards):
         return None
-    sizes = []
-    for shard in shards:
-        try:
-            sizes.append(stamp(shard.path).size)
-        except ShardError:
-            sizes.append(0)  # the pass reports it
+    found = stamps([shard.path for shard in shards])
+    sizes = [0 if isinstance(stamp, ShardError) else stamp.size for stamp in found]  # the pass reports what is gone
     return None if None in sizes else sum(sizes)
 
 

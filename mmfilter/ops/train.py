@@ -23,7 +23,7 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
     Raises `ShardError` for a pattern that names nothing, `ModelError` for a model that cannot be loaded, and
     `SAEError` for states that are not finite, too little memory or disk, and checkpoints of other settings.
     """
-    shards = expand(patterns)
+    shards = expand(patterns, settings.inputs)
     with together(settings.device) as device:
         backbone = load_model(settings.card, device)
         run = TrainRun(shards, backbone, settings, device, progress)

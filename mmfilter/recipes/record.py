@@ -15,7 +15,7 @@ from mmfilter import __version__
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.places import is_url
-from mmfilter.core.data.run import finished, name_shards
+from mmfilter.core.data.run import name_shards, unfinished
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.recipes.schema import Output, Recipe
 
@@ -61,11 +61,12 @@ def _files(path: Path) -> str:
 
 def all_scored(run: RunDirectory, shards: list[str], limit: int | None) -> bool:
     """Whether every shard, or as many as the limit reaches, is finished and has not changed since."""
-    left = limit
-    for shard in name_shards(shards, run):
+    left, named = limit, name_shards(shards, run)
+    todo = set(unfinished(run, named))
+    for shard in named:
         if left is not None and left <= 0:
             return True
-        if not finished(run, shard):
+        if shard in todo:
             return False
         if left is not None:
             left -= artifacts.read_table_metadata(run.scores(shard.name))["rows"]

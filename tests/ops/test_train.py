@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmfilter.core.data.sources.source import NO_OPTIONS
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.model.pretrained import load_sae
@@ -63,7 +64,7 @@ def test_the_sae_reconstructs_states_that_it_never_saw(trained, tiny, make_shard
     """FVU on other pairs, in float64 from the raw states: far better than before training, and near what the last step says."""
     _, folder, progress, summary = trained
     sae = load_sae(folder)
-    states = ShardStates([str(make_shard(n=30, seed=500))], tiny[1], "auto", batch_size=8, workers=1, seed=0)
+    states = ShardStates([str(make_shard(n=30, seed=500))], tiny[1], NO_OPTIONS, batch_size=8, workers=1, seed=0)
     parts = list(states.once())
     x = torch.cat([part.states for part in parts])
     again = sae.decode(sae.encode(x, max_active=96), x).double()
@@ -170,7 +171,7 @@ def test_several_from_one_pass_and_a_cache_that_needs_no_model_again(trained, ti
     assert load_sae(tmp_path / "alone").hash == load_sae(tmp_path / "both" / "width-96-k-8").hash
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     backbone = load_backbone(tiny[0].model, tiny[0].layer, prompt=tiny[0].prompt)
-    parts = list(ShardStates([str(shard)], backbone, "auto", batch_size=16, workers=1, seed=0).once())
+    parts = list(ShardStates([str(shard)], backbone, NO_OPTIONS, batch_size=16, workers=1, seed=0).once())
     stored = np.fromfile(tmp_path / "cache" / "states.bin", np.int16).reshape(-1, manifest["d_model"])
     wanted = torch.cat([part.states for part in parts]).to(torch.bfloat16)
     assert torch.equal(torch.from_numpy(stored).view(torch.bfloat16), wanted)

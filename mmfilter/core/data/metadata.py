@@ -19,10 +19,11 @@ import duckdb
 import numpy as np
 
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.places import filesystem_of, is_url, remote
+from mmfilter.core.data.remote import exists, in_parallel, is_url, look, matches, without_query
+from mmfilter.core.data.remote_tables import reach, said_by_file
 from mmfilter.core.data.shards import is_tar, read_once
 from mmfilter.core.data.sql import identifier, literal, no_glob, reason_of
-from mmfilter.errors import SelectionError
+from mmfilter.errors import SelectionError, ShardError
 
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT"}
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
@@ -92,16 +93,9 @@ def own(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequ
 
 def _parquet_files(database: duckdb.DuckDBPyConnection, paths: Iterable[str], more: str = "") -> str:
     """SQL that reads all of them, with the file of each row."""
-    _reach(database, paths)
+    reach(database, paths)
     listed = ", ".join(literal(no_glob(path)) for path in paths)
     return f"read_parquet([{listed}], union_by_name = true, filename = '{_FILE}', hive_partitioning = false{more})"
-
-
-def _reach(database: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
-    """Let a database read URLs the way that the shards are read."""
-    for protocol, url in {path.partition("://")[0]: path for path in paths if is_url(path)}.items():
-        if protocol not in database.list_filesystems():
-            database.register_filesystem(filesystem_of(url)[0])
 
 
 def _may_have_one(shard: str) -> bool:
@@ -109,15 +103,10 @@ def _may_have_one(shard: str) -> bool:
 
 
 def _there(start_of: dict[str, int]) -> dict[str, int]:
-    """Those of the files that exist, called as DuckDB will call them."""
-    found: dict[str, int] = {}
-    for path, start in start_of.items():
-        if not is_url(path):
-            found.update({path: start} if os.path.exists(path) else {})
-        else:
-            filesystem, place = filesystem_of(path)
-            found.update({filesystem.unstrip_protocol(place): start} if remote(path, filesystem.exists, place) else {})
-    return found
+    """Those of the files that exist."""
+    urls = [path for path in start_of if is_url(path)]
+    there = dict(zip(urls, in_parallel(exists, urls), strict=True))
+    return {path: start for path, start in start_of.items() if (there[path] if path in there else os.path.exists(path))}
 
 
 def named(database: duckdb.DuckDBPyConnection, patterns: Sequence[str], *, uids: bool) -> Files:
@@ -141,7 +130,15 @@ def named(database: duckdb.DuckDBPyConnection, patterns: Sequence[str], *, uids:
 
 
 def _matches(pattern: str) -> list[str]:
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if is_url(pattern):
+        try:
+            found = matches(pattern)
+            if found == [pattern]:
+                look(pattern)
+        except ShardError as error:
+            raise SelectionError(f"--metadata {pattern!r} {error.problem}") from error
+    else:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not found:
         raise SelectionError(f"--metadata {pattern!r} matches no file; check the path")
     return found
@@ -149,10 +146,11 @@ def _matches(pattern: str) -> list[str]:
 
 def _read(database: duckdb.DuckDBPyConnection, path: str) -> tuple[str, dict[str, str]]:
     """SQL that reads a file, and its columns; what looks like a date or a UUID in a column to join by stays text."""
-    reader = _READERS.get(os.path.splitext(path)[1].lower())
+    reader = _READERS.get(os.path.splitext(without_query(path))[1].lower())
     if reader is None:
         raise SelectionError(f"--metadata {path!r} is none of {', '.join(_READERS)}")
-    place = literal(no_glob(os.path.abspath(path)))
+    reach(database, [path])
+    place = literal(no_glob(path if is_url(path) else os.path.abspath(path)))
     more = {"parquet": ", hive_partitioning = false", "csv": ", header = true", "json": ""}[reader]
     types = _types(database, f"read_{reader}({place}{more})", f"--metadata {path!r}")
     types |= {name: "VARCHAR" for name in ("key", "uid") if name in types and types[name] not in _INTEGERS}
@@ -172,7 +170,12 @@ def _types(database: duckdb.DuckDBPyConnection, relation: str, what: str) -> dic
     try:
         return {name: kind for name, kind, *_ in database.execute(f"DESCRIBE FROM {relation}").fetchall()}
     except duckdb.Error as error:
-        raise SelectionError(f"{what} cannot be read: {reason_of(error)}") from error
+        raise SelectionError(f"{what}{_why(error)}") from error
+
+
+def _why(error: duckdb.Error) -> str:
+    said = said_by_file(error)
+    return f" cannot be read: {reason_of(error)}" if said is None else f": {said}"
 
 
 # --- joining ---------------------------------------------------------------------------------
@@ -190,14 +193,14 @@ def write_columns(database: duckdb.DuckDBPyConnection, files: Files, columns: Se
     joined = f"SELECT {_listed(columns, 'theirs.')}, theirs.{FOUND} FROM {_mine(files)} LEFT JOIN {_theirs(files, columns)} ON theirs.{_NAME} = mine.name"
     if files.start_of is not None:
         names = list(files.start_of)
-        _reach(database, names)
+        reach(database, names)
         database.register("places", artifacts.table({"file": names, "first": [files.start_of[name] for name in names]}))
         joined += f" AND theirs.{_FIRST} = mine.first"
     try:
         [(rows,)] = database.execute(f"COPY ({joined} ORDER BY mine.position) TO {literal(str(path))} (FORMAT parquet)").fetchall()
         [(without,)] = database.execute(f"SELECT count(*) FROM {reading(path)} WHERE {FOUND} IS NULL").fetchall()
     except duckdb.Error as error:
-        raise SelectionError(f"{files.what} cannot be read: {reason_of(error)}") from error
+        raise SelectionError(f"{files.what}{_why(error)}") from error
     if rows > starts[-1]:
         raise SelectionError(f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of each")
     if without == rows:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from mmfilter.errors import MissingExtra, ShardError
+from mmfilter.core.data.remote import BLOCK, ask, filesystem_of, is_url, open_remote, read_start, tag_of
+from mmfilter.core.data.remote_errors import one_line, status_of
+from mmfilter.errors import ShardError
 
 STDIN = "-"
 """The name of a tar that arrives on standard input."""
@@ -19,11 +20,6 @@ PIPE = "pipe:"
 """What a command begins with whose output is a tar."""
 
 _CHUNK = 1 << 20
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-
-
-def is_url(shard: str) -> bool:
-    return bool(_URL.match(shard))
 
 
 def read_once(shard: str) -> bool:
@@ -31,71 +27,20 @@ def read_once(shard: str) -> bool:
     return shard == STDIN or shard.startswith(PIPE)
 
 
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url`, and the path in it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        if url.startswith(("s3://", "s3a://")):
-            raise MissingExtra("reading s3:// shards", "s3") from error
-        raise ShardError(url, f"needs an fsspec package that is not installed ({error})") from error
-    except ValueError as error:
-        raise ShardError(url, f"has a protocol that fsspec does not know ({error})") from error
-
-
-def remote(url: str, call: Any, *args: Any) -> Any:
-    """`call(*args)`; whatever a remote file system raises becomes a `ShardError`."""
-    try:
-        return call(*args)
-    except FileNotFoundError as error:
-        raise ShardError(url, "does not exist; check the URL") from error
-    except Exception as error:
-        raise ShardError(url, f"cannot be read: {type(error).__name__}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 @contextmanager
-def open_shard(shard: str, *, stdin: BinaryIO | None = None, buffering: int = _CHUNK) -> Iterator[BinaryIO]:
+def open_shard(shard: str, *, stdin: BinaryIO | None = None, buffering: int | None = None) -> Iterator[BinaryIO]:
     """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open.
 
-    `buffering` is how much of a local file is read at one time.
+    `buffering` is how much of a file is read at one time, None for what suits reading all of it.
     """
     if shard == STDIN:
         yield stdin if stdin is not None else sys.stdin.buffer
     elif is_url(shard):
-        filesystem, path = filesystem_of(shard)
-        with remote(shard, filesystem.open, path, "rb") as file:
+        with open_remote(shard, buffering or BLOCK) as file:
             yield file
     else:
-        with _open_local(shard, buffering) as file:
+        with _open_local(shard, buffering or _CHUNK) as file:
             yield file
-
-
-def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes of remote ranges (URL, start, end), many at a time where the file system can.
-
-    Fewer bytes come back where a shard ends before. Raises `ShardError` for the first that cannot be read.
-    """
-    places = [filesystem_of(url) for url, _, _ in ranges]
-    found: list[Any] = [b""] * len(ranges)
-    for filesystem in {id(filesystem): filesystem for filesystem, _ in places}.values():
-        mine = [i for i, (other, _) in enumerate(places) if other is filesystem]
-        paths, starts, ends = [places[i][1] for i in mine], [ranges[i][1] for i in mine], [ranges[i][2] for i in mine]
-        for i, content in zip(mine, remote(ranges[mine[0]][0], filesystem.cat_ranges, paths, starts, ends), strict=True):
-            found[i] = content
-    for (url, _, _), content in zip(ranges, found, strict=True):
-        if isinstance(content, BaseException):  # `cat_ranges` returns them, so that the shard can be named
-            remote(url, _throw, content)
-    return found
-
-
-def _throw(error: BaseException) -> None:
-    raise error
 
 
 def _open_local(path: str, buffering: int) -> BinaryIO:
@@ -114,10 +59,14 @@ class BadFile(Exception):
 def read_file(path: str, name: str, limit: int) -> bytes:
     """A whole plain file, called `name` in what is said of it; raises `BadFile` for one that is none or has more than `limit` bytes."""
     try:
-        content = _read_url(path, limit + 1) if is_url(path) else _read_path(path, name, limit)
+        content = read_start(path, limit + 1) if is_url(path) else _read_path(path, name, limit)
     except (FileNotFoundError, NotADirectoryError):
         raise BadFile(f"no such file: {name!r}") from None
-    except (OSError, ValueError, ShardError) as error:  # ValueError: a name that no file can have
+    except ShardError as error:
+        if status_of(error) not in (403, 404):  # the server's fault, not the file's: no reason to leave the sample out
+            raise
+        raise BadFile(f"no such file: {name!r}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BadFile(f"unreadable file: {name!r}: {getattr(error, 'strerror', None) or one_line(error)}") from None
     if len(content) > limit:
         raise BadFile(f"member too large: {name!r} has more than {limit:,} bytes")
@@ -132,17 +81,6 @@ def _read_path(path: str, name: str, limit: int) -> bytes:
         raise BadFile(f"member too large: {name!r} has {found.st_size:,} bytes, the limit is {limit:,}")
     with open(path, "rb") as file:
         return file.read(found.st_size + 1)
-
-
-def _read_url(url: str, size: int) -> bytes:
-    filesystem, path = filesystem_of(url)
-    try:
-        with filesystem.open(path, "rb") as file:
-            return file.read(size)
-    except OSError:
-        raise
-    except Exception as error:  # remote file systems raise what they like
-        raise ShardError(url, f"cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -165,9 +103,8 @@ def stamp_file(shard: str) -> Stamp:
     """The stamp of a file as it is now; raises `ShardError` when it is gone."""
     if is_url(shard):
         filesystem, path = filesystem_of(shard)
-        info = remote(shard, filesystem.info, path)
-        tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created"))
-        return Stamp(info.get("size"), None, next((str(tag) for tag in tags if tag is not None), None))
+        info = ask(shard, filesystem.info, path)
+        return Stamp(info.get("size"), None, tag_of(info))
     try:
         found = os.stat(shard)
     except OSError as error:

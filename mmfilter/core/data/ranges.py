@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from mmfilter.core.data.places import fetch, is_url
+from mmfilter.core.data.remote import fetch, is_url
 from mmfilter.core.data.shard_writer import Sources
 from mmfilter.errors import ShardError
 

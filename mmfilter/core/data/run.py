@@ -14,9 +14,10 @@ from mmfilter import __version__
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory, TableWriter
 from mmfilter.core.data.places import PIPE, STDIN
-from mmfilter.core.data.shards import Stamp, stamp
+from mmfilter.core.data.remote import without_query
+from mmfilter.core.data.shards import Stamp, stamps
 from mmfilter.core.data.sources.image_folder import is_folder
-from mmfilter.errors import RunError, ShardError
+from mmfilter.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,22 @@ def _stem(path: str) -> str:
     if is_folder(path):
         folder, _, number = path.rpartition("/")
         return os.path.basename(folder) + number.replace("#", "-") or "folder"
-    return re.sub(r"\.(tar|parquet|jsonl?)$", "", path.rstrip("/").rpartition("/")[2])
+    return re.sub(r"\.(tar|parquet|jsonl?)$", "", without_query(path).rstrip("/").rpartition("/")[2])
 
 
 def _digest(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:8]
 
 
-def finished(run: RunDirectory, shard: Shard) -> bool:
-    """Whether the run has both tables of the shard and its input has not changed since.
+def unfinished(run: RunDirectory, shards: list[Shard]) -> list[Shard]:
+    """Shards of which the run has not both tables, or whose input has changed since.
 
     What a command prints is taken to be the same as long as the command is.
     """
-    if not (run.scores(shard.name).exists() and run.codes(shard.name).exists()):
-        return False
-    stored = artifacts.read_table_metadata(run.scores(shard.name))
-    try:
-        return shard.path != STDIN and Stamp.from_metadata(stored) == stamp(shard.path)
-    except ShardError:
-        return False
+    there = [shard for shard in shards if shard.path != STDIN and run.scores(shard.name).exists() and run.codes(shard.name).exists()]
+    now = zip(there, stamps([shard.path for shard in there]), strict=True)
+    finished = {shard for shard, found in now if found == Stamp.from_metadata(artifacts.read_table_metadata(run.scores(shard.name)))}
+    return [shard for shard in shards if shard not in finished]
 
 
 def check_place(run: RunDirectory, paths: list[str]) -> None:

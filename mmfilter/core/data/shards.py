@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from mmfilter.core.data.places import PIPE, STDIN, Stamp, filesystem_of, is_url, open_shard, read_once, remote
+from mmfilter.core.data.places import PIPE, STDIN, Stamp, open_shard, read_once
+from mmfilter.core.data.remote import as_it_suits, is_url, look, matches
 from mmfilter.core.data.sample import MAX_MEMBER_BYTES, RawSample
 from mmfilter.core.data.sources.image_folder import ImageFolder, folder_shards, has_images, is_folder
 from mmfilter.core.data.sources.llava_json import LlavaJson
@@ -38,6 +39,7 @@ __all__ = [
     "read_once",
     "read_samples",
     "stamp",
+    "stamps",
 ]
 
 _JSON = (".json", ".jsonl")
@@ -57,6 +59,18 @@ def read_samples(
 def stamp(shard: str) -> Stamp:
     """The stamp of a shard as it is now, empty for a stream; raises `ShardError` when it is gone."""
     return Stamp() if read_once(shard) else _source(shard, NO_OPTIONS).stamp()
+
+
+def stamps(shards: Sequence[str]) -> Iterator[Stamp | ShardError]:
+    """The stamp of each shard, or why there is none; stores are asked about many at a time."""
+
+    def look(shard: str) -> Stamp | ShardError:
+        try:
+            return stamp(shard)
+        except ShardError as error:
+            return error
+
+    return as_it_suits(next(filter(is_url, shards), ""), look, shards)
 
 
 def open_rows(shard: str, options: InputOptions) -> RowSource:
@@ -90,7 +104,8 @@ def expand(patterns: Iterable[str | os.PathLike[str]], options: InputOptions = N
     """The shards that paths, globs, brace patterns and URLs name: in order, each once.
 
     Local paths come back absolute, the matches of one glob sorted. `-` is a tar on stdin and stands
-    alone. Raises `ShardError` for what does not exist; plain URLs are looked at when they are read.
+    alone. Raises `ShardError` for what does not exist; of plain URLs the first of every bucket or server is looked at,
+    so that a wrong name or missing credentials are told at once, and the others when they are read.
     """
     names = [os.fspath(pattern) for pattern in patterns]
     if STDIN in names and len(names) > 1:
@@ -101,7 +116,17 @@ def expand(patterns: Iterable[str | os.PathLike[str]], options: InputOptions = N
             raise ShardError(shard, "has a line break or bytes that are no UTF-8 in its path; rename it")
     if options.images is not None and not any(shard.lower().endswith(_JSON) for shard in shards):
         raise ShardError(shards[0] if shards else "", "is no LLaVA JSON, and --images is the folder of those; leave it out")
+    _look_at_first(shards)
     return shards
+
+
+def _look_at_first(shards: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for shard in shards:
+        if is_url(shard) and not is_folder(shard):  # a folder has been listed
+            first.setdefault("/".join(shard.split("/")[:3]), shard)
+    for shard in first.values():
+        look(shard)
 
 
 def _expand_one(name: str, options: InputOptions) -> Iterator[str]:
@@ -150,13 +175,10 @@ def _existing(name: str) -> Iterator[str]:
 def _expand_url(url: str) -> Iterator[str]:
     if url.lower().startswith("file://"):
         yield from _expand_path(unquote(urlsplit(url).path))
-    elif glob.has_magic(url) and not url.lower().startswith(("http://", "https://")):
-        filesystem, path = filesystem_of(url)
-        found = sorted(remote(url, filesystem.glob, path))
-        if not found:
-            raise ShardError(url, "matches no file; check the bucket and the pattern")
-        yield from (filesystem.unstrip_protocol(match) for match in found)
     elif url.endswith("/"):
         yield from folder_shards(url.rstrip("/"))
     else:
-        yield url
+        found = matches(url)
+        if not found:
+            raise ShardError(url, "matches no file; check the bucket and the pattern")
+        yield from found

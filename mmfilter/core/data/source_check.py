@@ -7,9 +7,10 @@ import operator
 
 import numpy as np
 
+from mmfilter.core.data.remote import check_ranges, forget, is_web
 from mmfilter.core.data.run import ScoredShard
 from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.data.shards import STDIN, is_tar, is_url, open_shard, read_once, stamp
+from mmfilter.core.data.shards import STDIN, Stamp, is_tar, is_url, open_shard, read_once, stamps
 from mmfilter.core.data.sources.webdataset_tar import key_at
 from mmfilter.core.data.tar_walk import BLOCK
 from mmfilter.errors import SelectionError, ShardError
@@ -26,8 +27,14 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     shard = np.searchsorted(tables.starts, position, side="right") - 1
     numbers, first = np.unique(shard, return_index=True)
     last = np.append(first[1:], len(position)) - 1
-    for number in numbers.tolist():
-        _check_stamp(tables, number)
+    shards = [tables.shards[number] for number in numbers.tolist()]
+    for shard in shards:
+        _check_kept(tables, shard)
+    forget(shard.path for shard in shards if is_url(shard.path))
+    for shard, now in zip(shards, stamps([shard.path for shard in shards]), strict=True):
+        _check_stamp(shard, now)
+    for url in {shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and is_tar(shard.path)}.values():
+        check_ranges(url)
     looked_at = np.array([_has_headers_to_check(tables.shards[i]) for i in numbers.tolist()], bool)
     _check_headers(tables, np.unique(np.concatenate([position[first[looked_at]], position[last[looked_at]]])))
 
@@ -36,16 +43,16 @@ def _has_headers_to_check(shard: ScoredShard) -> bool:
     return is_tar(shard.path) and (not is_url(shard.path) or shard.stamp.etag is None)
 
 
-def _check_stamp(tables: ScoreTables, number: int) -> None:
-    shard = tables.shards[number]
+def _check_kept(tables: ScoreTables, shard: ScoredShard) -> None:
     if read_once(shard.path):
         what = "stdin" if shard.path == STDIN else f"the command {shard.path!r}"
         raise SelectionError(f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys")
-    try:
-        same = stamp(shard.path) == shard.stamp
-    except ShardError as error:
-        raise SelectionError(f"{error}; put it back, or score the input again") from error
-    if not same:
+
+
+def _check_stamp(shard: ScoredShard, now: Stamp | ShardError) -> None:
+    if isinstance(now, ShardError):
+        raise SelectionError(f"{now}; put it back, or score the input again") from now
+    if now != shard.stamp:
         raise SelectionError(f"shard {shard.path!r} has changed since it was scored, its byte ranges may be wrong; score it again")
 
 

@@ -191,7 +191,9 @@ class TarWalk:
     def _try(self, call: Any, *args: int) -> Any:
         try:
             return call(*args)
-        except Exception as error:  # remote files raise what their library likes
+        except ShardError:
+            raise
+        except Exception as error:  # streams raise what they like
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ShardError(self.shard, f"cannot be read ({reason})", offset=self.position) from error
 

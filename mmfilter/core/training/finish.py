@@ -15,11 +15,10 @@ from mmfilter.core.scoring.feed import Feed
 from mmfilter.core.scoring.reference import fit_weights
 
 
-def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, caption: str, pairs: int, workers: int, progress: Any) -> FeatureWeights:
+def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, inputs: InputOptions, pairs: int, workers: int, progress: Any) -> FeatureWeights:
     """Weights fitted on the heads of the training shards, as `score` fits them."""
-    with closing(Feed(backbone, DecodeSettings(caption), batch_size=pairs, workers=workers)) as feed:
-        options = InputOptions(caption)
+    with closing(Feed(backbone, DecodeSettings(inputs.caption), batch_size=pairs, workers=workers)) as feed:
         return fit_weights(
-            shards, lambda shard, n: itertools.islice(read_samples(shard, options=options), n), feed, backbone, sae.to(backbone.device),
+            shards, lambda shard, n: itertools.islice(read_samples(shard, options=inputs), n), feed, backbone, sae.to(backbone.device),
             lambda n: progress.advance(n, 0),
         )  # fmt: skip

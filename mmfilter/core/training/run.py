@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from mmfilter.core.data.shards import InputOptions
 from mmfilter.core.model.cards import Card
 from mmfilter.core.scoring.engine import DeviceSettings
 from mmfilter.core.training.settings import TrainSettings
@@ -45,6 +46,10 @@ class TrainRunSettings:
     """Threads that decode and pre-process"""
     caption: str = "auto"
     """Where the caption is (see `DecodeSettings`)"""
+    images: str | None = None
+    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
+    allow_pipe: bool = False
+    """Run `pipe:` inputs in a shell"""
     checkpoint_every: float = 600.0
     """Seconds between checkpoints"""
     weights: bool = True
@@ -56,6 +61,11 @@ class TrainRunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SAEError(f"--{name} is {value}; at least 1 is needed")
+
+    @property
+    def inputs(self) -> InputOptions:
+        """How the shards are read."""
+        return InputOptions(self.caption, self.images, self.allow_pipe)
 
     def variants(self) -> dict[str, TrainSettings]:
         """Folder name -> settings, one for each width and k; "" when there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 
 from mmfilter import __version__
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.shards import stamp
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import model_hash
@@ -29,7 +29,7 @@ from mmfilter.core.training.finish import fit_run_weights
 from mmfilter.core.training.memory import check_memory
 from mmfilter.core.training.run import Trained, TrainProgress, TrainRunSettings, TrainSummary, flat
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.source import Position, ShardStates, States, estimated_pairs, pilot
+from mmfilter.core.training.source import Position, ShardStates, States, estimated_pairs, pilot, sizes_of
 from mmfilter.core.training.statistics import StepStats
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.errors import SAEError
@@ -97,13 +97,13 @@ class TrainRun:
             cached = self._cached(None)
             return pilot(iter(cached), min(PILOT_TOKENS, cached.tokens), self.progress.advance)[0], cached.tokens
         found, per_pair = pilot(self._live(self.shards, None).once(), PILOT_TOKENS, self.progress.advance)
-        pairs = estimated_pairs(self.shards, self.settings.caption)
+        pairs = estimated_pairs(self.shards, self.settings.inputs)
         return found, None if pairs is None else pairs * per_pair
 
     def _live(self, shards: list[str], position: Position | None) -> ShardStates:
         settings = self.settings
         return ShardStates(
-            shards, self.backbone, settings.caption, batch_size=settings.pairs, workers=settings.workers, seed=settings.seed, position=position
+            shards, self.backbone, settings.inputs, batch_size=settings.pairs, workers=settings.workers, seed=settings.seed, position=position
         )  # fmt: skip
 
     def _cached(self, position: Position | None) -> CachedStates:
@@ -138,8 +138,8 @@ class TrainRun:
             "prompt": self.backbone.prompt,
             "text_context": self.backbone.text_context,
             "caption": self.settings.caption,
-            "shards": [[shard.rpartition("/")[2], stamp(shard).size] for shard in self.shards],
-        }
+            "shards": [[shard.rpartition("/")[2], size] for shard, size in zip(self.shards, sizes_of(self.shards), strict=True)],
+        } | ({} if self.settings.images is None else {"images": os.path.basename(self.settings.images.rstrip("/"))})
 
     def _source(self, position: Position | None) -> ShardStates | CachedStates:
         if self.settings.cache is not None:
@@ -281,7 +281,7 @@ class TrainRun:
                 save_file(figures, temporary)
             if self.settings.weights:
                 self.progress.start("fitting feature weights", None)
-                fit_run_weights(self.shards, self.backbone, sae, self.settings.caption, self.settings.pairs, self.settings.workers, self.progress).save(
+                fit_run_weights(self.shards, self.backbone, sae, self.settings.inputs, self.settings.pairs, self.settings.workers, self.progress).save(
                     folder / WEIGHTS
                 )
             (folder / PAGE).write_text(curves_page(folder / LOG, trainer.settings), "utf-8")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import InputOptions, RawSample, read_samples, stamp
+from mmfilter.core.data.shards import InputOptions, RawSample, read_samples, stamps
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.scoring.feed import Batch, Feed
 from mmfilter.core.scoring.scorer import explained_memory
@@ -56,11 +56,11 @@ class ShardStates:
     """
 
     def __init__(
-        self, shards: list[str], backbone: Backbone, caption: str, *, batch_size: int, workers: int, seed: int, position: Position | None = None
+        self, shards: list[str], backbone: Backbone, inputs: InputOptions, *, batch_size: int, workers: int, seed: int, position: Position | None = None
     ) -> None:
         if not shards:
             raise SAEError("training has fewer shards than processes: split the shards, or start fewer processes")
-        self._shards, self._backbone, self._caption = shards, backbone, caption
+        self._shards, self._backbone, self._inputs = shards, backbone, inputs
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
         self.position = position or Position()
         self.reasons: dict[str, int] = {}
@@ -68,7 +68,7 @@ class ShardStates:
         self.failures: list[ShardError] = []
 
     def __iter__(self) -> Iterator[States]:
-        with closing(Feed(self._backbone, DecodeSettings(self._caption), batch_size=self._batch_size, workers=self._workers)) as feed:
+        with closing(Feed(self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers)) as feed:
             while True:
                 used = False
                 for states in self._epoch(feed):
@@ -80,7 +80,7 @@ class ShardStates:
 
     def once(self) -> Iterator[States]:
         """One epoch, in order."""
-        with closing(Feed(self._backbone, DecodeSettings(self._caption), batch_size=self._batch_size, workers=self._workers)) as feed:
+        with closing(Feed(self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers)) as feed:
             yield from self._epoch(feed)
 
     def _why(self) -> str:
@@ -99,7 +99,7 @@ class ShardStates:
             self.position.shard, self.position.samples, self.position.batches = self.position.shard + 1, 0, 0
 
     def _windows(self, feed: Feed, shard: str) -> Iterator[States]:
-        samples = itertools.islice(read_samples(shard, options=InputOptions(self._caption)), self.position.samples, None)
+        samples = itertools.islice(read_samples(shard, options=self._inputs), self.position.samples, None)
         for window in feed.windows(samples, shard):
             skip = self.position.batches
             for number, batch in enumerate(window.batches):
@@ -131,24 +131,34 @@ def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
         raise SAEError(f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the sample out; checkpoints are kept")
 
 
-def estimated_pairs(shards: Sequence[str], caption: str) -> float | None:
+def sizes_of(shards: Sequence[str]) -> list[int | None]:
+    """Size of each shard, None where it is unknown; raises `ShardError` for one that is gone."""
+    sizes: list[int | None] = []
+    for found in stamps(shards):
+        if isinstance(found, ShardError):
+            raise found
+        sizes.append(found.size)
+    return sizes
+
+
+def estimated_pairs(shards: Sequence[str], inputs: InputOptions) -> float | None:
     """How many pairs shards hold, by their sizes and those of the first pairs; None where a size is unknown.
 
     Of shards with one extension a pair takes what it takes in the first of them that has any. Parquet whose
     images shrink by its compression, as JPEGs hardly do, is taken to hold fewer.
     """
-    sizes = [stamp(shard).size for shard in shards]
+    sizes = sizes_of(shards)
     if None in sizes:
         return None
     kinds: dict[str, float] = {}
     for shard in shards:
         kind = os.path.splitext(shard)[1]
-        kinds[kind] = kinds.get(kind) or _bytes_per_pair(shard, caption)
+        kinds[kind] = kinds.get(kind) or _bytes_per_pair(shard, inputs)
     return sum(size / (kinds[os.path.splitext(shard)[1]] or 1) for shard, size in zip(shards, sizes, strict=True))
 
 
-def _bytes_per_pair(shard: str, caption: str) -> float:
-    sizes = [_share(shard, raw) for raw in itertools.islice(read_samples(shard, options=InputOptions(caption)), 100)]
+def _bytes_per_pair(shard: str, inputs: InputOptions) -> float:
+    sizes = [_share(shard, raw) for raw in itertools.islice(read_samples(shard, options=inputs), 100)]
     return sum(sizes) / len(sizes) if sizes else 0.0
 
 

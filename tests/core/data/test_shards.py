@@ -359,11 +359,13 @@ def test_patterns_expand_to_absolute_paths(folder, patterns, names):
 
 
 def test_urls_and_stdin_stay_as_they_are():
-    assert expand(["s3://bucket/{0..1}.tar", "https://host/a.tar?x=[1]"]) == [
-        "s3://bucket/0.tar",
-        "s3://bucket/1.tar",
-        "https://host/a.tar?x=[1]",
-    ]
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/stay/0.tar", b"")
+    assert expand(["memory://stay/{0..1}.tar"]) == ["memory://stay/0.tar", "memory://stay/1.tar"], "the first is there, the other is met when it is read"
+    with pytest.raises(ShardError) as caught:
+        expand(["memory://stay/{2..3}.tar"])
+    assert str(caught.value) == "shard 'memory://stay/2.tar' does not exist; check the URL"
     assert expand(["-"]) == ["-"]
 
 
@@ -380,7 +382,7 @@ def test_urls_and_stdin_stay_as_they_are():
             ["pipe:cat 00000.tar"],
             "shard 'pipe:cat 00000.tar' is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -, or allow it with --allow-pipe",
         ),
-        (["nosuch://a/*.tar"], "shard 'nosuch://a/*.tar' has a protocol that fsspec does not know (Protocol not known: nosuch)"),
+        (["nosuch://a/*.tar"], "shard 'nosuch://a/*.tar' has a protocol that fsspec does not know, 'nosuch'; it knows s3, gs, https, hf and others"),
     ],
 )
 def test_what_cannot_be_expanded_says_why(folder, patterns, message):

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-from mmfilter.core.data.places import BadFile, Stamp, filesystem_of, is_url, read_file, remote
+from mmfilter.core.data.places import BadFile, Stamp, read_file
+from mmfilter.core.data.remote import as_it_suits, ask, filesystem_of, is_url, tag_of
 from mmfilter.core.data.sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SAMPLE_LIMIT, Keys, RawSample, fit
 from mmfilter.errors import ShardError
 
@@ -71,7 +72,7 @@ class ImageFolder:
         """Size and time of the last change of a file."""
         if is_url(self._folder):
             info = _remote_files(self._folder)[name]
-            return int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or info.get("created"))
+            return int(info.get("size") or 0), str(tag_of(info))
         try:
             found = os.stat(os.path.join(self._folder, name))
         except OSError as error:
@@ -80,8 +81,8 @@ class ImageFolder:
 
     def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
         """The samples in the order of their paths."""
-        for row, sample in enumerate(self._samples()):
-            yield self._read(row, sample, max_member_bytes)
+        samples = enumerate(self._samples())
+        return as_it_suits(self._folder, lambda item: self._read(*item, max_member_bytes), samples)
 
     def sample(self, row: int) -> RawSample:
         """One sample, read anew."""
@@ -151,6 +152,6 @@ def _local_files(folder: str) -> Iterator[str]:
 def _remote_files(folder: str) -> dict[str, dict[str, object]]:
     """The same of a URL, with what its file system says of each."""
     filesystem, root = filesystem_of(folder)
-    found = remote(folder, lambda: filesystem.find(root, detail=True))
+    found = ask(folder, filesystem.find, root, detail=True)
     names = {path[len(root.rstrip("/")) + 1 :]: info for path, info in found.items()}
     return {name: info for name, info in names.items() if _wanted(name.rpartition("/")[2]) and not any(part.startswith(".") for part in name.split("/"))}

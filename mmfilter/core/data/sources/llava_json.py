@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mmfilter.core.data.places import BadFile, Stamp, open_shard, read_file, stamp_file
+from mmfilter.core.data.remote import as_it_suits
 from mmfilter.core.data.sample import MAX_MEMBER_BYTES, Keys, RawSample, image_extension
 from mmfilter.core.data.sources.source import InputOptions
 from mmfilter.errors import ShardError
@@ -58,8 +59,8 @@ class LlavaJson:
         """The records in order, each with its image."""
         keys = self._keys()
         with open_shard(self._shard) as file:
-            for row, record in enumerate(self._records(file)):
-                yield self._sample(keys.take(_id(record.value), row), row, record, max_member_bytes)
+            records = ((keys.take(_id(record.value), row), row, record) for row, record in enumerate(self._records(file)))
+            yield from as_it_suits(self._images, lambda item: self._sample(*item, max_member_bytes), records)
 
     def sample(self, row: int) -> RawSample:
         """One record with its image; the first call goes through the file to learn where each is."""

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmfilter.core.data.places import Stamp, is_url, open_shard, stamp_file
+from mmfilter.core.data.places import Stamp, open_shard, stamp_file
+from mmfilter.core.data.remote import is_url
 from mmfilter.core.data.sample import CAPTION_FIELDS, IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Keys, RawSample, image_extension
 from mmfilter.core.data.sources.source import InputOptions
 from mmfilter.errors import ShardError
