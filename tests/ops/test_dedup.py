@@ -150,7 +150,7 @@ def test_a_higher_threshold_needs_no_search_and_a_lower_one_says_so(tmp_path, qu
     run = write_run(tmp_path / "run", samples)
     run_dedup(run, quiet, 0.85)
 
-    def no_search(*_):
+    def no_search(*_, **__):
         raise AssertionError("searched")
 
     with monkeypatch.context() as patch:
@@ -348,7 +348,7 @@ def test_without_faiss_the_line_to_type_is_named(tmp_path, quiet, monkeypatch):
 
     def without(name, *rest, **more):
         if name == "faiss":
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)

@@ -51,13 +51,22 @@ class DuplicateSettings:
     """Search with faiss-gpu"""
     workers: int | None = None
     """Threads; None takes all cores. They change no result"""
+    memory: float | None = None
+    """GiB that the sketches of the index may take in memory; None is half of what is free. It changes no result"""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise SelectionError(f"the similarity threshold is {self.threshold}; give one above 0 and up to 1, such as 0.95")
         if self.workers is not None and self.workers < 1:
             raise SelectionError(f"--workers is {self.workers}; at least 1 is needed")
+        if self.memory is not None and not self.memory > 0:
+            raise SelectionError(f"--memory is {self.memory:g}; give GiB above 0, or leave it out to use half of what is free")
         IndexSettings(self.on)
+
+    @property
+    def at_most(self) -> int | None:
+        """Bytes that the sketches may take."""
+        return None if self.memory is None else int(self.memory * 2**30)
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -112,9 +121,9 @@ def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, sett
         with threads(settings.workers), _place(scores.run, keep=keep) as place:
             if settings.gpu:
                 check_gpu()
-            index = open_index(tables, representatives(scores, groups), IndexSettings(settings.on), place, progress)
+            index = open_index(tables, representatives(scores, groups), IndexSettings(settings.on), place, progress, at_most=settings.at_most)
             if settings.gpu:
-                index.to_gpu()
+                index.to_gpu(progress)
             floor = max(round(settings.threshold - BELOW, 6), 1e-3)
             pairs = _searched(tables, index, floor, settings.on, progress)
         if keep:
@@ -173,8 +182,10 @@ def _candidates(index: CodeIndex, position: np.ndarray, vectors: np.ndarray, lev
     for k in NEIGHBOURS:
         similarity, other = index.search(vectors[todo], k)
         goes_on = (similarity[:, -1] >= level) & (other[:, -1] >= 0)
-        settled = ~goes_on if k != NEIGHBOURS[-1] else np.ones(len(todo), bool)
-        query, at = np.nonzero((similarity >= level) & settled[:, None])
+        listed = (similarity >= level) & ~goes_on[:, None]
+        if k == NEIGHBOURS[-1]:  # of those at the end of a full list only some are on it: which ones is chance
+            listed |= goes_on[:, None] & (similarity > similarity[:, -1:])
+        query, at = np.nonzero(listed)
         mine, theirs = position[todo[query]], other[query, at]
         real = (theirs >= 0) & (theirs != mine)
         mine, theirs = mine[real], theirs[real]
