@@ -246,9 +246,7 @@ def threads(workers: int | None) -> Iterator[None]:
 # --- making one ------------------------------------------------------------------------------
 
 
-def open_index(
-    tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, folder: Path, progress: Progress, *, at_most: int | None = None
-) -> CodeIndex:
+def open_index(tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, folder: Path, progress: Progress, *, at_most: int | None = None) -> CodeIndex:
     """The index in `folder` if it is one of these samples, made so; else a new one, saved there.
 
     `wanted` are the ascending positions of the samples to index, `at_most` the bytes of memory that their sketches
