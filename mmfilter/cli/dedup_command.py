@@ -48,7 +48,7 @@ def dedup(
     display.show_funnel(summary.funnel)
     if summary.crowded:
         display.note(f"{summary.crowded:,} samples have more close neighbours than are listed; they were compared with the kept ones directly")
-    display.note(f"{summary.pairs:,} pairs, {_search(summary.index)} -> {run}/dedup.parquet")
+    display.note(f"{summary.pairs:,} pairs{' listed' if summary.crowded else ''}, {_search(summary.index)} -> {run}/dedup.parquet")
     if borderline and not summary.borderline:
         display.note("no pair is near the threshold")
     for line in display.aligned(_rows(summary.borderline)):

@@ -124,7 +124,7 @@ def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, sett
             index = open_index(tables, representatives(scores, groups), IndexSettings(settings.on), place, progress, at_most=settings.at_most)
             if settings.gpu:
                 index.to_gpu(progress)
-            floor = max(round(settings.threshold - BELOW, 6), 1e-3)
+            floor = max(round(settings.threshold - BELOW, 6), min(settings.threshold, 1e-3))
             pairs = _searched(tables, index, floor, settings.on, progress)
         if keep:
             _store(pairs, scores, tables, settings.on)
@@ -254,7 +254,7 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
     path: Path = scores.run.duplicates
     if not path.exists():
         return None
-    about = artifacts.read_table_metadata(path)
+    about = _about(path)
     if about["inputs"] != tables.digest:
         progress.note("the run has changed since its duplicates were searched: searching again")
     elif about["on"] != settings.on:
@@ -262,8 +262,22 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
     elif about["floor"] > settings.threshold:
         progress.note(f"the stored duplicates go down to {about['floor']:g}, not to {settings.threshold:g}: searching again")
     else:
-        return _read(path, about, scores)
+        try:
+            pairs = _read(path, about, scores)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise RunError(f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file and run again") from error
+        return pairs if _about(path) == about else None  # another process may have replaced it meanwhile
     return None
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        about = artifacts.read_table_metadata(path)
+    except RunError as error:
+        raise RunError(f"{' '.join(str(error).split())}; delete the file and run again") from error  # pyarrow breaks lines
+    if about.get("kind") != "duplicates":
+        raise RunError(f"{str(path)!r} is no table of close pairs; move it away and run again")
+    return about
 
 
 def _read(path: Path, about: dict[str, Any], scores: ScoreTables) -> Pairs:

@@ -268,7 +268,7 @@ def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex |
         return None
     try:
         index = _loaded(folder, about, at_most)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         raise RunError(f"index {str(folder)!r} cannot be read ({_said(error)}); delete the folder and run again") from error
     return index if artifacts.read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
