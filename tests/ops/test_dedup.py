@@ -501,25 +501,55 @@ def test_without_faiss_the_line_to_type_is_named(tmp_path, quiet, monkeypatch):
 def test_no_gpu_is_one_line(tmp_path, quiet):
     import faiss
 
-    if hasattr(faiss, "StandardGpuResources"):
-        pytest.skip("this FAISS has GPU support")
     run = write_run(tmp_path / "run", clustered(30))
+    if not hasattr(faiss, "StandardGpuResources"):
+        said = f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
+    elif not faiss.get_num_gpus():
+        said = f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here (it sees none); go without --gpu"
+    else:
+        pytest.skip("there is a GPU")
     with pytest.raises(MMFilterError) as caught:
         run_dedup(run, quiet, gpu=True)
-    said = f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
-    assert str(caught.value) == said
+    assert str(caught.value) == said and not (run / "index").exists()
+
+
+def needs_gpu() -> None:
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        pytest.skip("needs faiss-gpu and a GPU")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flat", [100, 20_000])
-def test_the_gpu_decides_the_same(tmp_path, quiet, monkeypatch, flat):
-    faiss = pytest.importorskip("faiss")
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        pytest.skip("no faiss-gpu")
+@pytest.mark.parametrize("on", ["both", "image"])
+def test_the_gpu_decides_the_same(tmp_path, quiet, monkeypatch, flat, on):
+    needs_gpu()
     monkeypatch.setattr(index_module, "FLAT", flat)
-    samples = clustered(1500, seed=16)
+    samples = clustered(3000, seed=16)
     for name, gpu in (("cpu", False), ("gpu", True)):
-        run_dedup(write_run(tmp_path / name, samples), quiet, 0.9, gpu=gpu)
+        run_dedup(write_run(tmp_path / name, samples), quiet, 0.9, on, gpu=gpu)
+    assert quiet.notes == []  # nothing was left to the CPU
+    assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
+    assert pq.read_table(tmp_path / "cpu/duplicates.parquet").equals(pq.read_table(tmp_path / "gpu/duplicates.parquet"))
+
+
+@pytest.mark.gpu
+def test_the_gpu_decides_on_a_crowd_the_same(tmp_path, quiet):
+    needs_gpu()
+    for name, gpu in (("cpu", False), ("gpu", True)):
+        run_dedup(write_run(tmp_path / name, crowd(300)), quiet, 0.95, gpu=gpu)
+    assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
+
+
+@pytest.mark.gpu
+def test_what_is_too_much_for_the_gpu_is_searched_on_the_cpu(tmp_path, quiet, monkeypatch):
+    needs_gpu()
+    small_clusters(monkeypatch)
+    monkeypatch.setattr(index_module, "LEAST_AT_ONCE", 0)
+    samples = clustered(1500, seed=17)
+    run_dedup(write_run(tmp_path / "cpu", samples), quiet, 0.9)
+    run_dedup(write_run(tmp_path / "gpu", samples), quiet, 0.9, gpu=True, memory=300 * 520 / 2**30)
+    assert quiet.notes == ["the index does not fit into memory: searching on the CPU, a part at a time"]
     assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
 
 
