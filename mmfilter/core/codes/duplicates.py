@@ -7,9 +7,7 @@ pairs on either side of it can be looked at, and a higher threshold needs no new
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from mmfilter import __version__
-from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, check_gpu, open_index, threads
+from mmfilter.core.codes.faiss_library import check_gpu, threads
+from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, open_index
 from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vectors import SIDES, Codes, cosines
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import DUPLICATE_TABLE, RunDirectory, TableWriter
+from mmfilter.core.data.artifacts import DUPLICATE_TABLE, TableWriter
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError, SelectionError
@@ -111,36 +110,28 @@ class Pairs:
 def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, settings: DuplicateSettings, progress: Progress, *, keep: bool = True) -> Pairs:
     """The run's close pairs, stored ones if they go as far down as is asked for, else searched and stored.
 
-    Without `keep` nothing is written into the run. `groups` are those of `ScoreTables.groups` over `settings.hashes`. Raises `RunError` for codes that
-    are missing or damaged, `MissingExtra` when a search is needed and there is no FAISS.
+    Without `keep`, and where it cannot be, nothing is written into the run. `groups` are those of
+    `ScoreTables.groups` over `settings.hashes`. Raises `RunError` for codes that are missing or damaged,
+    `MissingExtra` when a search is needed and there is no FAISS.
     """
     stored = _stored(scores, tables, settings, progress)
     if stored is not None:
         return stored
     try:
-        with threads(settings.workers), _place(scores.run, keep=keep) as place:
+        with threads(settings.workers):
             if settings.gpu:
                 check_gpu()
-            index = open_index(tables, representatives(scores, groups), IndexSettings(settings.on), place, progress, at_most=settings.at_most)
+            wanted = representatives(scores, groups)
+            index = open_index(tables, wanted, IndexSettings(settings.on), scores.run.index, progress, at_most=settings.at_most, keep=keep)
             if settings.gpu:
                 index.to_gpu(progress)
             floor = max(round(settings.threshold - BELOW, 6), min(settings.threshold, 1e-3))
             pairs = _searched(tables, index, floor, settings.on, progress)
-        if keep:
+        if keep and scores.run.writable:
             _store(pairs, scores, tables, settings.on)
     except OSError as error:
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
     return pairs
-
-
-@contextmanager
-def _place(run: RunDirectory, *, keep: bool) -> Iterator[Path]:
-    """The folder of the index: that of the run, or one that is gone afterwards."""
-    if keep:
-        yield run.index
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "index"
 
 
 def representatives(scores: ScoreTables, groups: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""An index over the sketches of a run's codes; the one door to FAISS.
+"""An index over the sketches of a run's codes.
 
 Up to `FLAT` samples every query is held against every sample. Above, samples lie in clusters (an
 inverted file) and a query looks into the nearest few; how many is settled by what they find of the true
@@ -13,12 +13,10 @@ else a search reads the clusters it looks into, a part at a time. What is found 
 from __future__ import annotations
 
 import errno
-import importlib.util
-import subprocess
-import sys
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,12 +25,13 @@ import numpy as np
 
 from mmfilter import __version__
 from mmfilter.core.codes import clusters
+from mmfilter.core.codes.faiss_library import load_faiss, said
 from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vector_file import BLOCK, VectorFile
 from mmfilter.core.codes.vectors import SIDES, Sketch, margin
 from mmfilter.core.data import artifacts, memory
 from mmfilter.core.data.progress import Progress
-from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
+from mmfilter.errors import RunError, SelectionError
 
 On = Literal["both", "image", "text"]
 
@@ -100,8 +99,7 @@ class CodeIndex:
 
     def _from_disk(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts kept."""
-        import faiss
-
+        faiss = load_faiss()
         closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
         best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
         for some in self._lists.parts(np.unique(cluster), max(1, self._at_once // 2)):  # a part goes when the next is there
@@ -126,8 +124,7 @@ class CodeIndex:
 
     def to_gpu(self, progress: Progress) -> None:
         """Search on the GPU from now on, or go on without where it cannot hold this index, with a note."""
-        import faiss
-
+        faiss = load_faiss()
         if not self.in_memory:
             progress.note("the index does not fit into memory: searching on the CPU, a part at a time")
             return
@@ -136,14 +133,14 @@ class CodeIndex:
             self._gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
             self._progress = progress
         except RuntimeError as error:
-            progress.note(f"the GPU cannot take the index ({_said(error)}): searching on the CPU")
+            progress.note(f"the GPU cannot take the index ({said(error)}): searching on the CPU")
 
     def _on_gpu(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self._gpu.search(vectors, k)
         except RuntimeError as error:  # out of its memory, most likely
             self._gpu = None
-            self._progress.note(f"the GPU cannot search on ({_said(error)}): searching on the CPU")
+            self._progress.note(f"the GPU cannot search on ({said(error)}): searching on the CPU")
             return self._index.search(vectors, k)
 
 
@@ -155,8 +152,7 @@ class _Lists:
 
     def load(self, into: Any, some: np.ndarray) -> None:
         """Add these clusters to FAISS's lists."""
-        import faiss
-
+        faiss = load_faiss()
         for cluster, first, stop in zip(some.tolist(), self._starts[some].tolist(), self._starts[some + 1].tolist(), strict=True):
             if first < stop:
                 codes, numbers = self.vectors.read(first, stop).view(np.uint8), np.arange(first, stop)
@@ -177,87 +173,38 @@ def _nbytes(n: int, dims: int) -> int:
     return n * (2 * dims + 8)
 
 
-def _said(error: Exception) -> str:
-    """What FAISS says without where it says it."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("failed: ")[2]
-
-
-_TRIAL = """
-import faiss
-if not faiss.get_num_gpus():
-    raise SystemExit("it sees none")
-resources = faiss.StandardGpuResources()
-index = faiss.index_cpu_to_gpu(resources, 0, faiss.IndexFlatIP(8))
-vectors = faiss.rand((64, 8))
-index.add(vectors)
-index.search(vectors, 4)
-"""
-
-
-def check_gpu() -> None:
-    """Raise `MMFilterError` unless FAISS has GPU support and can search on one.
-
-    It is tried in another process, because FAISS ends its own where the driver or the GPU does not fit.
-    """
-    faiss = _faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise MMFilterError(f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'")
-    trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
-    if trial.returncode:
-        told = [line for line in trial.stderr.splitlines() if line.strip()] or [f"exit status {trial.returncode}"]
-        raise MMFilterError(f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here ({told[-1].strip()}); go without --gpu")
-
-
-def check_installed() -> None:
-    """Raise `MissingExtra` when there is no FAISS, without loading it."""
-    if importlib.util.find_spec("faiss") is None:
-        raise MissingExtra("the index over codes", "cpu")
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError as error:
-        if error.name != "faiss":
-            raise _unusable(error) from error
-        raise MissingExtra("the index over codes", "cpu") from error
-    except (ImportError, OSError, RuntimeError) as error:  # a library that it needs is missing or another's
-        raise _unusable(error) from error
-    return faiss
-
-
-def _unusable(error: Exception) -> MMFilterError:
-    anew = "pip uninstall faiss-cpu faiss-gpu, then pip install 'mmfilter[cpu]'"
-    return MMFilterError(f"FAISS is installed but cannot be loaded ({_said(error)}); install what it lacks, or it anew: {anew}")
-
-
-@contextmanager
-def threads(workers: int | None) -> Iterator[None]:
-    """FAISS with so many threads inside the block; None leaves it as it is."""
-    faiss = _faiss()
-    before = faiss.omp_get_max_threads()
-    if workers is not None:
-        faiss.omp_set_num_threads(workers)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 # --- making one ------------------------------------------------------------------------------
 
 
-def open_index(tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, folder: Path, progress: Progress, *, at_most: int | None = None) -> CodeIndex:
-    """The index in `folder` if it is one of these samples, made so; else a new one, saved there.
+def open_index(
+    tables: CodeTables,
+    wanted: np.ndarray,
+    settings: IndexSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    at_most: int | None = None,
+    keep: bool = True,
+) -> CodeIndex:
+    """The index in `folder` if it is one of these samples, made so; else a new one, saved there if it is to be kept and can be.
 
     `wanted` are the ascending positions of the samples to index, `at_most` the bytes of memory that their sketches
     may take, half of what is free if None.
     """
-    _faiss()
+    load_faiss()  # before anything is read
     at_most = memory.available() // 2 if at_most is None else at_most
     expected = {"format": FORMAT, "settings": asdict(settings), "inputs": tables.digest, "samples": len(wanted)}
     index = _stored(folder, expected, at_most)
-    return index or _build(tables, wanted, settings, folder, expected, progress, at_most)
+    if index is not None:
+        return index
+    if keep and not os.access(folder.parent, os.W_OK):
+        progress.note(f"{str(folder.parent)!r} cannot be written: its index is made now and not kept for the next time")
+        keep = False
+    with tempfile.TemporaryDirectory(dir=folder.parent if keep else None, prefix=".index.", suffix=".tmp") as name:
+        index, new = _build(tables, wanted, settings, Path(name), expected, progress, at_most)
+        if keep:
+            _put(new, folder, Path(name))
+    return index
 
 
 def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex | None:
@@ -270,14 +217,13 @@ def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex |
     try:
         index = _loaded(folder, about, at_most)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        raise RunError(f"index {str(folder)!r} cannot be read ({_said(error)}); delete the folder and run again") from error
+        raise RunError(f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again") from error
     return index if artifacts.read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
 
 def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
     """Raises `ValueError` and what numpy and FAISS raise where the files are not what the manifest says."""
-    import faiss
-
+    faiss = load_faiss()
     index, positions, lists = faiss.read_index(str(folder / "index.faiss")), np.load(folder / "positions.npy"), None
     if about["clusters"]:
         lists = _Lists(VectorFile(folder / "vectors.f16", index.d), np.load(folder / "starts.npy"))
@@ -288,22 +234,19 @@ def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
 
 
 def _build(
-    tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, folder: Path, expected: dict[str, Any], progress: Progress, at_most: int
-) -> CodeIndex:
-    faiss = _faiss()
-    about = {"kind": "code index", "version": __version__, "faiss": faiss.__version__} | expected
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".index.", suffix=".tmp") as name:
-        new = Path(name) / "new"
-        new.mkdir()
-        vectors = _sketches(tables, wanted, settings.sketch(tables.idf), Path(name) / "vectors.f16", progress)
-        at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, vectors.dims)
-        order, found = _flat(vectors, new) if len(wanted) <= FLAT else _clustered(vectors, new, at_once, progress)
-        np.save(new / "positions.npy", wanted[order])
-        artifacts.write_json(new / "manifest.json", about | found)
-        vectors.close()
-        index = _loaded(new, about | found, at_most)
-        _put(new, folder, Path(name))
-    return index
+    tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, place: Path, expected: dict[str, Any], progress: Progress, at_most: int
+) -> tuple[CodeIndex, Path]:
+    """A new index, and the folder in `place` that it is in."""
+    about = {"kind": "code index", "version": __version__, "faiss": load_faiss().__version__} | expected
+    new = place / "new"
+    new.mkdir()
+    vectors = _sketches(tables, wanted, settings.sketch(tables.idf), place / "vectors.f16", progress)
+    at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, vectors.dims)
+    order, found = _flat(vectors, new) if len(wanted) <= FLAT else _clustered(vectors, new, at_once, progress)
+    np.save(new / "positions.npy", wanted[order])
+    artifacts.write_json(new / "manifest.json", about | found)
+    vectors.close()
+    return _loaded(new, about | found, at_most), new
 
 
 def _put(new: Path, folder: Path, aside: Path) -> None:
@@ -338,8 +281,7 @@ def _sketches(tables: CodeTables, wanted: np.ndarray, sketch: Sketch, path: Path
 
 def _flat(vectors: VectorFile, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """The order of the samples in it, and what to say of it."""
-    import faiss
-
+    faiss = load_faiss()
     index = faiss.IndexFlatIP(vectors.dims)
     for _, some in vectors.blocks():
         index.add(some.astype(np.float32))
@@ -349,8 +291,7 @@ def _flat(vectors: VectorFile, folder: Path) -> tuple[np.ndarray, dict[str, Any]
 
 def _clustered(vectors: VectorFile, folder: Path, at_once: int, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
     """Clusters; as `_flat`. Nothing depends on the order of the samples but their order within a cluster."""
-    import faiss
-
+    faiss = load_faiss()
     n = len(vectors)
     k = min(MOST_CLUSTERS, round(4 * n**0.5))
     progress.start("clustering", None)
@@ -378,14 +319,12 @@ def _clustered(vectors: VectorFile, folder: Path, at_once: int, progress: Progre
 
 def _write(index: Any, folder: Path) -> None:
     """Not by `faiss.write_index`: on a full disk that raises what is no `OSError`."""
-    import faiss
-
+    faiss = load_faiss()
     (folder / "index.faiss").write_bytes(memoryview(faiss.serialize_index(index)))
 
 
 def _nearest(centroids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    import faiss
-
+    faiss = load_faiss()
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)
     similarity, cluster = index.search(vectors, 1)

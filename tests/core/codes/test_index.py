@@ -10,7 +10,8 @@ import pytest
 
 from mmfilter.core.codes import clusters
 from mmfilter.core.codes import index as index_module
-from mmfilter.core.codes.index import IndexSettings, _Lists, open_index, threads
+from mmfilter.core.codes.faiss_library import load_faiss, threads
+from mmfilter.core.codes.index import IndexSettings, _Lists, open_index
 from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vector_file import VectorFile
 from mmfilter.core.codes.vectors import GRID, on_grid
@@ -247,6 +248,6 @@ def test_a_faiss_that_cannot_be_loaded_is_one_line(monkeypatch, error):
 
     monkeypatch.setattr(builtins, "__import__", failing)
     with pytest.raises(MMFilterError) as caught:
-        index_module._faiss()
+        load_faiss()
     anew = "pip uninstall faiss-cpu faiss-gpu, then pip install 'mmfilter[cpu]'"
     assert str(caught.value) == f"FAISS is installed but cannot be loaded ({error}); install what it lacks, or it anew: {anew}"
