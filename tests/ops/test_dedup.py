@@ -17,6 +17,7 @@ from mmfilter.core.codes.duplicates import DuplicateSettings
 from mmfilter.core.data.artifacts import RunDirectory, read_table_metadata
 from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
 from mmfilter.ops.dedup import DedupSettings, dedup
+from mmfilter.ops.search import SearchSettings, search
 from mmfilter.ops.select import SelectSettings, select
 from tests.codes import SAMPLES, Sample, clustered, first_of_group, greedy, near, side, similarities, write_run
 from tests.conftest import Quiet
@@ -352,6 +353,21 @@ def test_a_side_without_features_is_near_to_nothing(tmp_path, quiet):
     run = write_run(tmp_path / "run", samples)
     assert run_dedup(run, quiet, 0.9).near == 1  # only the two with a text
     assert run_dedup(run, quiet, 1.0, "image").near == 4  # the same codes, though their hashes differ
+
+
+def test_a_run_that_cannot_be_written_is_searched_and_nothing_is_kept(tmp_path, quiet, monkeypatch):
+    samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(200, seed=47))]
+    run = write_run(tmp_path / "run", samples)
+    before = sorted(path.name for path in run.iterdir())
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(RunError) as caught:
+        run_dedup(run, quiet, 0.9)
+    assert str(caught.value) == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+    kept = [sample.key for sample in samples if greedy(samples, "both", 0.9).get((sample.shard, sample.row), 0) is None]
+    assert sorted(keys_of(run, tmp_path, top="100%", dedup=0.9)) == kept
+    assert len(search(run, SearchSettings(key=kept[0], n=3), quiet)) == 3
+    assert quiet.notes == [f"{str(run)!r} cannot be written: its index is made now and not kept for the next time"]
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_a_run_without_duplicates_and_one_without_a_scored_sample(tmp_path, quiet):

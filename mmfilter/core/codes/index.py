@@ -42,6 +42,8 @@ TRAINING = 32
 """Samples a cluster that the clusters are fitted on"""
 FORMAT = 2
 """Of the folder; an index of another one is made anew"""
+MANY = 256
+"""Queries at one time from which all of the sketches are read, if they fit; fewer have their clusters read"""
 LEAST_AT_ONCE = 64 << 20
 """Bytes of sketches that are in memory at one time in any case"""
 
@@ -79,10 +81,9 @@ class CodeIndex:
         self._index, self._lists, self._positions, self.about = faiss_index, lists, positions, about
         self._gpu: Any = None
         self._at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, self._index.d)
-        self.in_memory = lists is None or len(positions) <= self._at_once
-        """Whether a search reads nothing"""
-        if lists is not None and self.in_memory:
-            lists.load(self._index.invlists, np.arange(self._index.nlist))
+        self.fits = lists is None or len(positions) <= self._at_once
+        """Whether all of it may be in memory"""
+        self._in_memory = lists is None
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -93,20 +94,31 @@ class CodeIndex:
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosine of sketches and positions of the k nearest, (queries, k), nearest first; position −1 where there are fewer."""
-        look = self._on_gpu if self._gpu is not None else self._index.search if self.in_memory else self._from_disk
+        if self.fits and len(vectors) >= MANY:
+            self._read_all()
+        look = self._on_gpu if self._gpu is not None else self._index.search if self._in_memory else self._from_disk
         similarity, found = look(vectors, k)
         return similarity, np.where(found >= 0, self._positions[found], -1) if len(self) else found
 
+    def _read_all(self) -> None:
+        if not self._in_memory:
+            self._read(np.arange(self._index.nlist))
+            self._in_memory = True
+
+    def _read(self, some: np.ndarray) -> None:
+        """Let FAISS have these clusters and no others."""
+        faiss = load_faiss()
+        part = faiss.ArrayInvertedLists(self._index.nlist, self._index.code_size)
+        self._lists.load(part, some)
+        self._index.replace_invlists(part, False)
+        self._part = part  # the index holds no reference
+
     def _from_disk(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts kept."""
-        faiss = load_faiss()
         closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
         best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
         for some in self._lists.parts(np.unique(cluster), max(1, self._at_once // 2)):  # a part goes when the next is there
-            part = faiss.ArrayInvertedLists(self._index.nlist, self._index.code_size)
-            self._lists.load(part, some)
-            self._index.replace_invlists(part, False)
-            self._part = part  # the index holds no reference
+            self._read(some)
             asked = np.flatnonzero(np.isin(cluster, some).any(1))
             found = self._index.search_preassigned(vectors[asked], k, np.where(np.isin(cluster[asked], some), cluster[asked], -1), closeness[asked])
             both = [np.concatenate([old[asked], new], axis=1) for old, new in zip(best, found, strict=True)]
@@ -125,9 +137,10 @@ class CodeIndex:
     def to_gpu(self, progress: Progress) -> None:
         """Search on the GPU from now on, or go on without where it cannot hold this index, with a note."""
         faiss = load_faiss()
-        if not self.in_memory:
+        if not self.fits:
             progress.note("the index does not fit into memory: searching on the CPU, a part at a time")
             return
+        self._read_all()
         try:
             self._resources = faiss.StandardGpuResources()  # to live as long as the index on the GPU
             self._gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)

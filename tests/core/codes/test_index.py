@@ -132,7 +132,7 @@ def test_on_disk_it_finds_what_it_finds_in_memory(run, tmp_path, quiet, small, a
     one = opened(run, tmp_path / "index", quiet, 1 << 30)
     other = opened(run, tmp_path / "index", quiet, at_most)
     made = opened(run, tmp_path / "made", quiet, at_most)
-    assert (one.in_memory, other.in_memory, made.in_memory) == (True, False, False)
+    assert (one.fits, other.fits, made.fits) == (True, False, False)
     for name in ("vectors.f16", "starts.npy", "positions.npy", "index.faiss"):
         assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "made" / name).read_bytes(), name
     _, vectors = next(one.blocks())
@@ -156,10 +156,24 @@ def test_no_more_is_in_memory_than_was_asked_for(run, tmp_path, quiet, small, mo
 
     monkeypatch.setattr(_Lists, "load", counted)
     index = opened(run, tmp_path / "index", quiet, 300 * 520)
-    assert not index.in_memory and loaded == []
+    assert not index.fits and loaded == []
     _, vectors = next(index.blocks())
     index.search(vectors, 8)
     assert len(loaded) >= 4 and max(loaded) <= 300
+
+
+def test_few_queries_read_their_clusters_and_many_read_all_once(run, tmp_path, quiet, small, monkeypatch):
+    read: list[int] = []
+    load = _Lists.load
+    monkeypatch.setattr(_Lists, "load", lambda self, into, some: (read.append(len(some)), load(self, into, some)))
+    index = opened(run, tmp_path / "index", quiet, 1 << 30)
+    _, vectors = next(index.blocks())
+    few = index.search(vectors[:2], 5)
+    assert len(read) == 1 and read[0] <= 2 * index.about["clusters_searched"]
+    many = index.search(vectors, 5)
+    assert read[1:] == [index.about["clusters"]] and all(np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True))
+    index.search(vectors[:2], 5)
+    assert len(read) == 2
 
 
 def test_clusters_are_the_same_in_any_order_and_with_any_number_of_threads(run, tmp_path, quiet, small):
