@@ -6,8 +6,9 @@ neighbours of sampled queries. The index is only to suggest: whoever uses it ask
 
 A folder: `index.faiss`, `positions.npy` (of the samples in the run, in the order of FAISS's numbers) and
 `manifest.json`. With clusters, `index.faiss` has the centroids, `vectors.f16` the sketches in half
-precision, cluster after cluster, and `starts.npy` where each begins. They are read into memory when they fit into what the index may take;
-else a search reads the clusters it looks into, a part at a time. What is found is the same either way.
+precision, cluster after cluster, and `starts.npy` where each begins. A search of many reads all of them
+into memory when they fit into what the index may take; else it reads the clusters that it looks into, a
+part at a time. What is found is the same either way.
 """
 
 from __future__ import annotations
