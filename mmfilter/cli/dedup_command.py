@@ -23,6 +23,7 @@ def dedup(
     borderline: Annotated[int, typer.Option(help="List so many pairs closest to the threshold, on either side of it.", metavar="N")] = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Search with faiss-gpu.")] = False,
     workers: Annotated[Optional[int], typer.Option(help="Threads (default: all cores).")] = None,
+    memory: Annotated[Optional[float], typer.Option(help="GiB that the index may take in memory (default: half of what is free).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Find exact and near duplicates in a run.
@@ -37,7 +38,7 @@ def dedup(
     from mmfilter.ops import dedup as operation
 
     one_of("--on", on, ("both", "image", "text"))
-    duplicates = operation.DuplicateSettings(threshold, on, gpu, workers)
+    duplicates = operation.DuplicateSettings(threshold, on, gpu, workers, memory)
     settings = operation.DedupSettings(duplicates, by, borderline)
     with display.TerminalProgress() as progress:
         summary = operation.dedup(run, settings, progress)
@@ -47,7 +48,7 @@ def dedup(
     display.show_funnel(summary.funnel)
     if summary.crowded:
         display.note(f"{summary.crowded:,} samples have more close neighbours than are listed; they were compared with the kept ones directly")
-    display.note(f"{summary.pairs:,} pairs, {_search(summary.index)} -> {run}/dedup.parquet")
+    display.note(f"{summary.pairs:,} pairs{' listed' if summary.crowded else ''}, {_search(summary.index)} -> {run}/dedup.parquet")
     if borderline and not summary.borderline:
         display.note("no pair is near the threshold")
     for line in display.aligned(_rows(summary.borderline)):

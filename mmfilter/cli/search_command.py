@@ -57,7 +57,7 @@ def search(
     elif hits:
         print("\n".join(display.aligned(_rows(hits))))
     else:
-        display.note("nothing found")
+        display.note("nothing found" if feature is None else f"no sample has feature {feature} among the strongest that are stored")
 
 
 def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Encoder:

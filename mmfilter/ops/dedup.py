@@ -95,6 +95,8 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
     """
     scores = ScoreTables(RunDirectory(run))
     column = scores.column(settings.by)
+    if not scores.run.writable:
+        raise RunError(f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup")
     rule = Deduplicator(scores, settings.duplicates, progress)
     found = rule(column.values, column.present)
     close = rule.pairs.at_least(settings.duplicates.threshold)

@@ -82,7 +82,7 @@ class Hit:
 
 
 def search(run: Path, settings: SearchSettings, progress: Progress, encode: Encoder | None = None) -> list[Hit]:
-    """The samples found, the best first. A sample that is looked for by key is not among them.
+    """The samples found, the best first. A sample that is looked for by key is not among them, nor what has no feature of it.
 
     `encode` is needed for an image or words only. Raises `SelectionError` for a key, shard or feature
     that is not in the run, and what `encode` raises.
@@ -112,7 +112,7 @@ def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: Searc
     except OSError as error:
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
     found = nearest(only(query, settings.sides), settings.n + 1, index, tables, groups)
-    other = np.flatnonzero(found.position != query.position[0])[: settings.n]
+    other = np.flatnonzero((found.position != query.position[0]) & (found.cosine > 0))[: settings.n]
     return _hits(scores, found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)})
 
 
@@ -125,7 +125,9 @@ def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
         positions, shards = np.array([p for p, _ in chosen], np.int64), [shard for _, shard in chosen]
     where = f"in a shard that ends with {settings.shard!r} of run" if settings.shard else "in run"
     if not len(positions):
-        raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}")
+        near = scores.key_like(settings.key) if settings.shard is None else None
+        hint = f"; did you mean {near!r}?" if near is not None else ""
+        raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}{hint}")
     if len(positions) > 1:
         if len(set(shards)) == 1:
             raise SelectionError(f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample")

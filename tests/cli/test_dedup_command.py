@@ -80,6 +80,7 @@ def test_help_imports_nothing_heavy(argv):
 EXPLAINED = {
     "threshold": (["dedup", "{run}", "--threshold", "1.5"], "the similarity threshold is 1.5; give one above 0 and up to 1, such as 0.95"),
     "select": (["select", "{run}", "--top", "5", "--dedup", "0", "--format", "keys"], "the similarity threshold is 0.0; give one above 0"),
+    "memory": (["dedup", "{run}", "--memory", "-1"], "--memory is -1; give GiB above 0, or leave it out to use half of what is free"),
     "column": (["dedup", "{run}", "--by", "beauty"], "no column 'beauty'"),
     "no run": (["dedup", "nowhere"], "'nowhere' is no run: it has no manifest.json"),
     "nothing to look for": (["search", "{run}"], "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER"),

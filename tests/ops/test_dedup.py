@@ -17,8 +17,9 @@ from mmfilter.core.codes.duplicates import DuplicateSettings
 from mmfilter.core.data.artifacts import RunDirectory, read_table_metadata
 from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
 from mmfilter.ops.dedup import DedupSettings, dedup
+from mmfilter.ops.search import SearchSettings, search
 from mmfilter.ops.select import SelectSettings, select
-from tests.codes import Sample, clustered, first_of_group, greedy, near, side, similarities, write_run
+from tests.codes import SAMPLES, Sample, clustered, first_of_group, greedy, near, side, similarities, write_run
 from tests.conftest import Quiet
 
 
@@ -145,12 +146,120 @@ def test_samples_in_other_rows_and_shards_are_decided_alike(tmp_path, quiet):
     assert kept[0] == kept[1]
 
 
+def test_clusters_in_another_order_with_other_threads_and_less_memory_decide_the_same(tmp_path, quiet, monkeypatch):
+    small_clusters(monkeypatch)
+    monkeypatch.setattr(index_module, "LEAST_AT_ONCE", 0)
+    samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(2000, seed=41))]
+    order = np.random.default_rng(1).permutation(len(samples))
+    moved = [dataclasses.replace(samples[i], shard=f"/data/m{n % 7}.tar", row=n // 7) for n, i in enumerate(order.tolist())]
+    decisions, pairs = [], []
+    for name, some, settings in (("a", samples, {"workers": 1}), ("b", moved, {"workers": 3}), ("c", moved, {"memory": 300 * 520 / 2**30})):
+        run = write_run(tmp_path / name, some, group=50 if name == "a" else 333)
+        run_dedup(run, quiet, 0.9, **settings)
+        table = pq.read_table(run / "dedup.parquet").select(["key", "score", "kept", "reason", "duplicate_of", "similarity"])
+        decisions.append(table.sort_by("key"))
+        rows = pq.read_table(run / "duplicates.parquet").to_pylist()
+        pairs.append({(*sorted([r["key"], r["other_key"]]), r["image"], r["text"], r["similarity"]) for r in rows})
+    assert decisions[0].equals(decisions[1]) and decisions[0].equals(decisions[2])
+    assert pairs[0] == pairs[1] == pairs[2] and len(pairs[0]) > 500
+    assert {(s, r): v for (s, r), v in decided(tmp_path / "a" / "dedup.parquet").items() if v is None} == {
+        where: None for where, v in greedy(samples, "both", 0.9).items() if v is None
+    }
+
+
+@pytest.mark.parametrize("at_most", [None, 1 << 20, 200 * 520], ids=["flat", "in memory", "on disk"])
+def test_every_kind_of_index_finds_995_of_1000_pairs_at_the_threshold(tmp_path, quiet, monkeypatch, at_most):
+    if at_most is not None:
+        small_clusters(monkeypatch)
+    monkeypatch.setattr(index_module, "LEAST_AT_ONCE", 0)
+    samples = clustered(3000, seed=42)
+    run = write_run(tmp_path / "run", samples, group=500)
+    run_dedup(run, quiet, 0.9, memory=None if at_most is None else at_most / 2**30)
+    first, similarity = np.array(first_of_group(samples, "both")), similarities(samples, "both")
+    own = np.array([i == f and samples[i].score is not None for i, f in enumerate(first)])
+    where = [(sample.shard, sample.row) for sample in samples]
+    wanted = {frozenset([where[i], where[j]]) for i, j in np.argwhere(np.triu(similarity >= np.float32(0.9), 1) & own & own[:, None]).tolist()}
+    rows = pq.read_table(run / "duplicates.parquet").to_pylist()
+    found = {frozenset([(r["shard"], r["row"]), (r["other_shard"], r["other_row"])]) for r in rows if r["similarity"] >= np.float32(0.9)}
+    assert found <= wanted and len(found) >= 0.995 * len(wanted) and len(wanted) > 1000
+
+
+def test_a_crowd_with_the_same_codes_keeps_one_at_threshold_1(tmp_path, quiet):
+    rng = np.random.default_rng(3)
+    image, text = side(rng), side(rng)
+    samples = [Sample(f"{i:05d}", "/data/s.tar", i, image, text, i % 7 / 7, f"i{i}", f"t{i}") for i in range(400)]
+    samples += [
+        dataclasses.replace(sample, key=f"far{sample.key}", row=400 + i, image=near(rng, image, 0.3), image_hash=f"far{i}")
+        for i, sample in enumerate(samples[:20])
+    ]
+    run = write_run(tmp_path / "run", samples)
+    for threshold in (1.0, 0.99, 0.5):
+        summary = run_dedup(run, quiet, threshold)
+        check_same(decided(run / "dedup.parquet"), greedy(samples, "both", threshold))
+        assert summary.crowded >= 400
+    assert run_dedup(run, quiet, 1.0).kept == 21
+
+
+@pytest.mark.parametrize("threshold", [0.02, 1e-6])
+def test_a_threshold_at_which_nearly_all_are_close(tmp_path, quiet, threshold):
+    samples = clustered(300, seed=43)
+    run = write_run(tmp_path / "run", samples)
+    run_dedup(run, quiet, threshold)
+    check_same(decided(run / "dedup.parquet"), greedy(samples, "both", threshold))
+    quiet.notes.clear()
+    run_dedup(run, quiet, threshold)
+    assert quiet.notes == []  # the stored pairs go down to it
+
+
+def test_a_chain_keeps_its_ends(tmp_path, quiet):
+    idf = np.log((1 + 1000) / (1 + SAMPLES))
+    one, other = (int(j) for j in np.argsort(-idf)[:2])
+    angles = (0, 15, 30)  # cosines of 0.966 from one to the next, 0.866 end to end
+    images = [{one: 4 * np.cos(np.radians(a)) / idf[one], other: 4 * np.sin(np.radians(a)) / idf[other] + 1e-7} for a in angles]
+    samples = [Sample(name, "/data/s.tar", i, image, {5: 1.0}, 0.9 - i / 10, name, f"t{i}") for i, (name, image) in enumerate(zip("abc", images, strict=True))]
+    run = write_run(tmp_path / "run", samples)
+    run_dedup(run, quiet, 0.95)
+    rows = {row["key"]: row for row in pq.read_table(run / "dedup.parquet").to_pylist()}
+    assert [rows[key]["kept"] for key in "abc"] == [True, False, True]
+    assert rows["b"]["duplicate_of"] == "a" and rows["b"]["similarity"] == pytest.approx(np.cos(np.radians(15)), abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_small_runs_of_any_kind_are_decided_as_by_the_loop(tmp_path, quiet, seed):
+    rng = np.random.default_rng(100 + seed)
+    samples = clustered(int(rng.integers(2, 120)), seed=seed, share=rng.uniform(0, 1), shards=int(rng.integers(1, 6)), ties=bool(seed % 2))
+    some = [dataclasses.replace(sample, image={} if rng.random() < 0.1 else sample.image, text={} if rng.random() < 0.1 else sample.text) for sample in samples]
+    run = write_run(tmp_path / "run", some, group=int(rng.integers(1, 60)))
+    for on in ("both", "image", "text"):
+        threshold = float(np.round(rng.uniform(0.05, 1), 3))
+        run_dedup(run, quiet, threshold, on)
+        check_same(decided(run / "dedup.parquet"), greedy(some, on, threshold))
+
+
+def test_scores_that_are_nan_are_no_scores(tmp_path, quiet):
+    samples = clustered(60, seed=44)
+    wrong = [dataclasses.replace(sample, score=float("nan") if i % 5 == 0 and sample.score is not None else sample.score) for i, sample in enumerate(samples)]
+    run = write_run(tmp_path / "run", wrong)
+    summary = run_dedup(run, quiet, 0.9)
+    present = [sample for sample in wrong if sample.score is not None and sample.score == sample.score]
+    assert summary.scored == len(present) == sum(row["kept"] or "duplicate" in row["reason"] for row in pq.read_table(run / "dedup.parquet").to_pylist())
+    check_same(decided(run / "dedup.parquet"), greedy(wrong, "both", 0.9, lambda sample: sample.score == sample.score))
+
+
+def test_a_formula_ranks(tmp_path, quiet):
+    samples = clustered(200, seed=45)
+    run = write_run(tmp_path / "run", samples)
+    run_dedup(run, quiet, 0.9, by="1 - similarity")
+    turned = [dataclasses.replace(sample, score=None if sample.score is None else 1 - np.float32(sample.score)) for sample in samples]
+    check_same(decided(run / "dedup.parquet"), greedy(turned, "both", 0.9))
+
+
 def test_a_higher_threshold_needs_no_search_and_a_lower_one_says_so(tmp_path, quiet, monkeypatch):
     samples = clustered(400, seed=7)
     run = write_run(tmp_path / "run", samples)
     run_dedup(run, quiet, 0.85)
 
-    def no_search(*_):
+    def no_search(*_, **__):
         raise AssertionError("searched")
 
     with monkeypatch.context() as patch:
@@ -173,6 +282,17 @@ def test_a_higher_threshold_needs_no_search_and_a_lower_one_says_so(tmp_path, qu
 def test_a_run_that_grew_is_searched_again(tmp_path, quiet):
     samples = clustered(400, seed=8)
     run = write_run(tmp_path / "run", [sample for sample in samples if sample.shard != "/data/s1.tar"])
+    run_dedup(run, quiet, 0.9)
+    write_run(run, samples)
+    run_dedup(run, quiet, 0.9)
+    assert quiet.notes == ["the run has changed since its duplicates were searched: searching again"]
+    check_same(decided(run / "dedup.parquet"), greedy(samples, "both", 0.9))
+
+
+def test_a_shard_that_is_scored_again_with_other_codes_is_searched_again(tmp_path, quiet):
+    samples = clustered(200, seed=46)
+    lost = next(i for i, sample in enumerate(samples) if sample.score is not None)
+    run = write_run(tmp_path / "run", [dataclasses.replace(sample, score=None) if i == lost else sample for i, sample in enumerate(samples)])
     run_dedup(run, quiet, 0.9)
     write_run(run, samples)
     run_dedup(run, quiet, 0.9)
@@ -235,6 +355,21 @@ def test_a_side_without_features_is_near_to_nothing(tmp_path, quiet):
     assert run_dedup(run, quiet, 1.0, "image").near == 4  # the same codes, though their hashes differ
 
 
+def test_a_run_that_cannot_be_written_is_searched_and_nothing_is_kept(tmp_path, quiet, monkeypatch):
+    samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(200, seed=47))]
+    run = write_run(tmp_path / "run", samples)
+    before = sorted(path.name for path in run.iterdir())
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(RunError) as caught:
+        run_dedup(run, quiet, 0.9)
+    assert str(caught.value) == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+    kept = [sample.key for sample in samples if greedy(samples, "both", 0.9).get((sample.shard, sample.row), 0) is None]
+    assert sorted(keys_of(run, tmp_path, top="100%", dedup=0.9)) == kept
+    assert len(search(run, SearchSettings(key=kept[0], n=3), quiet)) == 3
+    assert quiet.notes == [f"{str(run)!r} cannot be written: its index is made now and not kept for the next time"]
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
 def test_a_run_without_duplicates_and_one_without_a_scored_sample(tmp_path, quiet):
     samples = clustered(50, seed=13, share=0)
     assert run_dedup(write_run(tmp_path / "a", samples), quiet).kept == sum(sample.score is not None for sample in samples)
@@ -295,6 +430,8 @@ def test_a_threshold_that_is_no_cosine(threshold):
 def test_settings_that_cannot_be():
     with pytest.raises(SelectionError, match="--on 'sound' is unknown; choose from both, image, text"):
         DuplicateSettings(on="sound")
+    with pytest.raises(SelectionError, match="--memory is 0; give GiB above 0, or leave it out to use half of what is free"):
+        DuplicateSettings(memory=0)
     with pytest.raises(SelectionError, match="--workers is 0; at least 1 is needed"):
         DuplicateSettings(workers=0)
     with pytest.raises(SelectionError, match="--borderline is -1; give a number of pairs from 0"):
@@ -326,6 +463,26 @@ def test_damage_is_named(tmp_path, quiet):
         run_dedup(run, quiet)
 
 
+def test_damaged_pairs_are_named(tmp_path, quiet):
+    run = write_run(tmp_path / "run", clustered(30))
+    run_dedup(run, quiet)
+    path = run / "duplicates.parquet"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"'.*duplicates\.parquet' is not a readable parquet file: .*; delete the file and run again"):
+            run_dedup(run, quiet)
+    path.write_bytes((run / "dedup.parquet").read_bytes())
+    with pytest.raises(RunError, match=r"'.*duplicates\.parquet' is no table of close pairs; move it away and run again"):
+        run_dedup(run, quiet)
+    start = whole.rindex(b"\x28\xb5\x2f\xfd")  # where the last compressed page begins
+    path.write_bytes(whole[: start + 4] + b"\xff" * 20 + whole[start + 24 :])
+    before = (run / "dedup.parquet").read_bytes()
+    with pytest.raises(RunError, match=r"the stored duplicates '.*' cannot be read \(.*\); delete the file and run again"):
+        run_dedup(run, quiet)
+    assert (run / "dedup.parquet").read_bytes() == before
+
+
 def test_codes_of_another_sae_and_codes_that_lack_samples(tmp_path, quiet):
     samples = clustered(30)
     strange = dataclasses.replace(samples[0], image={100_000: 1.0}, score=0.5)
@@ -348,7 +505,7 @@ def test_without_faiss_the_line_to_type_is_named(tmp_path, quiet, monkeypatch):
 
     def without(name, *rest, **more):
         if name == "faiss":
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
@@ -360,25 +517,55 @@ def test_without_faiss_the_line_to_type_is_named(tmp_path, quiet, monkeypatch):
 def test_no_gpu_is_one_line(tmp_path, quiet):
     import faiss
 
-    if hasattr(faiss, "StandardGpuResources"):
-        pytest.skip("this FAISS has GPU support")
     run = write_run(tmp_path / "run", clustered(30))
+    if not hasattr(faiss, "StandardGpuResources"):
+        said = f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
+    elif not faiss.get_num_gpus():
+        said = f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here (it sees none); go without --gpu"
+    else:
+        pytest.skip("there is a GPU")
     with pytest.raises(MMFilterError) as caught:
         run_dedup(run, quiet, gpu=True)
-    said = f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
-    assert str(caught.value) == said
+    assert str(caught.value) == said and not (run / "index").exists()
+
+
+def needs_gpu() -> None:
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        pytest.skip("needs faiss-gpu and a GPU")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flat", [100, 20_000])
-def test_the_gpu_decides_the_same(tmp_path, quiet, monkeypatch, flat):
-    faiss = pytest.importorskip("faiss")
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        pytest.skip("no faiss-gpu")
+@pytest.mark.parametrize("on", ["both", "image"])
+def test_the_gpu_decides_the_same(tmp_path, quiet, monkeypatch, flat, on):
+    needs_gpu()
     monkeypatch.setattr(index_module, "FLAT", flat)
-    samples = clustered(1500, seed=16)
+    samples = clustered(3000, seed=16)
     for name, gpu in (("cpu", False), ("gpu", True)):
-        run_dedup(write_run(tmp_path / name, samples), quiet, 0.9, gpu=gpu)
+        run_dedup(write_run(tmp_path / name, samples), quiet, 0.9, on, gpu=gpu)
+    assert quiet.notes == []  # nothing was left to the CPU
+    assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
+    assert pq.read_table(tmp_path / "cpu/duplicates.parquet").equals(pq.read_table(tmp_path / "gpu/duplicates.parquet"))
+
+
+@pytest.mark.gpu
+def test_the_gpu_decides_on_a_crowd_the_same(tmp_path, quiet):
+    needs_gpu()
+    for name, gpu in (("cpu", False), ("gpu", True)):
+        run_dedup(write_run(tmp_path / name, crowd(300)), quiet, 0.95, gpu=gpu)
+    assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
+
+
+@pytest.mark.gpu
+def test_what_is_too_much_for_the_gpu_is_searched_on_the_cpu(tmp_path, quiet, monkeypatch):
+    needs_gpu()
+    small_clusters(monkeypatch)
+    monkeypatch.setattr(index_module, "LEAST_AT_ONCE", 0)
+    samples = clustered(1500, seed=17)
+    run_dedup(write_run(tmp_path / "cpu", samples), quiet, 0.9)
+    run_dedup(write_run(tmp_path / "gpu", samples), quiet, 0.9, gpu=True, memory=300 * 520 / 2**30)
+    assert quiet.notes == ["the index does not fit into memory: searching on the CPU, a part at a time"]
     assert decided(tmp_path / "cpu/dedup.parquet") == decided(tmp_path / "gpu/dedup.parquet")
 
 

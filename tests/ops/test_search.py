@@ -75,6 +75,7 @@ def test_what_is_not_there_is_named(run, samples, quiet, tmp_path):
     assert error(text="x", on="image") == "--on image has nothing to compare with: the query is --text WORDS alone"
     assert error(feature=1, shard="x") == "--shard says which sample a --key means; give both"
     assert error(key="1", n=0) == "-n is 0; at least 1 is needed"
+    assert error(key="0003") == f"there is no sample with key '0003' in run {str(run)!r}; did you mean '00003'?"
     assert error(key="nobody's") == f'there is no sample with key "nobody\'s" in run {str(run)!r}'
     assert error(key="00003", shard="s9.tar") == f"there is no sample with key '00003' in a shard that ends with 's9.tar' of run {str(run)!r}"
     assert error(feature=600) == "--feature 600 is none of this run's SAE: its features are 0 to 599"

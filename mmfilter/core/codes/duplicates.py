@@ -7,9 +7,7 @@ pairs on either side of it can be looked at, and a higher threshold needs no new
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from mmfilter import __version__
-from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, check_gpu, open_index, threads
+from mmfilter.core.codes.faiss_library import check_gpu, threads
+from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, open_index
 from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vectors import SIDES, Codes, cosines
 from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import DUPLICATE_TABLE, RunDirectory, TableWriter
+from mmfilter.core.data.artifacts import DUPLICATE_TABLE, TableWriter
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError, SelectionError
@@ -51,13 +50,22 @@ class DuplicateSettings:
     """Search with faiss-gpu"""
     workers: int | None = None
     """Threads; None takes all cores. They change no result"""
+    memory: float | None = None
+    """GiB that the sketches of the index may take in memory; None is half of what is free. It changes no result"""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise SelectionError(f"the similarity threshold is {self.threshold}; give one above 0 and up to 1, such as 0.95")
         if self.workers is not None and self.workers < 1:
             raise SelectionError(f"--workers is {self.workers}; at least 1 is needed")
+        if self.memory is not None and not self.memory > 0:
+            raise SelectionError(f"--memory is {self.memory:g}; give GiB above 0, or leave it out to use half of what is free")
         IndexSettings(self.on)
+
+    @property
+    def at_most(self) -> int | None:
+        """Bytes that the sketches may take."""
+        return None if self.memory is None else int(self.memory * 2**30)
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -102,36 +110,28 @@ class Pairs:
 def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, settings: DuplicateSettings, progress: Progress, *, keep: bool = True) -> Pairs:
     """The run's close pairs, stored ones if they go as far down as is asked for, else searched and stored.
 
-    Without `keep` nothing is written into the run. `groups` are those of `ScoreTables.groups` over `settings.hashes`. Raises `RunError` for codes that
-    are missing or damaged, `MissingExtra` when a search is needed and there is no FAISS.
+    Without `keep`, and where it cannot be, nothing is written into the run. `groups` are those of
+    `ScoreTables.groups` over `settings.hashes`. Raises `RunError` for codes that are missing or damaged,
+    `MissingExtra` when a search is needed and there is no FAISS.
     """
     stored = _stored(scores, tables, settings, progress)
     if stored is not None:
         return stored
     try:
-        with threads(settings.workers), _place(scores.run, keep=keep) as place:
+        with threads(settings.workers):
             if settings.gpu:
                 check_gpu()
-            index = open_index(tables, representatives(scores, groups), IndexSettings(settings.on), place, progress)
+            wanted = representatives(scores, groups)
+            index = open_index(tables, wanted, IndexSettings(settings.on), scores.run.index, progress, at_most=settings.at_most, keep=keep)
             if settings.gpu:
-                index.to_gpu()
-            floor = max(round(settings.threshold - BELOW, 6), 1e-3)
+                index.to_gpu(progress)
+            floor = max(round(settings.threshold - BELOW, 6), min(settings.threshold, 1e-3))
             pairs = _searched(tables, index, floor, settings.on, progress)
-        if keep:
+        if keep and scores.run.writable:
             _store(pairs, scores, tables, settings.on)
     except OSError as error:
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
     return pairs
-
-
-@contextmanager
-def _place(run: RunDirectory, *, keep: bool) -> Iterator[Path]:
-    """The folder of the index: that of the run, or one that is gone afterwards."""
-    if keep:
-        yield run.index
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "index"
 
 
 def representatives(scores: ScoreTables, groups: np.ndarray) -> np.ndarray:
@@ -173,8 +173,10 @@ def _candidates(index: CodeIndex, position: np.ndarray, vectors: np.ndarray, lev
     for k in NEIGHBOURS:
         similarity, other = index.search(vectors[todo], k)
         goes_on = (similarity[:, -1] >= level) & (other[:, -1] >= 0)
-        settled = ~goes_on if k != NEIGHBOURS[-1] else np.ones(len(todo), bool)
-        query, at = np.nonzero((similarity >= level) & settled[:, None])
+        listed = (similarity >= level) & ~goes_on[:, None]
+        if k == NEIGHBOURS[-1]:  # of those at the end of a full list only some are on it: which ones is chance
+            listed |= goes_on[:, None] & (similarity > similarity[:, -1:])
+        query, at = np.nonzero(listed)
         mine, theirs = position[todo[query]], other[query, at]
         real = (theirs >= 0) & (theirs != mine)
         mine, theirs = mine[real], theirs[real]
@@ -243,7 +245,7 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
     path: Path = scores.run.duplicates
     if not path.exists():
         return None
-    about = artifacts.read_table_metadata(path)
+    about = _about(path)
     if about["inputs"] != tables.digest:
         progress.note("the run has changed since its duplicates were searched: searching again")
     elif about["on"] != settings.on:
@@ -251,8 +253,22 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
     elif about["floor"] > settings.threshold:
         progress.note(f"the stored duplicates go down to {about['floor']:g}, not to {settings.threshold:g}: searching again")
     else:
-        return _read(path, about, scores)
+        try:
+            pairs = _read(path, about, scores)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise RunError(f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file and run again") from error
+        return pairs if _about(path) == about else None  # another process may have replaced it meanwhile
     return None
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        about = artifacts.read_table_metadata(path)
+    except RunError as error:
+        raise RunError(f"{' '.join(str(error).split())}; delete the file and run again") from error  # pyarrow breaks lines
+    if about.get("kind") != "duplicates":
+        raise RunError(f"{str(path)!r} is no table of close pairs; move it away and run again")
+    return about
 
 
 def _read(path: Path, about: dict[str, Any], scores: ScoreTables) -> Pairs:

@@ -1,20 +1,23 @@
-"""An index over the sketches of a run's codes; the one door to FAISS.
+"""An index over the sketches of a run's codes.
 
 Up to `FLAT` samples every query is held against every sample. Above, samples lie in clusters (an
 inverted file) and a query looks into the nearest few; how many is settled by what they find of the true
 neighbours of sampled queries. The index is only to suggest: whoever uses it asks the codes themselves.
 
 A folder: `index.faiss`, `positions.npy` (of the samples in the run, in the order of FAISS's numbers) and
-`manifest.json`. Samples are stored in half precision, beyond some 16 million in 8 and beyond some 32
-million in 4 bits a number, so that the index of 100 million samples fits into 16 GB.
+`manifest.json`. With clusters, `index.faiss` has the centroids, `vectors.f16` the sketches in half
+precision, cluster after cluster, and `starts.npy` where each begins. A search of many reads all of them
+into memory when they fit into what the index may take; else it reads the clusters that it looks into, a
+part at a time. What is found is the same either way.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import errno
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,28 +25,28 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mmfilter import __version__
+from mmfilter.core.codes import clusters
+from mmfilter.core.codes.faiss_library import load_faiss, said
 from mmfilter.core.codes.tables import CodeTables
+from mmfilter.core.codes.vector_file import BLOCK, VectorFile
 from mmfilter.core.codes.vectors import SIDES, Sketch, margin
-from mmfilter.core.data import artifacts
+from mmfilter.core.data import artifacts, memory
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.repack import new_folder
-from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
+from mmfilter.errors import RunError, SelectionError
 
 On = Literal["both", "image", "text"]
 
 FLAT = 20_000
 """Samples up to which every pair is looked at"""
+MOST_CLUSTERS = 16_384
 TRAINING = 32
 """Samples a cluster that the clusters are fitted on"""
-PROBED = 1_000
-"""Sampled queries whose true neighbours settle how many clusters are looked into"""
-CLOSE = 0.9
-"""Cosine of sketches from which a sample counts as a true neighbour there"""
-AIM = 0.999
-"""Share of the true neighbours to be found from one end of a pair alone"""
-AT_LEAST = 8
-"""Clusters that are looked into in any case"""
-BLOCK = 16_384
+FORMAT = 2
+"""Of the folder; an index of another one is made anew"""
+MANY = 256
+"""Queries at one time from which all of the sketches are read, if they fit; fewer have their clusters read"""
+LEAST_AT_ONCE = 64 << 20
+"""Bytes of sketches that are in memory at one time in any case"""
 
 
 @dataclass(frozen=True)
@@ -74,228 +77,269 @@ class IndexSettings:
 class CodeIndex:
     """Finds samples with near sketches; positions are those in the run."""
 
-    def __init__(self, faiss_index: Any, positions: np.ndarray, about: dict[str, Any]) -> None:
-        self._index, self._searched, self._positions, self.about = faiss_index, faiss_index, positions, about
+    def __init__(self, faiss_index: Any, lists: _Lists | None, positions: np.ndarray, about: dict[str, Any], at_most: int) -> None:
+        """`lists` are the sketches by cluster where there are clusters; those in memory take `at_most` bytes."""
+        self._index, self._lists, self._positions, self.about = faiss_index, lists, positions, about
+        self._gpu: Any = None
+        self._at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, self._index.d)
+        self.fits = lists is None or len(positions) <= self._at_once
+        """Whether all of it may be in memory"""
+        self._in_memory = lists is None
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def margin(self, similarity: float) -> float:
         """How far below `similarity` to look (see `vectors.margin`)."""
-        return margin(similarity, self.about["settings"]["dims"], self.about["noise"])
+        return margin(similarity, self.about["settings"]["dims"])
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosine of sketches and positions of the k nearest, (queries, k), nearest first; position −1 where there are fewer."""
-        similarity, found = self._searched.search(vectors, k)
-        return similarity, np.where(found >= 0, self._positions[found], -1)
+        if self.fits and len(vectors) >= MANY:
+            self._read_all()
+        look = self._on_gpu if self._gpu is not None else self._index.search if self._in_memory else self._from_disk
+        similarity, found = look(vectors, k)
+        return similarity, np.where(found >= 0, self._positions[found], -1) if len(self) else found
+
+    def _read_all(self) -> None:
+        if not self._in_memory:
+            self._read(np.arange(self._index.nlist))
+            self._in_memory = True
+
+    def _read(self, some: np.ndarray) -> None:
+        """Let FAISS have these clusters and no others."""
+        faiss = load_faiss()
+        part = faiss.ArrayInvertedLists(self._index.nlist, self._index.code_size)
+        self._lists.load(part, some)
+        self._index.replace_invlists(part, False)
+        self._part = part  # the index holds no reference
+
+    def _from_disk(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts kept."""
+        closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
+        best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
+        for some in self._lists.parts(np.unique(cluster), max(1, self._at_once // 2)):  # a part goes when the next is there
+            self._read(some)
+            asked = np.flatnonzero(np.isin(cluster, some).any(1))
+            found = self._index.search_preassigned(vectors[asked], k, np.where(np.isin(cluster[asked], some), cluster[asked], -1), closeness[asked])
+            both = [np.concatenate([old[asked], new], axis=1) for old, new in zip(best, found, strict=True)]
+            order = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
+            for old, new in zip(best, both, strict=True):
+                old[asked] = np.take_along_axis(new, order, 1)
+        return best
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions and stored vectors of all samples, those of a cluster together."""
-        if not self.about["clusters"]:
-            for first in range(0, len(self), BLOCK):
-                n = min(BLOCK, len(self) - first)
-                yield self._positions[first : first + n], self._index.reconstruct_n(first, n)
+        """Positions and sketches of all samples, those of a cluster together."""
+        for first in range(0, len(self), BLOCK):
+            stop = min(first + BLOCK, len(self))
+            vectors = self._index.reconstruct_n(first, stop - first) if self._lists is None else self._lists.vectors.read(first, stop)
+            yield self._positions[first:stop], vectors.astype(np.float32)
+
+    def to_gpu(self, progress: Progress) -> None:
+        """Search on the GPU from now on, or go on without where it cannot hold this index, with a note."""
+        faiss = load_faiss()
+        if not self.fits:
+            progress.note("the index does not fit into memory: searching on the CPU, a part at a time")
             return
-        numbers: list[np.ndarray] = []
-        vectors: list[np.ndarray] = []
-        for cluster in range(self._index.nlist):
-            ids, found = _members(self._index, cluster)
-            numbers.append(ids)
-            vectors.append(found)
-            if sum(map(len, numbers)) >= BLOCK or cluster + 1 == self._index.nlist:
-                yield self._positions[np.concatenate(numbers)], np.concatenate(vectors)
-                numbers, vectors = [], []
-
-    def to_gpu(self) -> None:
-        """Search on the GPU from now on; raises `MMFilterError` when FAISS cannot."""
-        import faiss
-
-        check_gpu()
+        self._read_all()
         try:
             self._resources = faiss.StandardGpuResources()  # to live as long as the index on the GPU
-            self._searched = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
+            self._gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
+            self._progress = progress
         except RuntimeError as error:
-            raise MMFilterError(f"--gpu: the index of {len(self):,} samples cannot be put on the GPU ({str(error).splitlines()[0]}); go without") from error
+            progress.note(f"the GPU cannot take the index ({said(error)}): searching on the CPU")
 
-    def save(self, folder: Path) -> None:
-        """Replace `folder` by this index."""
-        import faiss
-
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".index.", suffix=".tmp") as old, new_folder(folder) as new:
-            faiss.write_index(self._index, str(new / "index.faiss"))
-            np.save(new / "positions.npy", self._positions)
-            artifacts.write_json(new / "manifest.json", self.about)
-            if folder.exists():
-                folder.rename(Path(old) / "index")
+    def _on_gpu(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return self._gpu.search(vectors, k)
+        except RuntimeError as error:  # out of its memory, most likely
+            self._gpu = None
+            self._progress.note(f"the GPU cannot search on ({said(error)}): searching on the CPU")
+            return self._index.search(vectors, k)
 
 
-def check_gpu() -> None:
-    """Raise `MMFilterError` unless FAISS has GPU support and sees one."""
-    faiss = _faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise MMFilterError(f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'")
-    if not faiss.get_num_gpus():
-        raise MMFilterError(f"--gpu: FAISS ({faiss.__version__}) sees no GPU; go without --gpu")
+class _Lists:
+    """The sketches in a file, cluster after cluster; their numbers count through it."""
+
+    def __init__(self, vectors: VectorFile, starts: np.ndarray) -> None:
+        self.vectors, self._starts = vectors, starts
+
+    def load(self, into: Any, some: np.ndarray) -> None:
+        """Add these clusters to FAISS's lists."""
+        faiss = load_faiss()
+        for cluster, first, stop in zip(some.tolist(), self._starts[some].tolist(), self._starts[some + 1].tolist(), strict=True):
+            if first < stop:
+                codes, numbers = self.vectors.read(first, stop).view(np.uint8), np.arange(first, stop)
+                into.add_entries(cluster, stop - first, faiss.swig_ptr(numbers), faiss.swig_ptr(codes))
+
+    def parts(self, some: np.ndarray, at_once: int) -> list[np.ndarray]:
+        """These clusters in parts of at most so many sketches, or of one cluster that has more."""
+        before = np.cumsum(self._starts[some + 1] - self._starts[some])
+        cuts, full = [0], 0
+        while (cut := int(np.searchsorted(before, full + at_once, side="right"))) < len(some):
+            cuts.append(max(cut, cuts[-1] + 1))
+            full = int(before[cuts[-1] - 1])
+        return [part for part in np.split(some, cuts[1:]) if len(part)]
 
 
-def check_installed() -> None:
-    """Raise `MissingExtra` when there is no FAISS, without loading it."""
-    if importlib.util.find_spec("faiss") is None:
-        raise MissingExtra("the index over codes", "cpu")
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtra("the index over codes", "cpu") from error
-    return faiss
-
-
-@contextmanager
-def threads(workers: int | None) -> Iterator[None]:
-    """FAISS with so many threads inside the block; None leaves it as it is."""
-    faiss = _faiss()
-    before = faiss.omp_get_max_threads()
-    if workers is not None:
-        faiss.omp_set_num_threads(workers)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _nbytes(n: int, dims: int) -> int:
+    """What FAISS holds of so many sketches in clusters: the numbers in half precision, and which sample it is."""
+    return n * (2 * dims + 8)
 
 
 # --- making one ------------------------------------------------------------------------------
 
 
-def open_index(tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, folder: Path, progress: Progress) -> CodeIndex:
-    """The index in `folder` if it is one of these samples, made so; else a new one, saved there.
+def open_index(
+    tables: CodeTables,
+    wanted: np.ndarray,
+    settings: IndexSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    at_most: int | None = None,
+    keep: bool = True,
+) -> CodeIndex:
+    """The index in `folder` if it is one of these samples, made so; else a new one, saved there if it is to be kept and can be.
 
-    `wanted` are the ascending positions of the samples to index.
+    `wanted` are the ascending positions of the samples to index, `at_most` the bytes of memory that their sketches
+    may take, half of what is free if None.
     """
-    faiss = _faiss()
-    expected = {"settings": asdict(settings), "inputs": tables.digest, "samples": len(wanted)}
-    if (folder / "manifest.json").exists():
-        about = artifacts.read_json(folder / "manifest.json")
-        if {name: about.get(name) for name in expected} == expected:
-            try:
-                index = faiss.read_index(str(folder / "index.faiss"))
-                return CodeIndex(index, np.load(folder / "positions.npy"), about)
-            except (RuntimeError, OSError, ValueError) as error:
-                raise RunError(f"index {str(folder)!r} cannot be read ({str(error).splitlines()[0]}); delete the folder and run again") from error
-    index = _build(tables, wanted, settings, folder.parent, expected, progress)
-    index.save(folder)
+    load_faiss()  # before anything is read
+    at_most = memory.available() // 2 if at_most is None else at_most
+    expected = {"format": FORMAT, "settings": asdict(settings), "inputs": tables.digest, "samples": len(wanted)}
+    index = _stored(folder, expected, at_most)
+    if index is not None:
+        return index
+    if keep and not os.access(folder.parent, os.W_OK):
+        progress.note(f"{str(folder.parent)!r} cannot be written: its index is made now and not kept for the next time")
+        keep = False
+    with tempfile.TemporaryDirectory(dir=folder.parent if keep else None, prefix=".index.", suffix=".tmp") as name:
+        index, new = _build(tables, wanted, settings, Path(name), expected, progress, at_most)
+        if keep:
+            _put(new, folder, Path(name))
     return index
 
 
-def _build(tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, place: Path, expected: dict[str, Any], progress: Progress) -> CodeIndex:
-    about = {"kind": "code index", "version": __version__, "faiss": _faiss().__version__} | expected
-    with tempfile.TemporaryDirectory(dir=place, prefix=".index.", suffix=".tmp") as name:
-        vectors = _sketches(tables, wanted, settings.sketch(tables.idf), Path(name) / "vectors.npy", progress)
-        index, found = _flat(vectors) if len(wanted) <= FLAT else _clustered(vectors, progress)
-    return CodeIndex(index, wanted, about | found)
+def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex | None:
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return None
+    about = artifacts.read_json(manifest)
+    if not isinstance(about, dict) or {name: about.get(name) for name in expected} != expected:
+        return None
+    try:
+        index = _loaded(folder, about, at_most)
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+        raise RunError(f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again") from error
+    return index if artifacts.read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
 
-def _sketches(tables: CodeTables, wanted: np.ndarray, sketch: Sketch, path: Path, progress: Progress) -> np.ndarray:
-    """The sketches of all samples in half precision, on disk."""
+def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
+    """Raises `ValueError` and what numpy and FAISS raise where the files are not what the manifest says."""
+    faiss = load_faiss()
+    index, positions, lists = faiss.read_index(str(folder / "index.faiss")), np.load(folder / "positions.npy"), None
+    if about["clusters"]:
+        lists = _Lists(VectorFile(folder / "vectors.f16", index.d), np.load(folder / "starts.npy"))
+        index.ntotal, index.nprobe = len(lists.vectors), about["clusters_searched"]
+    if not index.ntotal == len(positions) == about["samples"]:
+        raise ValueError(f"it has {index.ntotal:,} sketches of {about['samples']:,} samples")
+    return CodeIndex(index, lists, positions, about, at_most)
+
+
+def _build(
+    tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, place: Path, expected: dict[str, Any], progress: Progress, at_most: int
+) -> tuple[CodeIndex, Path]:
+    """A new index, and the folder in `place` that it is in."""
+    about = {"kind": "code index", "version": __version__, "faiss": load_faiss().__version__} | expected
+    new = place / "new"
+    new.mkdir()
+    vectors = _sketches(tables, wanted, settings.sketch(tables.idf), place / "vectors.f16", progress)
+    at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, vectors.dims)
+    order, found = _flat(vectors, new) if len(wanted) <= FLAT else _clustered(vectors, new, at_once, progress)
+    np.save(new / "positions.npy", wanted[order])
+    artifacts.write_json(new / "manifest.json", about | found)
+    vectors.close()
+    return _loaded(new, about | found, at_most), new
+
+
+def _put(new: Path, folder: Path, aside: Path) -> None:
+    """Replace `folder` by `new`; the last of several processes that do so at once wins."""
+    for attempt in range(100):
+        with suppress(FileNotFoundError):
+            folder.rename(aside / f"old{attempt}")
+        try:
+            new.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+    raise RunError(f"index {str(folder)!r} is replaced by other processes all the time; run one at a time")
+
+
+def _sketches(tables: CodeTables, wanted: np.ndarray, sketch: Sketch, path: Path, progress: Progress) -> VectorFile:
+    """The sketches of all samples, on disk."""
+    vectors = VectorFile(path, sketch.dims, new=True)
     if not len(wanted):
-        return np.zeros((0, sketch.dims), np.float16)
-    vectors = np.lib.format.open_memmap(path, "w+", np.float16, (len(wanted), sketch.dims))
+        return vectors
     progress.start("reading codes", tables.nbytes)
-    done = 0
     for codes, nbytes in tables.read(wanted):
         for first in range(0, len(codes), 2048):
-            some = codes.take(np.arange(first, min(first + 2048, len(codes))))
-            vectors[done : done + len(some)] = sketch(some)
-            done += len(some)
+            vectors.add(sketch(codes.take(np.arange(first, min(first + 2048, len(codes))))))
         progress.advance(len(codes), nbytes)
-    if done != len(wanted):
-        raise RunError(f"the code tables hold {done:,} of {len(wanted):,} samples that have scores; score the shards again")
+    if len(vectors) != len(wanted):
+        raise RunError(f"the code tables hold {len(vectors):,} of {len(wanted):,} samples that have scores; score the shards again")
     return vectors
 
 
-def _flat(vectors: np.ndarray) -> tuple[Any, dict[str, Any]]:
-    import faiss
+def _flat(vectors: VectorFile, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The order of the samples in it, and what to say of it."""
+    faiss = load_faiss()
+    index = faiss.IndexFlatIP(vectors.dims)
+    for _, some in vectors.blocks():
+        index.add(some.astype(np.float32))
+    _write(index, folder)
+    return np.arange(index.ntotal), {"clusters": 0, "clusters_searched": 0, "true_neighbours": 0, "found": 1.0}
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    for first in range(0, len(vectors), BLOCK):
-        index.add(vectors[first : first + BLOCK].astype(np.float32))
-    return index, {"clusters": 0, "clusters_searched": 0, "noise": 0.0, "true_neighbours": 0, "found": 1.0}
 
-
-def _clustered(vectors: np.ndarray, progress: Progress) -> tuple[Any, dict[str, Any]]:
-    """An inverted file. Nothing in it depends on the order of the samples but the numbers."""
-    import faiss
-
-    n, dims = vectors.shape
-    clusters = min(16_384, round(4 * n**0.5))
-    kind = "QT_fp16" if n <= 16_000_000 else "QT_8bit" if n <= 32_000_000 else "QT_4bit"
-    storage = getattr(faiss.ScalarQuantizer, kind)
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dims), dims, clusters, storage, faiss.METRIC_INNER_PRODUCT, False)
-    index.cp.niter, index.cp.seed, index.cp.min_points_per_centroid = 8, 1, 1
-    chosen = _sampled(vectors, TRAINING * clusters)
-    sample = vectors[chosen].astype(np.float32)
+def _clustered(vectors: VectorFile, folder: Path, at_once: int, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
+    """Clusters; as `_flat`. Nothing depends on the order of the samples but their order within a cluster."""
+    faiss = load_faiss()
+    n = len(vectors)
+    k = min(MOST_CLUSTERS, round(4 * n**0.5))
     progress.start("clustering", None)
-    index.train(sample)
-    progress.start("indexing", n)
-    for first in range(0, n, BLOCK):
-        some = vectors[first : first + BLOCK].astype(np.float32)
-        index.add(some)
-        progress.advance(len(some), len(some))
-    stored = index.sq.decode(index.sq.compute_codes(sample[:PROBED]))
-    noise = 0.0 if kind == "QT_fp16" else float(((stored - sample[:PROBED]) ** 2).sum(1).mean())
-    progress.start("checking the index", n)
-    ranks = _ranks(index, vectors, chosen[:PROBED], progress)
-    reached = np.cumsum(ranks) / max(1, ranks.sum())
-    index.nprobe = int(max(AT_LEAST, np.searchsorted(reached, AIM) + 1)) if ranks.sum() else 2 * AT_LEAST
-    found = float(reached[index.nprobe - 1]) if ranks.sum() else None
-    measured = {"clusters": clusters, "clusters_searched": index.nprobe, "noise": noise, "true_neighbours": int(ranks.sum()), "found": found}
-    return index, measured | {"storage": kind}
+    chosen = clusters.sampled(vectors, TRAINING * k)
+    sample = vectors.take(chosen).astype(np.float32)
+    centroids = clusters.centroids_of(sample, k, _nearest)
+    quantizer = faiss.IndexFlatIP(vectors.dims)
+    quantizer.add(centroids)
+    index = faiss.IndexIVFScalarQuantizer(quantizer, vectors.dims, k, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False)
+    index.train(sample[:1])  # there is nothing left to train; FAISS wants to be asked
+    _write(index, folder)
+    progress.start("indexing", None)
+    home = np.empty(n, np.int32)
+    for first, some in vectors.blocks():
+        home[first : first + len(some)] = quantizer.search(some.astype(np.float32), 1)[1][:, 0]
+        progress.advance(len(some), 0)
+    order = np.argsort(home, kind="stable")
+    np.save(folder / "starts.npy", np.searchsorted(home[order], np.arange(k + 1)))
+    vectors.rearranged(folder / "vectors.f16", order, at_once).close()
+    progress.start("checking the index", None)
+    queries = sample[: clusters.PROBED]
+    pieces = ((first, some, home[first : first + len(some)]) for first, some in vectors.blocks())
+    return order, {"clusters": k} | clusters.to_look_into(chosen[: len(queries)], queries, centroids, pieces)
 
 
-def _sampled(vectors: np.ndarray, n: int) -> np.ndarray:
-    """`n` rows by a hash of their content, in its order: the same samples whatever order they come in."""
-    words = vectors.shape[1] // 4
-    odd = np.random.PCG64(7).random_raw(words) | 1
-    digest = np.concatenate([_mixed(vectors[first : first + BLOCK], odd) for first in range(0, len(vectors), BLOCK)])
-    n = min(n, len(vectors))
-    chosen = np.argpartition(digest, n - 1)[:n]
-    return chosen[np.argsort(digest[chosen], kind="stable")]
+def _write(index: Any, folder: Path) -> None:
+    """Not by `faiss.write_index`: on a full disk that raises what is no `OSError`."""
+    faiss = load_faiss()
+    (folder / "index.faiss").write_bytes(memoryview(faiss.serialize_index(index)))
 
 
-def _mixed(vectors: np.ndarray, odd: np.ndarray) -> np.ndarray:
-    words = np.ascontiguousarray(vectors).view(np.uint64)
-    words = (words ^ (words >> np.uint64(29))) * odd
-    total = (words ^ (words >> np.uint64(32))).sum(1, dtype=np.uint64)
-    return (total ^ (total >> np.uint64(31))) * odd[0]
-
-
-def _ranks(index: Any, vectors: np.ndarray, chosen: np.ndarray, progress: Progress) -> np.ndarray:
-    """Of the true neighbours of the rows `chosen`, how many lie in the nearest cluster, the second nearest, … (clusters,)."""
-    home = np.empty(len(vectors), np.int32)
-    for cluster in range(index.nlist):
-        home[_members(index, cluster)[0]] = cluster
-    queries = vectors[chosen].astype(np.float32)
-    _, nearest = index.quantizer.search(queries, index.nlist)
-    rank = np.empty((len(queries), index.nlist), np.int32)
-    np.put_along_axis(rank, nearest, np.arange(index.nlist, dtype=np.int32)[None], axis=1)
-    ranks = np.zeros(index.nlist, np.int64)
-    for first in range(0, len(vectors), BLOCK):
-        some = vectors[first : first + BLOCK].astype(np.float32)
-        query, found = np.nonzero(queries @ some.T >= CLOSE)
-        other = chosen[query] != first + found
-        ranks += np.bincount(rank[query[other], home[first + found[other]]], minlength=index.nlist)
-        progress.advance(len(some), len(some))
-    return ranks
-
-
-def _members(index: Any, cluster: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and vectors of the samples in a cluster."""
-    import faiss
-
-    n = index.invlists.list_size(cluster)
-    if not n:
-        return np.zeros(0, np.int64), np.zeros((0, index.d), np.float32)
-    ids = faiss.rev_swig_ptr(index.invlists.get_ids(cluster), n).copy()
-    codes = faiss.rev_swig_ptr(index.invlists.get_codes(cluster), n * index.code_size).reshape(n, index.code_size)
-    return ids, index.sq.decode(np.ascontiguousarray(codes))
+def _nearest(centroids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    faiss = load_faiss()
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(centroids)
+    similarity, cluster = index.search(vectors, 1)
+    return similarity[:, 0], cluster[:, 0]

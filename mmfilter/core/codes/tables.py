@@ -49,8 +49,12 @@ class CodeTables:
 
     @property
     def digest(self) -> str:
-        """Changes when a shard joins the run or is scored anew, and with the features' rarity; not with the order of shards."""
-        told = json.dumps(sorted(self._about, key=lambda item: item[0])).encode()
+        """Changes when a shard joins the run or its codes do, and with the features' rarity; not with the order of shards.
+
+        The codes count by the size of their table, which stays when a run is copied.
+        """
+        sizes = [path.stat().st_size for path in self._paths]
+        told = json.dumps(sorted(((*about, size) for about, size in zip(self._about, sizes, strict=True)), key=lambda item: item[0])).encode()
         return hashlib.sha256(told + self.idf.tobytes()).hexdigest()[:16]
 
     def read(self, wanted: np.ndarray | None = None) -> Iterator[tuple[Codes, int]]:

@@ -135,8 +135,21 @@ def _blocks(rows: np.ndarray, at_most: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
 
+GRID = 2048
+"""Sketches are multiples of 1 / GRID. Half precision holds them whole (up to 1 it has steps of 1 / 2048 and
+less), and in single precision the cosine of two has no rounding: products are multiples of GRID ** -2, and
+no partial sum is larger than 1 or so, which is less than 2 ** 24 of these. So the order of a sum, the
+number of threads or a GPU change no bit of it"""
+
+
+def on_grid(vectors: np.ndarray) -> np.ndarray:
+    """(n, dims) float32: the rows brought to length 1 and rounded to multiples of 1 / `GRID`; zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (np.rint(vectors / np.where(norms > 0, norms, 1) * GRID) / GRID).astype(np.float32)
+
+
 class Sketch:
-    """A seeded sparse random projection: unit vectors of a few hundred numbers that keep the cosine.
+    """A seeded sparse random projection: vectors of a few hundred numbers, of length 1 but for rounding, that keep the cosine.
 
     Each feature of each side adds ±1 to s of the `dims` numbers, one in each of s blocks (Kane & Nelson,
     "Sparser Johnson-Lindenstrauss transforms", J. ACM 2014); with fewer than 16, two strong features
@@ -152,7 +165,7 @@ class Sketch:
         self._sign = np.where(raw & 1, 1.0, -1.0)
 
     def __call__(self, codes: Codes) -> np.ndarray:
-        """(samples, dims) float32 of length 1; zeros where no side has a feature that counts."""
+        """(samples, dims) float32, multiples of 1 / `GRID`; zeros where no side has a feature that counts."""
         total = np.zeros(len(codes) * self.dims)
         for number, name in enumerate(SIDES):
             side: SideCodes = getattr(codes, name)
@@ -162,17 +175,15 @@ class Sketch:
             weights /= np.where(norms > 0, norms, 1)[rows]
             for slot, sign in zip(self._slot[number], self._sign[number], strict=True):
                 total += np.bincount(rows * self.dims + slot[side.ids], weights * sign[side.ids], minlength=len(total))
-        found = total.reshape(len(codes), self.dims)
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
-        return (found / np.where(norms > 0, norms, 1)).astype(np.float32)
+        return on_grid(total.reshape(len(codes), self.dims))
 
 
-def margin(similarity: float, dims: int, noise: float = 0.0) -> float:
+def margin(similarity: float, dims: int) -> float:
     """How far below a pair's cosine the cosine of its sketches may lie, but for 1 pair in 1,000 or so.
 
     The sketches of unit vectors at cosine c err by (1 − c²)/√dims in standard deviation: the projection
     stretches their difference by a factor of 1 ± 1/√dims, and that is what the angle is made of. Four
-    deviations, since what a few strong features share falls off more slowly than a normal law. `noise`
-    is the mean squared length of the error of stored vectors; a thousandth is left for rounding.
+    deviations, since what a few strong features share falls off more slowly than a normal law. Rounding
+    both to the grid adds a variance of at most GRID^-2 / 3, when they are rounded alike.
     """
-    return 4 * float(np.sqrt(((1 - similarity**2) ** 2 + 2 * noise) / dims)) + 1e-3
+    return 4 * float(np.sqrt((1 - similarity**2) ** 2 / dims + 1 / (3 * GRID**2))) + 1e-3

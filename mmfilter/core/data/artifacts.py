@@ -185,6 +185,11 @@ class RunDirectory:
     path: Path
 
     @property
+    def writable(self) -> bool:
+        """Whether files can be made in it."""
+        return os.access(self.path, os.W_OK)
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 

@@ -291,6 +291,11 @@ class ScoreTables:
         found = self._query(f"SELECT key = {literal(key)} AS same FROM scores").fetchnumpy()["same"]
         return np.flatnonzero(np.ma.filled(found, False))
 
+    def key_like(self, key: str) -> str | None:
+        """Of the first million keys the one most like this, if one is no more than two letters away."""
+        sql = f"SELECT key, levenshtein(key, {literal(key)}) AS away FROM (SELECT key FROM scores LIMIT 1000000) WHERE away <= 2 ORDER BY away, key LIMIT 1"
+        return next((key for key, _ in self._query(sql).fetchall()), None)
+
     def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Positions of rows of shards; `shard` indexes `paths`."""
         start = {shard.path: start for shard, start in zip(self.shards, self.starts.tolist(), strict=False)}

