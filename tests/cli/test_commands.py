@@ -254,25 +254,6 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mmfilter {__version__}\n"
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path):
-    import signal
-    import time
-
-    for i in range(2):
-        write_tar(tmp_path / f"{i}.tar", [member for j in range(20 if i == 0 else 3000) for member in good(f"{j}", j % 50)])
-    command = [sys.executable, "-m", "mmfilter", "score", f"{tmp_path}/0.tar", f"{tmp_path}/1.tar", "--run", f"{tmp_path}/run", "--batch-size", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "scores" / "0.parquet").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "mmfilter: interrupted; what is finished is kept, and the same command goes on from there\n"
-    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["0.parquet"]
-
-
 # --- other inputs ---
 
 
