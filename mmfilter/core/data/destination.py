@@ -62,4 +62,4 @@ def explained(output: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SelectionError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+        raise SelectionError(f"output {str(output)!r} cannot be written: {artifacts.reason(error)}") from error
