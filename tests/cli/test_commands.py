@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -164,6 +165,22 @@ def test_a_tar_is_not_poured_into_a_terminal():
     assert destination(None, "keys", stdout_is_terminal=True) == ("keys", None)
     assert destination(None, None, stdout_is_terminal=False) == ("tar", None)
     assert destination("best", None, stdout_is_terminal=True) == ("shards", Path("best"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "said"), [("tar", "say where to: -o DIR for shards, or pipe the tar stream into a consumer"), ("datacomp", "-o subset.npy")])
+def test_a_real_terminal_gets_nothing(form, said, tmp_path):
+    screen, terminal = os.openpty()
+    try:
+        command = [sys.executable, "-m", "mmfilter", "select", f"{tmp_path}", "--top", "1", "--format", form]
+        done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and said in " ".join(done.stderr.split())
+        os.set_blocking(screen, False)
+        with pytest.raises(BlockingIOError):
+            os.read(screen, 1)
+    finally:
+        os.close(screen)
+        os.close(terminal)
 
 
 @pytest.mark.slow
