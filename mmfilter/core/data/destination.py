@@ -33,6 +33,8 @@ def _check(output: Path, folder: bool, tables: ScoreTables) -> None:
     real, run = output.resolve(), tables.run.path.resolve()
     if real == run or run in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(tables.run.path)!r}; write beside it")
+    if output.exists() and not output.is_file() and not output.is_dir():
+        raise SelectionError(f"output {str(output)!r} is a device or a pipe; name a new {'folder' if folder else 'file, or - for stdout'}")
     if folder:
         if any(in_source(real, shard.path) for shard in tables.shards):
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
