@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+PEERS = build/peers
+OPEN_CLIP = $(PEERS)/open-clip/.installed
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -17,11 +19,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	touch $@
 
+# open_clip's data loader, which a test reads shards with in a process of its own: its torchvision breaks transformers beside
+# a CPU torch, and its webdataset is an older one. torchvision is the version for the torch of constraints.txt.
+$(OPEN_CLIP): $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+		torchvision==0.28.0 open_clip_torch==3.3.0 webdataset==0.2.86 timm==1.0.31 ftfy==6.3.1 wcwidth==0.9.4
+	touch $@
+
 # Score two example shards with the embedded model and stream the best 20 % into a training loop.
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(OPEN_CLIP)
 	$(BIN)/python -m pytest
 
 # The tests that take seconds.

@@ -1,58 +1,55 @@
 """The command line's entry: runs the app and turns explained errors into one line and an exit code.
 
-Exit codes: 0 done, 1 told you why, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 told you why, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated, 129 terminal closed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 
 import typer
 
 from mmfilter.cli.commands import app
+from mmfilter.cli.stopping import stopping
 from mmfilter.errors import MMFilterError
 
-
-class _Interrupted(BaseException):
-    """Ctrl-C. Not a KeyboardInterrupt, which typer would swallow with a message of its own."""
+_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+"""Errors of files that the user can do something about, wherever they come from"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default `sys.argv[1:]`) and return its exit code."""
-    try:
-        with _interrupts():
+    with stopping() as stop:
+        try:
             app(args=list(sys.argv[1:] if argv is None else argv), prog_name="mmfilter", standalone_mode=True)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except MMFilterError as error:
-        print(f"mmfilter: {error}", file=sys.stderr)
-        return 1
-    except _Interrupted:
-        print("mmfilter: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        except BaseException as error:
+            if stop.signal is None or (isinstance(error, SystemExit) and not error.code):
+                return _exit_code(error)
+            with suppress(OSError):  # the terminal may be what has gone
+                print(f"mmfilter: {stop.word}; what is finished is kept and nothing is half written: the same command goes on from there", file=sys.stderr)
+            return stop.exit_code
     return 0
 
 
-@contextmanager
-def _interrupts() -> Iterator[None]:
-    """Ctrl-C raises `_Interrupted` inside the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise _Interrupted
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _exit_code(error: BaseException) -> int:
+    """The exit code of what ended a command, after saying what there is to say; raises what nobody expected."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    if isinstance(error, MMFilterError):
+        print(f"mmfilter: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        named = f"{str(error.filename)!r}: " if error.filename else ""
+        print(
+            f"mmfilter: {named}{os.strerror(error.errno)}; nothing is half written: make room or name another place, and run the same command again",
+            file=sys.stderr,
+        )
+        return 1
+    raise error
 
 
 def command_paths(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -122,7 +122,7 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
         with artifacts.atomic(scores.run.dedup) as temporary:
             scores.write_decisions(temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
     except OSError as error:
-        raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {artifacts.reason(error)}") from error
 
 
 def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings) -> tuple[BorderlinePair, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from mmfilter.core.model.cards import REGISTRY, Card, card_names, cards_folder, load_card
 from mmfilter.core.model.checkpoints import check_whole
@@ -118,7 +119,10 @@ def convert(source: str, destination: Path, options: SAEOptions = NO_OPTIONS, *,
     sae = replace(sae, metadata=rest | {"converted_from": origin})
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as temporary:
-        sae.save(Path(temporary) / "new")
+        try:
+            sae.save(Path(temporary) / "new")
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise SAEError(f"{str(destination)!r} cannot be written: {error}") from error
         if destination.exists():
             destination.rename(Path(temporary) / "old")
         (Path(temporary) / "new").rename(destination)

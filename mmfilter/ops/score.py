@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
@@ -176,15 +177,24 @@ def feature_weights(
         weights = load_weights(run.weights)
     elif card.weights:
         weights = load_weights(Path(card.weights))
-        weights.save(run.weights)
+        _save(weights, run)
     else:
         progress.start("fitting feature weights", None)
         weights = fit_weights([shard.path for shard in shards], source.head, feed, backbone, sae, lambda n: progress.advance(n, 0))
-        weights.save(run.weights)
+        _save(weights, run)
         if weights.n_samples < 100:
             progress.note(f"the feature weights come from only {weights.n_samples} pairs; about 1,000 make them steady")
     check_weights(weights, sae)
     return weights
+
+
+def _save(weights: FeatureWeights, run: RunDirectory) -> None:
+    try:
+        weights.save(run.weights)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
+        raise RunError(
+            f"{str(run.weights)!r} cannot be written ({getattr(error, 'strerror', None) or error}); make room and run the same command again"
+        ) from error
 
 
 def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: FeatureWeights) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -167,6 +168,22 @@ def test_a_tar_is_not_poured_into_a_terminal():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("form", "said"), [("tar", "say where to: -o DIR for shards, or pipe the tar stream into a consumer"), ("datacomp", "-o subset.npy")])
+def test_a_real_terminal_gets_nothing(form, said, tmp_path):
+    screen, terminal = os.openpty()
+    try:
+        command = [sys.executable, "-m", "mmfilter", "select", f"{tmp_path}", "--top", "1", "--format", form]
+        done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and said in " ".join(done.stderr.split())
+        os.set_blocking(screen, False)
+        with pytest.raises(BlockingIOError):
+            os.read(screen, 1)
+    finally:
+        os.close(screen)
+        os.close(terminal)
+
+
+@pytest.mark.slow
 def test_stdin_is_scored_as_it_streams(scored):
     shard = (scored / "source" / "00000.tar").read_bytes()
     command = [sys.executable, "-m", "mmfilter", "score", "-", "--run", f"{scored}/piped", "--json"]
@@ -252,25 +269,6 @@ def test_version(capsys):
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mmfilter {__version__}\n"
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path):
-    import signal
-    import time
-
-    for i in range(2):
-        write_tar(tmp_path / f"{i}.tar", [member for j in range(20 if i == 0 else 3000) for member in good(f"{j}", j % 50)])
-    command = [sys.executable, "-m", "mmfilter", "score", f"{tmp_path}/0.tar", f"{tmp_path}/1.tar", "--run", f"{tmp_path}/run", "--batch-size", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "scores" / "0.parquet").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "mmfilter: interrupted; what is finished is kept, and the same command goes on from there\n"
-    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["0.parquet"]
 
 
 # --- other inputs ---

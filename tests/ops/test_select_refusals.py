@@ -118,6 +118,9 @@ def test_an_output_in_the_way(run, tmp_path):
     assert refused("run/best") == "output 'run/best' is in the run directory 'run'; write beside it"
     assert refused("rundir/scores/best") == "output 'rundir/scores/best' is in the run directory 'run'; write beside it"
     assert refused("data/a.tar", format="tar") == "output 'data/a.tar' exists already; name a new file, or delete it first"
+    os.mkfifo(tmp_path / "pipe")
+    assert refused("pipe") == "output 'pipe' is a device or a pipe; name a new folder"
+    assert refused("pipe", format="tar") == "output 'pipe' is a device or a pipe; name a new file, or - for stdout"
     assert error_of(run, top="1", output="/") == "output '/' is not empty; name a new folder, or delete it first"
     assert refused("full/file/best") == "output 'full/file/best' cannot be written: Not a directory"
 

@@ -20,7 +20,7 @@ from mmfilter.ops.select import SelectSettings, select
 from tests import inputs
 from tests.conftest import Quiet, good, write_tar
 from tests.ops.test_metadata import write
-from tests.ops.test_select import add_table, keys_of, make_run
+from tests.runs import add_table, keys_of, make_run
 from tests.servers import CUT, Log, http_server, times
 
 

@@ -130,7 +130,7 @@ def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, sett
         if keep and scores.run.writable:
             _store(pairs, scores, tables, settings.on)
     except OSError as error:
-        raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
+        raise RunError(f"run {str(scores.run.path)!r} cannot be written: {artifacts.reason(error)}") from error
     return pairs
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,21 +107,18 @@ the threshold. A row without another says that the pairs of this sample are comp
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:  # from before it is made: a signal may come at any time
+        temporary.touch(exist_ok=False)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def reason(error: OSError) -> str:
+    """What the system says, in its words: pyarrow puts its own around them."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -163,7 +160,8 @@ class TableWriter:
 
     def abandon(self) -> None:
         """Drop what was written."""
-        self._writer.close()
+        with suppress(OSError):  # a disk may be full
+            self._writer.close()
         self._context.__exit__(RuntimeError, RuntimeError("abandoned"), None)
 
 

@@ -34,6 +34,8 @@ def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None
     real, inside = output.resolve(), run.resolve()
     if real == inside or inside in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
+    if output.exists() and not output.is_file() and not output.is_dir():
+        raise SelectionError(f"output {str(output)!r} is a device or a pipe; name a new {'folder' if folder else 'file, or - for stdout'}")
     above = next((parent for parent in real.parents if parent.exists()), real)
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -68,4 +70,4 @@ def explained(output: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SelectionError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+        raise SelectionError(f"output {str(output)!r} cannot be written: {artifacts.reason(error)}") from error

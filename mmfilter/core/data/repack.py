@@ -167,8 +167,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it into place if the block succeeds, else delete it."""
     path = path.resolve()
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    try:  # from before it is made: a signal may come at any time
+        temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(path)  # also over an empty folder
     except BaseException:

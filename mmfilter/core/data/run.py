@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -144,9 +146,10 @@ class ShardTables:
         self._codes = TableWriter(self.run.codes(self.shard.name), CODE_TABLE)
 
     def write(self, rows: list[dict[str, Any]], codes: list[dict[str, Any]]) -> None:
-        """Append rows of both tables, in the order of the shard."""
-        self._scores.write(rows)
-        self._codes.write(codes)
+        """Append rows of both tables, in the order of the shard; raises `RunError` when the disk is full."""
+        with self._explained():
+            self._scores.write(rows)
+            self._codes.write(codes)
         self.rows += len(rows)
         self.ok += len(codes)
         self.reasons.update(row["reason"].split(":")[0] for row in rows if not row["ok"])
@@ -164,8 +167,18 @@ class ShardTables:
             "ok": self.ok,
             "reasons": dict(self.reasons),
         }
-        self._codes.finish({"kind": "codes"} | about)
-        self._scores.finish({"kind": "scores"} | about)
+        with self._explained():
+            self._codes.finish({"kind": "codes"} | about)
+            self._scores.finish({"kind": "scores"} | about)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"run {str(self.run.path)!r} cannot be written: {artifacts.reason(error)}; make room and run the same command again: what is finished is kept"
+            ) from error
 
     def abandon(self) -> None:
         """Drop both tables."""

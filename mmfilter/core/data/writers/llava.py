@@ -15,6 +15,8 @@ from mmfilter.core.data.writers.kept import Kept, KeptSample, Written
 
 FILE = "llava.json"
 IMAGES = "images"
+PLACEHOLDER = "<image>"
+"""Where a conversation has an image; LLaVA puts the images of an item there, one each"""
 PROMPT = "Describe the image."
 """What the human asks where the data has a caption only"""
 
@@ -26,6 +28,7 @@ def write_llava(folder: Path, kept: Kept) -> Written:
     (folder / IMAGES).mkdir()
     names: dict[int, set[str]] = {}
     nbytes = 0
+    uneven, first = 0, ""
     with open(folder / FILE, "xb") as file:
         separator = b"[\n"
         for number, samples in kept.batches():
@@ -35,10 +38,19 @@ def write_llava(folder: Path, kept: Kept) -> Written:
             for sample in samples:
                 paths = [f"{number:08d}/{_name(sample, ext, names[number])}" for ext in sample.images]
                 nbytes += _write_images(folder / IMAGES, paths, sample)
-                file.write(separator + _encoded(_entry(sample, paths)))
+                entry = _entry(sample, paths)
+                if _placeholders(entry) != len(paths):
+                    uneven, first = uneven + 1, first or sample.key
+                file.write(separator + _encoded(entry))
                 separator = b",\n"
         file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
-    return Written(nbytes + (folder / FILE).stat().st_size, kept.number, f"{IMAGES}/%08d", kept.n_shards)
+    warnings: tuple[str, ...] = ()
+    if uneven:
+        warnings = (
+            f"{uneven:,} samples do not have {PLACEHOLDER} once for each image in their words (first: key {first!r}): "
+            "LLaVA trains on these without the image, or stops",
+        )
+    return Written(nbytes + (folder / FILE).stat().st_size, kept.number, f"{IMAGES}/%08d", kept.n_shards, warnings)
 
 
 def _write_images(folder: Path, paths: list[str], sample: KeptSample) -> int:
@@ -66,7 +78,7 @@ def _entry(sample: KeptSample, paths: list[str]) -> dict[str, Any]:
     record = _record(sample.members.get("json"))
     conversations = record.get("conversations")
     if not _are_turns(conversations):
-        placeholders = "<image>\n" * len(paths)
+        placeholders = f"{PLACEHOLDER}\n" * len(paths)
         conversations = [{"from": "human", "value": placeholders + PROMPT}, {"from": "gpt", "value": sample.caption}]
     given = record.get("id")
     return {
@@ -74,6 +86,10 @@ def _entry(sample: KeptSample, paths: list[str]) -> dict[str, Any]:
         "image": paths[0] if len(paths) == 1 else paths,
         "conversations": conversations,
     }
+
+
+def _placeholders(entry: dict[str, Any]) -> int:
+    return sum(turn["value"].count(PLACEHOLDER) for turn in entry["conversations"] if isinstance(turn["value"], str))
 
 
 def _record(content: bytes | None) -> dict[str, Any]:

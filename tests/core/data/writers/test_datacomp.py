@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 from mmfilter.core.data.artifacts import RunDirectory, write_json
 from mmfilter.core.data.score_tables import ScoreTables
@@ -17,7 +19,8 @@ from mmfilter.core.data.writers.datacomp import subset
 from mmfilter.core.data.writers.kept import Kept
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
-from tests.runs import add_table
+from tests.conftest import good, write_tar
+from tests.runs import add_table, make_run
 
 U16 = np.dtype("u8,u8")
 
@@ -134,3 +137,25 @@ def test_repeat_is_what_the_resharder_understands(tmp_path):
     uids = [uid(i) for i in range(5)]
     select(run_of(tmp_path, uids), SelectSettings(top="100%", repeat="row", format="datacomp", output=tmp_path / "best.npy"))
     assert copies(tmp_path / "best.npy", uids) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+def test_the_resharder_makes_the_shards_that_are_asked_for(tmp_path):
+    """Its loop re-told: of each sample of the pool the uid of the JSON, and as many copies as the array has of it, as UID-0, UID-1, …"""
+    shards, pool = {}, {}
+    for n in range(3):
+        members = [member for i in range(10 * n, 10 * n + 10) for member in good(f"{n:08d}{i:04d}", i, uid=uid(i))]
+        pool |= {uid(i): [content for _, content in members[3 * i - 30 * n :][:3]] for i in range(10 * n, 10 * n + 10)}
+        shard = write_tar(tmp_path / f"{n:08d}.tar", members)
+        shards[str(shard)] = [{"similarity": i / 30, "uid": uid(i)} for i in range(10 * n, 10 * n + 10)]
+    run = make_run(tmp_path / "run", shards)
+    select(run, SelectSettings(top="50%", repeat="row % 3", format="datacomp", output=tmp_path / "best.npy"))
+    wanted = {uid(i): i % 10 % 3 for i in range(15, 30) if i % 10 % 3}
+    subset = np.load(tmp_path / "best.npy")
+    made = {}
+    for sample in webdataset.WebDataset(list(shards), shardshuffle=False):
+        name = json.loads(sample["json"])["uid"]
+        key = np.array([divmod(int(name, 16), 2**64)], U16)[0]
+        for j in range(np.searchsorted(subset, key, "right") - np.searchsorted(subset, key, "left")):
+            made[f"{name}-{j}"] = [sample[ext] for ext in ("jpg", "json", "txt")]
+    assert made == {f"{name}-{j}": pool[name] for name, n in wanted.items() for j in range(n)}

@@ -10,8 +10,10 @@ import yaml
 from PIL import Image
 
 from mmfilter.core.data.artifacts import read_json, write_json
+from tests.conftest import caption, good, picture, write_tar
 from tests.core.data.writers.conftest import HARD
 from tests.core.data.writers.test_parquet import CAPTIONS
+from tests.runs import make_run
 
 datasets = pytest.importorskip("datasets")
 
@@ -76,14 +78,40 @@ def test_parquet_opens_too(hard, written, load):
     assert pairs["caption"][:] == CAPTIONS and all(isinstance(image, Image.Image) for image in pairs["image"][:])
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves tars open
-def test_shards_of_one_kind_of_image_open_as_webdataset(tmp_path, written, load):
-    from tests.conftest import good, write_tar
-    from tests.runs import make_run
+def images_of(members):
+    return next(content for ext, content in members if ext.lower() in KINDS)
 
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["hf", "parquet", "files"])
+def test_images_are_the_bytes_of_the_source(hard, written, load, form, streaming):
+    best = written(hard, "hf" if form == "hf" else "parquet", shard_size=3)
+    words = {"hf": [best], "parquet": [best / "data"], "files": ["parquet"]}[form]
+    files = {"data_files": f"{best}/data/*.parquet"} if form == "files" else {}
+    pairs = load(*words, split="train", streaming=streaming, **files).cast_column("image", datasets.Image(decode=False))
+    rows = list(pairs)
+    assert [(row["key"], row["caption"], row["image"]["bytes"]) for row in rows] == [
+        (key, text, images_of(members)) for (key, members), text in zip(HARD.items(), CAPTIONS, strict=True)
+    ]
+    assert [row["json"] is None for row in rows] == ["json" not in dict(members) or key == "k3" for key, members in HARD.items()]
+    assert {row["uid"] for row in rows} == {row["width"] for row in rows} == {None}, "columns without any value stay columns"
+    assert (pairs.features["uid"], pairs.features["width"]) == (datasets.Value("string"), datasets.Value("int32"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_caption_is_a_caption(tmp_path, written, load, streaming):
+    members = [(f"{i}.{ext}", content) for i in range(12) for ext, content in [("png", picture(i, kind="PNG")), ("txt", b" \n" if i != 7 else b"seven")]]
+    run = make_run(tmp_path / "run", {str(write_tar(tmp_path / "a.tar", members)): [0.5] * 12})
+    pairs = load(written(run, "hf"), split="train", streaming=streaming)
+    assert [row["caption"] for row in pairs] == ["seven" if i == 7 else "" for i in range(12)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves tars open
+def test_shards_of_one_kind_of_image_open_as_webdataset(tmp_path, written, load, streaming):
     shard = write_tar(tmp_path / "a.tar", [member for i in range(6) for member in good(f"{i}", i)])
     run = make_run(tmp_path / "run", {str(shard): [i / 10 for i in range(6)]})
     best = written(run, "shards", top="4", shard_size=2)
-    pairs = load("webdataset", data_files=f"{best}/*.tar", split="train")
-    assert pairs["__key__"][:] == ["2", "3", "4", "5"]
-    assert all(isinstance(image, Image.Image) for image in pairs["jpg"][:])
+    rows = list(load("webdataset", data_files=f"{best}/*.tar", split="train", streaming=streaming))
+    assert [(row["__key__"], row["txt"]) for row in rows] == [(f"{i}", caption(i)) for i in range(2, 6)]
+    assert all(np.array_equal(row["jpg"], Image.open(io.BytesIO(picture(i)))) for i, row in zip(range(2, 6), rows, strict=True))

@@ -76,6 +76,42 @@ def test_images_decode(hard, written):
         assert np.array_equal(Image.open(best / "images" / item["image"]), Image.open(io.BytesIO(HARD[key][0][1])))
 
 
+def as_llava_reads(folder):
+    """The items as LLaVA's LazySupervisedDataset takes them: images opened, and the words around the places where they go."""
+    for item in items_of(folder):
+        images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+        opened = [Image.open(os.path.join(folder / "images", image)).convert("RGB") for image in images]
+        assert [turn["from"] for turn in item["conversations"]] == (["human", "gpt"] * len(item["conversations"]))[: len(item["conversations"])]
+        yield opened, "\n".join(turn["value"] for turn in item["conversations"]).split("<image>")
+
+
+def test_llava_has_a_place_for_every_image(hard, written):
+    pairs = list(as_llava_reads(written(hard, "llava-json", shard_size=3)))
+    assert [len(words) - 1 for _, words in pairs] == [len(images) for images, _ in pairs] == [1, 1, 1, 1, 1, 2, 1, 1]
+    for (images, words), members in zip(pairs, HARD.values(), strict=True):
+        source = [content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp")]
+        assert all(np.array_equal(image, Image.open(io.BytesIO(content)).convert("RGB")) for image, content in zip(images, source, strict=True))
+        assert "".join(words).strip()
+
+
+def test_words_with_too_few_or_too_many_places_are_told(tmp_path):
+    none = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]}
+    odd = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": 7}]}
+    members = [
+        *[("a.jpg", picture(0)), ("a.txt", b"an <image> tag")],
+        *[("b.jpg", picture(1)), ("b.json", json.dumps(none).encode()), ("b.txt", b"x")],
+        *[("c.jpg", picture(2)), ("c.txt", b"fine")],
+        *[("d.jpg", picture(3)), ("d.json", json.dumps(odd).encode()), ("d.txt", b"x")],
+    ]
+    run = make_run(tmp_path / "run", {str(write_tar(tmp_path / "a.tar", members)): [0.1] * 4})
+    selection = select(run, SelectSettings(top="100%", format="llava-json", output=tmp_path / "best"))
+    assert selection.warnings == (
+        "2 samples do not have <image> once for each image in their words (first: key 'a'): LLaVA trains on these without the image, or stops",
+    )
+    words = [[turn["value"] for turn in item["conversations"]] for item in items_of(tmp_path / "best")]
+    assert words == [["<image>\nDescribe the image.", "an <image> tag"], ["What?", "This."], ["<image>\nDescribe the image.", "fine"], ["<image>", 7]]
+
+
 def test_nothing_kept_is_an_empty_list(hard, written):
     best = written(hard, "llava-json", min=9.0)
     assert items_of(best) == [] and list((best / "images").iterdir()) == []

@@ -8,6 +8,7 @@ import re
 
 import duckdb
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -42,6 +43,15 @@ def test_nothing_of_a_sample_is_lost_or_changed(hard, written, tmp_path):
     assert [row["similarity"] for row in rows] == [float(np.float32(i / 10)) for i in range(8)]
     assert [(row["shard"], row["row"]) for row in rows] == [(f"{tmp_path}/data/{i}.tar", j) for i in range(2) for j in range(4)]
     assert not {"ok", "reason", "offset", "nbytes"} & set(rows[0])
+
+
+def test_pandas_reads_the_folder(hard, written):
+    table = pandas.read_parquet(written(hard, "parquet", shard_size=3) / "data")
+    assert table["key"].tolist() == list(HARD) and table["caption"].tolist() == CAPTIONS
+    assert [image["bytes"] for image in table["image"]] == [
+        next(content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp")) for members in HARD.values()
+    ]
+    assert table["similarity"].tolist() == [float(np.float32(i / 10)) for i in range(8)] and table["uid"].isna().all()
 
 
 def test_files_hold_as_many_rows_as_asked_and_the_table_says_where_each_is(hard, written):
