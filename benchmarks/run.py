@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "score_speed": ["score_speed.py", "--samples", "1000", "--rounds", "5"],
     "selection_quality": ["selection_quality.py"],
     "select_speed": ["select_speed.py", "--gib", "4"],
+    "select_scale": ["select_scale.py", "--rows", "10000000"],
     "train_speed": ["train_speed.py", "--rounds", "4", "--learn-steps", "300"],
     "dedup_scale": [
         *("dedup_scale.py", "--sizes", "10000", "30000", "100000", "300000", "1000000"),
