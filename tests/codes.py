@@ -81,7 +81,9 @@ def write_run(path: Path, samples: list[Sample], *, shards: list[str] | None = N
 
 def _score_row(sample: Sample) -> dict[str, Any]:
     ok = sample.score is not None
-    row = {"key": sample.key, "shard": sample.shard, "row": sample.row, "offset": 0, "nbytes": 0, "ok": ok, "reason": None if ok else "no caption: none"}
+    place = None if sample.shard.endswith("/") else 0  # a folder has no byte ranges
+    row = {"key": sample.key, "shard": sample.shard, "row": sample.row, "offset": place, "nbytes": place}
+    row |= {"ok": ok, "reason": None if ok else "no caption: none"}
     return row | {"image_hash": sample.image_hash, "text_hash": sample.text_hash, "similarity": sample.score, "width": len(sample.text)}
 
 

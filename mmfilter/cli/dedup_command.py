@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from mmfilter.ops.dedup import BorderlinePair, DedupSummary
 
 
+CAPTION_CHARS = 32
+"""Of a caption in the table of pairs"""
+
+
 def dedup(
     run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
     threshold: Annotated[float, typer.Option(help="Cosine of codes from which two samples are near-duplicates.")] = 0.95,
     on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     by: Annotated[str, typer.Option(help="Score column that says which of two duplicates is kept.")] = "similarity",
     borderline: Annotated[int, typer.Option(help="List so many pairs closest to the threshold, on either side of it.", metavar="N")] = 0,
+    page: Annotated[Optional[Path], typer.Option(help="Also write the pairs of --borderline as an HTML page with pictures.", metavar="FILE")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Search with faiss-gpu.")] = False,
     workers: Annotated[Optional[int], typer.Option(help="Threads (default: all cores).")] = None,
     memory: Annotated[Optional[float], typer.Option(help="GiB that the index may take in memory (default: half of what is free).")] = None,
@@ -39,7 +44,7 @@ def dedup(
 
     one_of("--on", on, ("both", "image", "text"))
     duplicates = operation.DuplicateSettings(threshold, on, gpu, workers, memory)
-    settings = operation.DedupSettings(duplicates, by, borderline)
+    settings = operation.DedupSettings(duplicates, by, borderline, page)
     with display.TerminalProgress() as progress:
         summary = operation.dedup(run, settings, progress)
     if as_json:
@@ -86,5 +91,11 @@ def _report(summary: DedupSummary) -> dict[str, Any]:
 
 def _rows(pairs: tuple[BorderlinePair, ...]) -> list[tuple[str, ...]]:
     """The table of pairs, headings first; nothing for none."""
-    rows = [(f"{p.similarity:.4f}", f"{p.image:.4f}", f"{p.text:.4f}", p.key, p.other_key, p.shard, p.other_shard) for p in pairs]
-    return [("similarity", "image", "text", "key", "other key", "shard", "other shard"), *rows] if rows else []
+    from mmfilter.core.data.looks import one_line
+
+    rows = [("similarity", "image", "text", "key", "other key", "caption", "other caption", "shard", "other shard")] if pairs else []
+    for p in pairs:
+        captions = (one_line(caption or "", CAPTION_CHARS) for caption in (p.caption, p.other_caption))
+        closeness = (f"{p.similarity:.4f}", f"{p.image:.4f}", f"{p.text:.4f}")
+        rows.append((*closeness, p.key, p.other_key, *captions, Path(p.shard).name, Path(p.other_shard).name))
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mmfilter.core.scoring.engine import DeviceSettings
     from mmfilter.ops.search import Encoder, Hit
 
-SHOWN_SCORES = ("similarity", "support", "saev")
+CAPTION_CHARS = 48
+"""Of a caption in the table"""
 
 
 def search(
@@ -33,6 +34,7 @@ def search(
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    page: Annotated[Optional[Path], typer.Option(help="Also write an HTML page with pictures and captions.", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Find samples by their codes.
@@ -40,7 +42,8 @@ def search(
     Like a sample: by the exact cosine of their codes, through the index of the run, which is made if
     there is none. Like an image or words: the same, with the codes that the run's model and SAE make of
     them; where the run read captions with the image in context, words alone are read after a grey image.
-    With a feature: by its maximum over the tokens of a side, in a pass over all codes.
+    With a feature: by its maximum over the tokens of a side, in a pass over all codes. Captions, and the
+    pictures of --page, are read from the shards.
 
     Example: mmfilter search runs/icons --key 000000012 -n 5
     """
@@ -48,12 +51,12 @@ def search(
     from mmfilter.ops import search as operation
 
     one_of("--on", on, ("both", "image", "text"))
-    settings = operation.SearchSettings(key=key, shard=shard, image=image, text=text, feature=feature, on=on, n=n)
+    settings = operation.SearchSettings(key=key, shard=shard, image=image, text=text, feature=feature, on=on, n=n, page=page)
     encode = _encoder(model, sae, options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)) if settings.by_query else None
     with display.TerminalProgress() as progress:
         hits = operation.search(run, settings, progress, encode)
     if as_json:
-        print(json.dumps([{"key": hit.key, "shard": hit.shard, "row": hit.row} | hit.found | {"scores": hit.scores} for hit in hits], indent=2))
+        print(json.dumps([_report(hit) for hit in hits], indent=2))
     elif hits:
         print("\n".join(display.aligned(_rows(hits))))
     else:
@@ -68,10 +71,17 @@ def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Enco
     return lambda run, image, text: encode_query(run, image, text, settings)
 
 
+def _report(hit: Hit) -> dict[str, Any]:
+    return {"key": hit.key, "shard": hit.shard, "row": hit.row, "caption": hit.caption} | hit.found | {"scores": hit.scores}
+
+
 def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:
     """The table, headings first: why it was found, then some scores, then where it is."""
-    rows = [(*hits[0].found, *SHOWN_SCORES, "key", "shard")]
+    from mmfilter.core.data.looks import one_line
+    from mmfilter.ops.search import SHOWN_SCORES
+
+    rows = [(*hits[0].found, *SHOWN_SCORES, "key", "caption", "shard")]
     for hit in hits:
         scores = ("" if hit.scores.get(name) is None else f"{hit.scores[name]:.3f}" for name in SHOWN_SCORES)
-        rows.append((*(f"{value:.4f}" for value in hit.found.values()), *scores, hit.key, hit.shard))
+        rows.append((*(f"{value:.4f}" for value in hit.found.values()), *scores, hit.key, one_line(hit.caption or "", CAPTION_CHARS), Path(hit.shard).name))
     return rows

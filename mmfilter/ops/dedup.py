@@ -14,6 +14,8 @@ from mmfilter.core.codes.rule import Deduplicator, Duplicates
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision
+from mmfilter.core.data.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.data.looks import Look, looks, problems
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import Column, ScoreTables
 from mmfilter.errors import RunError, SelectionError
@@ -28,10 +30,16 @@ class DedupSettings:
     """Score column; of two duplicates the one with the larger value is kept"""
     borderline: int = 0
     """How many of the pairs closest to the threshold, on either side of it, to list"""
+    page: Path | None = None
+    """An HTML file to write, with pictures and captions of these pairs"""
 
     def __post_init__(self) -> None:
         if self.borderline < 0:
             raise SelectionError(f"--borderline is {self.borderline}; give a number of pairs from 0")
+        if self.page is not None:
+            check_page(self.page)
+            if not self.borderline:
+                raise SelectionError("--page shows the pairs of --borderline: say how many, as in --borderline 20")
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,12 @@ class BorderlinePair:
     key: str
     shard: str
     row: int
+    caption: str | None
+    """Read again from the shard; None where that cannot be read"""
     other_key: str
     other_shard: str
     other_row: int
+    other_caption: str | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
     close = rule.pairs.at_least(settings.duplicates.threshold)
     summary = DedupSummary(
         run, settings, scores.rows, int(column.present.sum()), int(found.exact.sum()), int(found.near.sum()),
-        len(close), len(close.crowded), rule.pairs.index, _borderline(scores, rule.pairs, settings),
+        len(close), len(close.crowded), rule.pairs.index, _borderline(scores, rule.pairs, settings, progress),
     )  # fmt: skip
     _write(scores, found, column, summary)
     return summary
@@ -116,7 +127,9 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     labels[Decision.NO_SCORE] = "no score: "
     labels[Decision.EXACT_DUPLICATE] = f"exact duplicate ({SAME[duplicates.on]})"
     labels[Decision.NEAR_DUPLICATE] = f"near-duplicate at {duplicates.threshold}"
-    about = {"kind": "dedup", "version": __version__, "settings": asdict(summary.settings)}
+    shown = ("borderline", "page")  # decide nothing
+    settings = {name: value for name, value in asdict(summary.settings).items() if name not in shown}
+    about = {"kind": "dedup", "version": __version__, "settings": settings}
     about |= {"rows": summary.rows, "scored": summary.scored, "exact": summary.exact, "near": summary.near, "kept": summary.kept}
     try:
         with artifacts.atomic(scores.run.dedup) as temporary:
@@ -125,13 +138,30 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {artifacts.reason(error)}") from error
 
 
-def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings) -> tuple[BorderlinePair, ...]:
+def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings, progress: Progress) -> tuple[BorderlinePair, ...]:
     at = pairs.borderline(settings.duplicates.threshold, settings.borderline)
     positions = np.unique(np.concatenate([pairs.first[at], pairs.second[at]]))
-    names = scores.names_of(positions)
-    found = []
+    names, seen = scores.names_of(positions), looks(scores, positions)
+    for problem in problems(seen)[:3]:
+        progress.note(f"no caption: {problem}")
+    found, shown = [], []
     for i in at.tolist():
-        one, other = ({name: values[np.searchsorted(positions, p)] for name, values in names.items()} for p in (pairs.first[i], pairs.second[i]))
+        places = [int(np.searchsorted(positions, p)) for p in (pairs.first[i], pairs.second[i])]
+        sides = ((names["key"][p], names["shard"][p], int(names["row"][p]), seen[p].caption) for p in places)
         close = (float(getattr(pairs, name)[i]) for name in ("similarity", "image", "text"))
-        found.append(BorderlinePair(*close, one["key"], one["shard"], int(one["row"]), other["key"], other["shard"], int(other["row"])))
+        found.append(BorderlinePair(*close, *(value for side in sides for value in side)))
+        shown.append((seen[places[0]], seen[places[1]]))
+    if settings.page is not None:
+        _write_page(scores.run.path, settings, found, shown)
     return tuple(found)
+
+
+def _write_page(run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Look, Look]]) -> None:
+    tiles = []
+    duplicates = settings.duplicates
+    for pair, (one, other) in sorted(zip(pairs, shown, strict=True), key=lambda item: -item[0].similarity):
+        verdict = "duplicates" if pair.similarity >= duplicates.threshold else "not close enough"
+        sides = Shown(one, (pair.key, Path(pair.shard).name)), Shown(other, (pair.other_key, Path(pair.other_shard).name))
+        tiles.append(Tile(f"{pair.similarity:.4f} {verdict} (image {pair.image:.4f}, text {pair.text:.4f})", sides))
+    about = f"the {len(pairs):,} pairs of run {run} nearest to --threshold {duplicates.threshold} with --on {duplicates.on}, the closest first"
+    write_page(settings.page, "Borderline pairs", about, tiles)

@@ -18,9 +18,14 @@ from mmfilter.core.codes.nearest import nearest, only, strongest
 from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vectors import Codes
 from mmfilter.core.data.artifacts import SCORES, RunDirectory
+from mmfilter.core.data.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.data.looks import Look, looks, problems
 from mmfilter.core.data.progress import Progress
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.errors import RunError, SelectionError
+
+SHOWN_SCORES = ("similarity", "support", "saev")
+"""Of the scores, those that a person sees of a hit"""
 
 Encoder = Callable[[Path, Path | None, str | None], Codes]
 """(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/scoring/query`"""
@@ -44,6 +49,8 @@ class SearchSettings:
     """Sides to compare, or to look for the feature on"""
     n: int = 20
     """Samples to list"""
+    page: Path | None = None
+    """An HTML file to write, with pictures and captions of what was found"""
 
     def __post_init__(self) -> None:
         if [self.key is not None, self.by_query, self.feature is not None].count(True) != 1:
@@ -52,6 +59,8 @@ class SearchSettings:
             raise SelectionError("--shard says which sample a --key means; give both")
         if self.n < 1:
             raise SelectionError(f"-n is {self.n}; at least 1 is needed")
+        if self.page is not None:
+            check_page(self.page)
         IndexSettings(self.on)
         if self.by_query and not self.sides:
             given = "--image FILE" if self.text is None else "--text WORDS"
@@ -79,33 +88,48 @@ class Hit:
     """Why: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and `text`, the feature's maxima, for a feature"""
     scores: dict[str, float | None]
     """Score name -> value"""
+    caption: str | None = None
+    """Read again from the shard; None where that cannot be read"""
 
 
 def search(run: Path, settings: SearchSettings, progress: Progress, encode: Encoder | None = None) -> list[Hit]:
     """The samples found, the best first. A sample that is looked for by key is not among them, nor what has no feature of it.
 
-    `encode` is needed for an image or words only. Raises `SelectionError` for a key, shard or feature
-    that is not in the run, and what `encode` raises.
+    Their captions are read from the shards; `progress` is told of one that is gone. `encode` is needed for an
+    image or words only. Raises `SelectionError` for a key, shard or feature that is not in the run, and what
+    `encode` raises.
     """
     scores = ScoreTables(RunDirectory(run))
     tables = CodeTables(scores)
+    asked = None
     if settings.feature is not None:
-        return _with_feature(scores, tables, settings)
-    if settings.by_query:
-        return _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
-    sample = np.array([_sample(scores, settings)])
-    return _like(tables.take(sample), scores, tables, settings, progress)
+        position, found = _with_feature(tables, settings)
+    elif settings.by_query:
+        position, found = _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
+        asked = Look(settings.text, None if settings.image is None else settings.image.read_bytes())
+    else:
+        sample = np.array([_sample(scores, settings)])
+        position, found = _like(tables.take(sample), scores, tables, settings, progress)
+        asked = looks(scores, sample)[0]
+    seen = looks(scores, position)
+    for problem in problems(seen)[:3]:
+        progress.note(f"no caption: {problem}")
+    hits = _hits(scores, position, found, seen)
+    if settings.page is not None:
+        _write_page(run, settings, asked, hits, seen)
+    return hits
 
 
-def _with_feature(scores: ScoreTables, tables: CodeTables, settings: SearchSettings) -> list[Hit]:
+def _with_feature(tables: CodeTables, settings: SearchSettings) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Positions of the samples and, under names, why they were found."""
     if not 0 <= settings.feature < len(tables.idf):
         raise SelectionError(f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}")
     position, maxima = strongest(tables, settings.feature, settings.n, settings.sides)
-    return _hits(scores, position, {"image": maxima[:, 0], "text": maxima[:, 1]})
+    return position, {"image": maxima[:, 0], "text": maxima[:, 1]}
 
 
-def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: SearchSettings, progress: Progress) -> list[Hit]:
-    """The samples nearest to the query, without itself where it is one of them."""
+def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: SearchSettings, progress: Progress) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same of the samples nearest to the query, without itself where it is one of them."""
     groups = scores.groups("image_hash", "text_hash")
     try:
         index = open_index(tables, representatives(scores, groups), IndexSettings(), scores.run.index, progress)
@@ -113,7 +137,7 @@ def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: Searc
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
     found = nearest(only(query, settings.sides), settings.n + 1, index, tables, groups)
     other = np.flatnonzero((found.position != query.position[0]) & (found.cosine > 0))[: settings.n]
-    return _hits(scores, found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)})
+    return found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)}
 
 
 def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
@@ -138,7 +162,7 @@ def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
     return int(positions[0])
 
 
-def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray]) -> list[Hit]:
+def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray], seen: list[Look]) -> list[Hit]:
     if not len(position):
         return []
     named = [name for name in SCORES if name in scores.types]
@@ -149,5 +173,16 @@ def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray
         values = {name: float(columns[name][at]) for name in named}
         values = {name: value if np.isfinite(value) else None for name, value in values.items()}
         why = {name: float(column[i]) for name, column in found.items()}
-        hits.append(Hit(str(columns["key"][at]), str(columns["shard"][at]), int(columns["row"][at]), why, values))
+        hits.append(Hit(str(columns["key"][at]), str(columns["shard"][at]), int(columns["row"][at]), why, values, seen[i].caption))
     return hits
+
+
+def _write_page(run: Path, settings: SearchSettings, asked: Look | None, hits: list[Hit], seen: list[Look]) -> None:
+    tiles = [] if asked is None else [Tile("looked for", (Shown(asked, () if settings.key is None else (settings.key,)),))]
+    for hit, look in zip(hits, seen, strict=True):
+        figures = [f"{name} {value:.3f}" for name, value in hit.scores.items() if name in SHOWN_SCORES and value is not None]
+        heading = ", ".join(f"{name} {value:.4f}" for name, value in hit.found.items())
+        tiles.append(Tile(heading, (Shown(look, (hit.key, Path(hit.shard).name, ", ".join(figures))),)))
+    asked_for = {"key": settings.key, "shard": settings.shard, "image": settings.image, "text": settings.text, "feature": settings.feature}
+    said = ", ".join(f"{name} {value}" for name, value in asked_for.items() if value is not None)
+    write_page(settings.page, f"Search: {said}", f"{len(hits):,} samples of run {run}, the best first; --on {settings.on}", tiles)

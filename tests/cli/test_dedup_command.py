@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from mmfilter.cli.app import main
+from mmfilter.core.data.gallery import thumbnail
 from tests.codes import clustered, greedy, write_run
+from tests.conftest import caption, picture
+from tests.inputs import Pair, as_folder
 
 SAMPLES = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(300, seed=30))]
 
@@ -39,7 +44,7 @@ def test_json_and_borderline_pairs_on_stdout(run, capsys):
     assert report["samples"] == 300 and report["kept"] == report["scored"] - report["exact_duplicates"] - report["near_duplicates"]
     assert main(["dedup", str(run), "--threshold", "0.9", "--borderline", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["similarity", "image", "text", "key", "other", "key", "shard", "other", "shard"]
+    assert lines[0].split() == ["similarity", "image", "text", "key", "other", "key", "caption", "other", "caption", "shard", "other", "shard"]
     assert [line.split()[0] for line in lines[1:]] == [f"{pair['similarity']:.4f}" for pair in report["borderline"]] and len(lines) == 4
 
 
@@ -50,10 +55,59 @@ def test_a_search_is_a_table_or_json_on_stdout(run, capsys):
     assert len(hits) == 4 and hits[0]["cosine"] >= hits[1]["cosine"] and {"key", "shard", "row", "image", "text", "scores"} <= hits[0].keys()
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["cosine", "image", "text", "similarity", "support", "saev", "key", "shard"]
+    assert lines[0].split() == ["cosine", "image", "text", "similarity", "support", "saev", "key", "caption", "shard"]
     assert [line.split()[0] for line in lines[1:]] == [f"{hit['cosine']:.4f}" for hit in hits]
     assert main(["search", str(run), "--feature", "7", "-n", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["image", "text"]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> tuple[Path, dict[str, Pair]]:
+    """A run of samples that can be looked at, and these by key."""
+    found = [(f"{i:05d}", picture(i), f"caption {i}\nof \x1b[31m{caption(i)}") for i in range(40)]
+    folder = as_folder(tmp_path_factory.mktemp("seen") / "icons", found)
+    samples = [
+        dataclasses.replace(sample, key=key, shard=f"{folder}/", row=i) for i, (sample, (key, *_)) in enumerate(zip(clustered(40, seed=31), found, strict=True))
+    ]
+    return write_run(folder.parent / "run", samples), {pair[0]: pair for pair in found}
+
+
+def test_a_search_shows_captions_and_pictures(seen, tmp_path, capsys):
+    run, pairs = seen
+    page = tmp_path / "found.html"
+    arguments = ["search", str(run), "--key", "00007", "-n", "3"]
+    assert main([*arguments, "--json", "--page", str(page)]) == 0
+    out, err = capsys.readouterr()
+    hits = json.loads(out)
+    assert [hit["caption"] for hit in hits] == [pairs[hit["key"]][2] for hit in hits] and len(hits) == 3 and err == ""
+    pictures = re.findall(r'base64,([^"]+)"', page.read_text("utf-8"))
+    assert [base64.b64decode(small) for small in pictures] == [thumbnail(pairs[key][1]) for key in ("00007", *(hit["key"] for hit in hits))]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    number = int(hits[0]["key"])
+    assert f"{number:05d}  caption {number} of [31m{caption(number)}"[:54] in lines[1] and lines[1].endswith("  icons") and "\x1b" not in lines[1]
+
+
+def test_borderline_pairs_show_captions_and_pictures(seen, tmp_path, capsys):
+    run, pairs = seen
+    page = tmp_path / "pairs.html"
+    assert main(["dedup", str(run), "--threshold", "0.9", "--borderline", "4", "--json", "--page", str(page)]) == 0
+    listed = json.loads(capsys.readouterr().out)["borderline"]
+    assert [(pair["caption"], pair["other_caption"]) for pair in listed] == [(pairs[pair["key"]][2], pairs[pair["other_key"]][2]) for pair in listed]
+    text = page.read_text("utf-8")
+    wanted = sorted(listed, key=lambda pair: -pair["similarity"])
+    pictures = [base64.b64decode(small) for small in re.findall(r'base64,([^"]+)"', text)]
+    assert pictures == [thumbnail(pairs[pair[key]][1]) for pair in wanted for key in ("key", "other_key")] and len(wanted) == 4
+    verdicts = re.findall(r"<h2>([\d.]+) (duplicates|not close enough)", text)
+    assert [(float(value), said) for value, said in verdicts] == [
+        (round(pair["similarity"], 4), "duplicates" if pair["similarity"] >= 0.9 else "not close enough") for pair in wanted
+    ]
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_found(run, capsys):
+    assert main(["search", str(run), "--key", "00003", "-n", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5 and "mmfilter: no caption: shard '/data/s2.tar' does not exist; check the path" in err
 
 
 def test_select_prints_the_funnel(run, capfd):
@@ -78,6 +132,8 @@ def test_help_imports_nothing_heavy(argv):
 
 
 EXPLAINED = {
+    "a page of another kind": (["search", "{run}", "--key", "00003", "--page", "x.tar"], "--page 'x.tar' is the page to write: give a name that ends in .html"),
+    "a page of no pairs": (["dedup", "{run}", "--page", "x.html"], "--page shows the pairs of --borderline: say how many, as in --borderline 20"),
     "threshold": (["dedup", "{run}", "--threshold", "1.5"], "the similarity threshold is 1.5; give one above 0 and up to 1, such as 0.95"),
     "select": (["select", "{run}", "--top", "5", "--dedup", "0", "--format", "keys"], "the similarity threshold is 0.0; give one above 0"),
     "memory": (["dedup", "{run}", "--memory", "-1"], "--memory is -1; give GiB above 0, or leave it out to use half of what is free"),
