@@ -20,8 +20,12 @@ from tests.codes import clustered, write_run
 from tests.conftest import good, write_tar
 from tests.runs import make_run
 
-# also where the tests themselves run in the background of a shell, which has its children ignore Ctrl-C
-COMMAND = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mmfilter.cli.app import main; sys.exit(main())"
+COMMAND = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from mmfilter.cli.app import main
+sys.exit(main())"""
+"""Also where the tests run in the background of a shell, or under nohup, which have their children ignore these signals"""
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 ATTEMPTS = 10
