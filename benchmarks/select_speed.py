@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import SCORE_TABLE, RunDirectory, TableWriter
 from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.data.decisions import write_decisions
 from mmfilter.core.data.score_tables import ScoreTables
 from mmfilter.core.data.shards import read_samples, stamp
 from mmfilter.ops.select import SelectSettings, select
@@ -187,7 +188,7 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            tables.write_decisions(run.parent / "selection.parquet", tables.column("similarity"), decision, labels=labels, metadata={}, output=output)
+            write_decisions(tables, run.parent / "selection.parquet", tables.column("similarity"), decision, labels=labels, metadata={}, output=output)
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -14,6 +14,7 @@ from mmfilter.core.codes.rule import Deduplicator, Duplicates
 from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision
+from mmfilter.core.data.decisions import write_decisions
 from mmfilter.core.data.gallery import Shown, Tile, check_page, write_page
 from mmfilter.core.data.looks import Look, looks, problems
 from mmfilter.core.data.progress import Progress
@@ -133,7 +134,7 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     about |= {"rows": summary.rows, "scored": summary.scored, "exact": summary.exact, "near": summary.near, "kept": summary.kept}
     try:
         with artifacts.atomic(scores.run.dedup) as temporary:
-            scores.write_decisions(temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
+            write_decisions(scores, temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
     except OSError as error:
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {artifacts.reason(error)}") from error
 

@@ -23,6 +23,7 @@ from mmfilter.core.data import artifacts
 from mmfilter.core.data.artifacts import RunDirectory
 from mmfilter.core.data.choice import Decision, Top, choose, positions
 from mmfilter.core.data.database import in_memory
+from mmfilter.core.data.decisions import write_decisions
 from mmfilter.core.data.destination import check_output, explained, stream
 from mmfilter.core.data.expressions import Expression
 from mmfilter.core.data.places import is_url
@@ -170,7 +171,8 @@ def _write_folder(
             first = order < selection.kept  # of a sample's copies the one under its own key
             output[kept.positions[first]] = written.number[first]
         labels = [labels_of(settings).get(code) for code in Decision]
-        kept.tables.write_decisions(
+        write_decisions(
+            kept.tables,
             folder / "selection.parquet", column, decision, labels=labels, metadata=kept.about,
             output=output, output_name=written.name, copies=copies, duplicates=None if drop is None else drop.named,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 
 from mmfilter.core.data.artifacts import RunDirectory, read_table_metadata
+from mmfilter.core.data.decisions import write_decisions
 from mmfilter.core.data.repack import Members, _shard_starts
 from mmfilter.core.data.shard_writer import ShardWriter, Sources, _read_and_write, _sendfile
 from mmfilter.core.data.shards import read_samples, stamp
@@ -189,7 +190,7 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
         tables = ScoreTables(RunDirectory(run))
-        tables.write_decisions(tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={})
+        write_decisions(tables, tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={})
 
 
 def test_sources_stay_as_they_are(run, tmp_path):

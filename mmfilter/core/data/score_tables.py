@@ -1,4 +1,4 @@
-"""The score tables of a run as one relation in source order; with `database`, `expressions`, `metadata`, `more_columns` the door to DuckDB.
+"""The score tables of a run as one relation in source order; the door to DuckDB, with `database`, `decisions`, `expressions`, `metadata`, `more_columns`.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -7,12 +7,10 @@ Columns are read as numpy arrays, one value a position; strings stay in DuckDB u
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -100,11 +98,12 @@ class ScoreTables:
     def _query(self, sql: str, **arrays: np.ndarray) -> duckdb.DuckDBPyConnection:
         """Run SQL over `scores` and, if there are arrays, `given` (one value a position)."""
         try:
-            return self._execute(sql, **arrays)
+            return self.execute(sql, **arrays)
         except duckdb.Error as error:
             raise self._damaged(error) from error
 
-    def _execute(self, sql: str, **arrays: Any) -> duckdb.DuckDBPyConnection:
+    def execute(self, sql: str, **arrays: Any) -> duckdb.DuckDBPyConnection:
+        """The same, its errors as DuckDB has them; an array may be anything that is a column of an Arrow table."""
         if arrays:
             self._database.register("given", artifacts.table(arrays))
         return self._database.execute(sql)
@@ -326,61 +325,6 @@ class ScoreTables:
             FROM scores POSITIONAL JOIN given WHERE given.among GROUP BY ALL ORDER BY n DESC, kind"""
         return dict(self._query(sql, among=among).fetchall())
 
-    def write_decisions(
-        self,
-        path: Path,
-        score: Column,
-        decision: np.ndarray,
-        *,
-        labels: Sequence[str | None],
-        metadata: Mapping[str, Any],
-        output: np.ndarray | None = None,
-        output_name: str = "%08d.tar",
-        copies: np.ndarray | None = None,
-        duplicates: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> None:
-        """Write a table with a row for every row of the score tables: kept or why not, and where to.
-
-        `decision` indexes `labels`, the reasons (None is kept, a label that ends in `: ` goes on with
-        the reason of the score table). `output` is the number of the output shard, negative if none, whose
-        name `output_name` makes of it, and `copies` how often a row was written. `duplicates` are the position
-        of the kept sample that a row is a duplicate of, negative if none, and their similarity.
-        """
-        cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
-        about = f"{{{artifacts.METADATA_KEY.decode()}: {literal(json.dumps(dict(metadata)))}}}"
-        given, more = {"decision": decision, "score": np.ma.array(score.values, mask=~score.present)}, ""
-        if output is not None:
-            given["output"] = output
-            more += f", CASE WHEN given.output >= 0 THEN printf({literal(output_name)}, given.output) END AS output_shard"
-        if copies is not None:
-            given["copies"] = copies
-            more += ", given.copies AS copies"
-        if duplicates is not None:
-            given |= self._representatives(*duplicates)
-            more += "".join(f", given.{name} AS {name}" for name in ("duplicate_of", "duplicate_shard", "duplicate_row"))
-            more += ", CASE WHEN given.duplicate_of IS NOT NULL THEN given.closeness END AS similarity"
-        sql = f"""
-            COPY (
-                SELECT key, shard, scores.row AS row, given.score AS score,
-                    given.decision = {labels.index(None)} AS kept,
-                    CASE given.decision {cases} END AS reason {more}
-                FROM scores POSITIONAL JOIN given
-            ) TO {literal(str(path))} (
-                FORMAT parquet, COMPRESSION zstd, DICTIONARY_SIZE_LIMIT 1000, KV_METADATA {about}
-            )"""  # without the limit it tries a dictionary for the keys, which are all different
-        try:
-            self._execute(sql, **given).fetchall()
-        except duckdb.Error as error:
-            raise SelectionError(f"{str(path)!r} cannot be written: {reason_of(error)}") from error
-
-    def _representatives(self, of: np.ndarray, similarity: np.ndarray) -> dict[str, Any]:
-        """Columns that name the kept sample of each row; each name is held once, however many rows have it."""
-        positions = np.unique(of[of >= 0])
-        names = self.names_of(positions)
-        index = np.where(of >= 0, np.searchsorted(positions, of), -1)
-        found = {f"duplicate_{'of' if name == 'key' else name}": artifacts.encoded(values, index) for name, values in names.items()}
-        return found | {"closeness": similarity}
-
 
 def _repeated(values: np.ndarray, there: np.ndarray) -> np.ndarray:
     """True where a value, among those that are there, comes more than once."""
@@ -398,7 +342,3 @@ def _present(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if values.dtype.kind == "f":
         present &= ~np.isnan(values)
     return values, present
-
-
-def _label(label: str) -> str:
-    return f"{literal(label)} || coalesce(reason, 'no value')" if label.endswith(": ") else literal(label)
