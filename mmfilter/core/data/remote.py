@@ -160,7 +160,7 @@ def in_parallel(call: Callable[[_Item], _Result], items: Iterable[_Item], *, at_
 
 def as_it_suits(place: str, call: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """`call` of each item, which reads small files of a place: one by one of a folder, many at a time of a URL."""
-    return in_parallel(call, items) if is_url(place) else map(call, items)
+    return in_parallel(call, items) if is_url(place) else (call(item) for item in items)
 
 
 # --- reading files ---------------------------------------------------------------------------
