@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import ssl
 import threading
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 Fault = Callable[["Request"], int | None]
 """What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for nothing"""
@@ -123,7 +124,7 @@ class _Counted:
 def http_server(files: dict[str, bytes], *, ranges: bool = True, sizes: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[Log]:
     """A server of these files (path with its slash -> content), with or without byte ranges and sizes."""
     log = Log()
-    server = _Server(files, log, ranges, sizes)
+    server = _Server(files, log, ranges, sizes, _Handler)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     log.url = f"http{'' if tls is None else 's'}://127.0.0.1:{server.server_port}"
@@ -134,8 +135,8 @@ def http_server(files: dict[str, bytes], *, ranges: bool = True, sizes: bool = T
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, files: dict[str, bytes], log: Log, ranges: bool, sizes: bool) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, files: dict[str, bytes], log: Log, ranges: bool, sizes: bool, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.files, self.log, self.ranges, self.sizes = files, log, ranges, sizes
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -177,6 +178,59 @@ class _Handler(BaseHTTPRequestHandler):
         sent = body[: len(body) // 2] if wrong == CUT else body
         log.requests.append(Request(self.command, self.path, asked, status, len(sent) if self.command == "GET" else 0))
         return sent, wrong == CUT
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+# --- the hub ---------------------------------------------------------------------------------
+
+REPOSITORY = "owner/name"
+_FILES = f"/datasets/{REPOSITORY}/resolve/main/"
+
+
+@contextmanager
+def hub_server(files: dict[str, bytes]) -> Iterator[Log]:
+    """As much of the Hugging Face hub as its client needs to read the files (path -> content) of one dataset."""
+    log = Log()
+    server = _Server({_FILES + path: content for path, content in files.items()}, log, True, True, _HubHandler)
+    log.url = f"http://127.0.0.1:{server.server_port}"
+    with _serving(server):
+        yield log
+
+
+class _HubHandler(_Handler):
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if not path.startswith("/api/"):
+            return super().do_GET()
+        if path in (f"/api/datasets/{REPOSITORY}", f"/api/datasets/{REPOSITORY}/revision/main"):
+            return self._say({"id": REPOSITORY, "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
+        under = re.fullmatch(f"/api/datasets/{REPOSITORY}/tree/main/?(.*)", path)
+        return self._say(self._listing(under[1])) if under else self._say({"error": "Repository not found"}, 404)
+
+    def _listing(self, folder: str) -> list[dict[str, Any]]:
+        inside = f"{folder}/" if folder else ""
+        found = {}
+        for path, content in self.server.files.items():
+            path = path.removeprefix(_FILES)
+            if path.startswith(inside):
+                first, below, _ = path.removeprefix(inside).partition("/")
+                kind = {"type": "directory", "size": 0} if below else {"type": "file", "size": len(content)}
+                found[inside + first] = {"path": inside + first, "oid": f"{zlib.crc32(content):040x}"} | kind
+        return list(found.values())
+
+    def _say(self, answer: Any, status: int = 200) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("X-Error-Code", "RepoNotFound" if status == 404 else ""),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""

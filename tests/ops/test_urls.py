@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -21,7 +24,7 @@ from tests import inputs
 from tests.conftest import Quiet, good, write_tar
 from tests.ops.test_metadata import write
 from tests.runs import add_table, keys_of, make_run
-from tests.servers import CUT, Log, http_server, times
+from tests.servers import CUT, REPOSITORY, Log, http_server, hub_server, times
 
 
 @pytest.fixture(autouse=True)
@@ -291,3 +294,33 @@ def test_what_cannot_be_reached_leaves_no_run(s3: Log, tmp_path, capsys):
         assert main(["score", url, "--run", str(tmp_path / "run")]) == 1
         assert capsys.readouterr().err == f"mmfilter: shard {url.rstrip('/')!r} {said}\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_scoring_and_selecting_from_the_hub(tmp_path):
+    """In processes of their own: the hub's client reads its settings when it is imported."""
+    shards = [shard(tmp_path / f"data/{i}.tar", 40, 40 * i) for i in range(2)]
+    with hub_server({f"train/{path.name}": path.read_bytes() for path in shards}) as log:
+        hub = {"HF_ENDPOINT": log.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+
+        def mmfilter(*argv: str, **more: str) -> tuple[int, str]:
+            command = [sys.executable, "-m", "mmfilter", *argv]
+            done = subprocess.run(command, cwd=tmp_path, env=os.environ | hub | more, capture_output=True, text=True)
+            return done.returncode, done.stderr
+
+        url = f"hf://datasets/{REPOSITORY}/train"
+        assert mmfilter("score", f"{url}/*.tar", "--run", "run")[0] == 0
+        assert log.nbytes(".tar") == sum(path.stat().st_size for path in shards)
+        log.clear()
+        assert "0 gone through" in mmfilter("score", f"{url}/*.tar", "--run", "run")[1] and log.nbytes(".tar") == 0
+        assert mmfilter("select", "run", "--top", "3", "-o", "best")[0] == 0
+        assert mmfilter("score", *map(str, shards), "--run", "local")[0] == mmfilter("select", "local", "--top", "3", "-o", "same")[0] == 0
+        assert (tmp_path / "best/00000000.tar").read_bytes() == (tmp_path / "same/00000000.tar").read_bytes()
+        assert 0 < log.nbytes(".tar") <= (tmp_path / "best/00000000.tar").stat().st_size + remote_gap()
+        said = {
+            f"{url}/9.tar": f"mmfilter: shard '{url}/9.tar' does not exist; check the URL\n",
+            "hf://datasets/owner/none/9.tar": "mmfilter: shard 'hf://datasets/owner/none/9.tar' does not exist; check the URL\n",
+        }
+        assert {name: mmfilter("score", name, "--run", "none") for name in said} == {name: (1, line) for name, line in said.items()}
+        offline = f"mmfilter: shard '{url}/0.tar' cannot be read: HF_HUB_OFFLINE says to stay offline; unset it\n"
+        assert mmfilter("score", f"{url}/0.tar", "--run", "none", HF_HUB_OFFLINE="1") == (1, offline)
+        assert not (tmp_path / "none").exists()

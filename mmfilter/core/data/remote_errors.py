@@ -34,9 +34,18 @@ def explained(url: str, error: BaseException) -> ShardError:
         return ShardError(url, f"cannot be reached ({said}); check the host, and the network or proxy")
     if "FSTimeoutError" in names:
         return ShardError(url, "has not answered for half a minute; check the host, and the network or proxy")
+    return ShardError(url, f"cannot be read{_otherwise(error, status, said)}")
+
+
+def _otherwise(error: BaseException, status: int | None, said: str) -> str:
+    """What to say of an error that none of the cases above is, after the words that something cannot be read."""
     if status is not None:
-        return ShardError(url, f"cannot be read: the server answers {status}{' (' + said + ')' if said else ''}; try again later")
-    return ShardError(url, f"cannot be read: {type(_telling(error)).__name__}{': ' + said if said else ''}; try again later")
+        return f": the server answers {status}{' (' + said + ')' if said else ''}; try again later"
+    if "OfflineModeIsEnabled" in _names(error):
+        return ": HF_HUB_OFFLINE says to stay offline; unset it"
+    if isinstance(_telling(error), ValueError):
+        return f" ({said.rstrip('.')}); check how the URL is written"
+    return f": {type(_telling(error)).__name__}{': ' + said if said else ''}; try again later"
 
 
 def status_of(error: BaseException) -> int | None:

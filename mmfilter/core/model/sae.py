@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from mmfilter.core.data.artifacts import atomic
 from mmfilter.core.model.codes import TokenCodes
-from mmfilter.core.model.product import linear
+from mmfilter.core.model.product import linear_of_any_length
 from mmfilter.errors import SAEError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -109,8 +109,12 @@ class SAE:
         """
         if states.shape[-1] != self.d_model:
             raise SAEError(f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model")
-        rows = max(1, DENSE_CHUNK_ELEMENTS // self.n_features)
-        return TokenCodes.concatenate([self._encode_chunk(part, max_active) for part in states.split(rows)], self.n_features)
+        return TokenCodes.concatenate([self._encode_chunk(part, max_active) for part in states.split(self._chunk)], self.n_features)
+
+    @property
+    def _chunk(self) -> int:
+        """States that are encoded at one time."""
+        return max(1, DENSE_CHUNK_ELEMENTS // self.n_features)
 
     def _encode_chunk(self, states: torch.Tensor, max_active: int) -> TokenCodes:
         pre = self.preactivations(states)
@@ -123,7 +127,7 @@ class SAE:
         x = self.normalised(states)
         if self.subtract_b_dec:
             x = x - self.b_dec
-        return linear(x, self.W_enc.t(), self.b_enc)
+        return linear_of_any_length(x, self.W_enc.t(), self.b_enc, self._chunk)
 
     def normalised(self, states: torch.Tensor) -> torch.Tensor:
         """The states as `normalisation` leaves them, before any centring."""

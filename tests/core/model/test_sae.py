@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmfilter.core.model import product as module_of_product
 from mmfilter.core.model import sae as module
 from mmfilter.core.model.codes import TokenCodes
 from mmfilter.core.model.pretrained import load_sae
@@ -191,6 +192,18 @@ def test_a_token_alone_has_the_codes_it_has_in_a_batch(activation):
 def test_no_tokens_have_no_codes(activation):
     codes = make(activation, **({"k": 7} if activation == "topk" else {})).encode(torch.zeros(0, D))
     assert (codes.n_tokens, len(codes.value), codes.dense().shape) == (0, 0, (0, N))
+
+
+def test_products_of_many_lengths_have_few_shapes(monkeypatch):
+    """oneDNN keeps memory for every shape that it meets."""
+    shapes, product = set(), module_of_product.linear
+    monkeypatch.setattr(module_of_product, "linear", lambda x, *rest: shapes.add(len(x)) or product(x, *rest))
+    monkeypatch.setattr(module, "DENSE_CHUNK_ELEMENTS", 64 * N)
+    sae, x = make("relu"), torch.randn(300, D, generator=torch.Generator().manual_seed(3))
+    whole = sae.encode(x).dense()
+    for n in range(1, 300):
+        assert torch.equal(sae.encode(x[:n]).dense(), whole[:n])
+    assert shapes == {8 * i for i in range(1, 9)}
 
 
 def test_the_hash_sees_every_part():
