@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from pathlib import Path
@@ -35,14 +36,19 @@ class Counted(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return MemoryFileSystem._strip_protocol(path.removeprefix("counted://"))
 
-    def cat_file(self, path, start=None, end=None, **settings):
-        content = super().cat_file(path, None if self.whole_files else start, None if self.whole_files else end, **settings)
-        self.requests.append(len(content))
-        return content
-
     def _open(self, path, mode="rb", **settings):
-        assert mode == "wb" or settings, "only whole shards are opened to be read"
-        return super()._open(path, mode, **settings)
+        return super()._open(path, mode, **settings) if mode == "wb" else CountedFile(super()._open(path).getvalue(), self)
+
+
+class CountedFile(io.BytesIO):
+    def __init__(self, content: bytes, filesystem: Counted) -> None:
+        super().__init__(content)
+        self.size, self._filesystem = len(content), filesystem
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = self.getvalue() if self._filesystem.whole_files else super().read(size)
+        self._filesystem.requests.append(len(content))
+        return content
 
 
 fsspec.register_implementation("counted", Counted, clobber=True)
