@@ -22,6 +22,8 @@ from tests.conftest import good, write_tar
 from tests.inputs import as_folder, as_llava, as_parquet, pairs
 from tests.servers import CUT, Log, http_server, times
 
+pytestmark = pytest.mark.slow  # servers, and clients that take their time
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
