@@ -12,6 +12,8 @@ from mmfilter.cli.app import main
 from mmfilter.ops.measure import MeasureSettings, measure
 from tests.conftest import good, write_tar
 
+pytestmark = pytest.mark.slow  # whole runs of the command
+
 ROOT = Path(__file__).parents[2]
 
 

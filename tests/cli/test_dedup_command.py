@@ -117,6 +117,7 @@ def test_select_prints_the_funnel(run, capfd):
     assert "without exact duplicates (same image and text)" in err and "without near-duplicates (--dedup 0.9)" in err and "kept by --top 10%" in err
 
 
+@pytest.mark.slow
 def test_no_torch_is_imported(run):
     script = "import sys; from mmfilter.cli.app import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
     for arguments in (["dedup"], ["search", "--feature", "3", "-n", "1"], ["select", "--top", "5", "--dedup", "0.9", "--format", "keys", "-o", f"{run}.txt"]):

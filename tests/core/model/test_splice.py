@@ -25,7 +25,7 @@ FIRST = ("llava", "qwen2_vl", "emu3", "gemma3")
 """Two plain families, one whose pictures go by size, one that bounds its logits"""
 OTHERS = [name for name in ZOO if name not in (*FIRST, *NO_LOSS, "siglip2", "mllama", "florence2", "instructblip_t5", "smolvlm")]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*")  # of transformers' families there are many kinds
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*")]  # of the warnings of transformers' families there are many kinds
 
 
 @pytest.fixture(scope="module")
