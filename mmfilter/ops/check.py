@@ -12,17 +12,17 @@ import torch
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import InputOptions, expand
+from mmfilter.core.data.shards import expand
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.cards import Card
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.scoring.crossmodal import FeatureWeights
-from mmfilter.core.scoring.engine import DeviceSettings, card_weights, load
+from mmfilter.core.scoring.engine import card_weights, load
 from mmfilter.core.scoring.evidence import RAW, Evidence, Judgement, weigh
 from mmfilter.core.scoring.feed import Batch, Feed
 from mmfilter.core.scoring.few_states import few_states
 from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
+from mmfilter.core.scoring.pass_settings import PassSettings
 from mmfilter.core.scoring.random_sae import random_twin
 from mmfilter.core.scoring.reference import REFERENCE_PAIRS, fit_all
 from mmfilter.core.scoring.scorer import explained_memory, pool_pairs
@@ -37,33 +37,18 @@ STEADY_WEIGHTS = 100
 
 
 @dataclass(frozen=True)
-class CheckSettings:
+class CheckSettings(PassSettings):
     """What to check, and on how many pairs."""
 
-    card: Card
-    """Model, layer, SAE and how to prompt"""
     sample: int = 1000
     """Pairs to score with their own caption and with another one's; up to 1,000 others are read to fit feature weights on"""
     seed: int = 0
     """Seed of the shuffling, of the bootstrap and of the random SAE"""
     bootstrap: int = 1000
     """Draws of the bootstrap"""
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how the model runs"""
-    batch_size: int = 32
-    workers: int = 4
-    """Threads that decode and pre-process"""
-    caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
-        for name, least in (("sample", FEWEST_PAIRS), ("bootstrap", 100), ("batch_size", 1), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is needed")
+        self.check_at_least(sample=FEWEST_PAIRS, bootstrap=100, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ def check(patterns: Sequence[str], settings: CheckSettings, progress: Progress) 
     other pairs of the sample. Raises `ShardError` for a pattern that names nothing, `ModelError` and
     `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when too few pairs are usable.
     """
-    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
+    shards = expand(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device)
     return compare(shards, backbone, sae, settings, progress)
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import InputOptions, expand
+from mmfilter.core.data.shards import expand
 from mmfilter.core.model.backbone import Backbone, Inputs
 from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import read_config
 from mmfilter.core.model.sae import SAE
 from mmfilter.core.model.splice import reconstruction, why_no_loss
 from mmfilter.core.model.towers import TwoTowers
-from mmfilter.core.scoring.engine import DeviceSettings, load, load_model, load_settings
+from mmfilter.core.scoring.engine import load, load_model, load_settings
 from mmfilter.core.scoring.feed import Feed
 from mmfilter.core.scoring.few_states import few_states
 from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
+from mmfilter.core.scoring.pass_settings import PassSettings
 from mmfilter.core.scoring.random_sae import random_sae, with_fitted_decoder
 from mmfilter.core.scoring.reference import fit_all
 from mmfilter.core.scoring.scorer import check_fit, explained_memory
@@ -38,11 +39,9 @@ AHEAD = "the model reads captions in both directions and sees the token that it 
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(PassSettings):
     """What to evaluate, and on how many pairs."""
 
-    card: Card
-    """Model, layer, SAE and how to prompt"""
     also: tuple[Card, ...] = ()
     """Other checkpoints of the same architecture, whose states at the same layer the same SAE reconstructs"""
     text_only: bool = False
@@ -51,22 +50,9 @@ class EvaluateSettings:
     """Pairs to evaluate on, from the heads of up to 10 shards"""
     seed: int = 0
     """Seed of the random SAE"""
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how the models run"""
-    batch_size: int = 32
-    workers: int = 4
-    """Threads that decode and pre-process"""
-    caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
-        for name in ("sample", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 is needed")
+        self.check_at_least(sample=1, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
     model and stays the same for all. Raises `ShardError` for a pattern that names nothing, `ModelError`
     and `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
+    shards = expand(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device, whole=True)
     for other in settings.also:
         check_also(other, backbone, sae, settings)

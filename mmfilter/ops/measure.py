@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmfilter.core.data.decode import DecodeSettings
 from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import InputOptions, expand
-from mmfilter.core.model.cards import Card
+from mmfilter.core.data.shards import expand
 from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.engine import DeviceSettings, load
+from mmfilter.core.scoring.engine import load
 from mmfilter.core.scoring.feed import Feed
 from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
+from mmfilter.core.scoring.pass_settings import PassSettings
 from mmfilter.core.scoring.scorer import explained_memory
 from mmfilter.errors import MMFilterError
 
@@ -26,29 +26,14 @@ HOW_OPENED = ("layout", "source")
 
 
 @dataclass(frozen=True)
-class MeasureSettings:
+class MeasureSettings(PassSettings):
     """What to measure, and on how many pairs."""
 
-    card: Card
-    """Model, layer, SAE and how to prompt"""
     sample: int = 200
     """Pairs whose tokens are reconstructed, from the heads of up to 10 shards"""
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how the model runs"""
-    batch_size: int = 32
-    workers: int = 4
-    """Threads that decode and pre-process"""
-    caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
-        for name in ("sample", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 is needed")
+        self.check_at_least(sample=1, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
     Raises `ShardError` for a pattern that names nothing, `ModelError` and `SAEError` for what cannot be
     loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns, InputOptions(settings.caption, settings.images, settings.allow_pipe))
+    shards = expand(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device)
     meter, n_pairs = FidelityMeter(sae), 0
     with PairSample() as sample:
