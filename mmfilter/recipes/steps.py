@@ -138,7 +138,7 @@ class _Follower:
         from mmfilter.ops import check as operation
 
         settings = operation.CheckSettings(
-            recipe.model.card(), wanted.sample, wanted.seed, device=self._device(), batch_size=recipe.run.batch_size, workers=recipe.run.workers,
+            recipe.model.card(), sample=wanted.sample, seed=wanted.seed, device=self._device(), batch_size=recipe.run.batch_size, workers=recipe.run.workers,
             caption=recipe.inputs.caption, images=recipe.inputs.images, allow_pipe=recipe.inputs.allow_pipe,
         )  # fmt: skip
         report = operation.check(recipe.inputs.shards, settings, self._progress)
