@@ -41,14 +41,14 @@ sys.path += [str(ROOT / "models" / "recipe"), str(ROOT / "examples")]
 from machine import machine  # noqa: E402
 from make_shards import KEYWORD_TEMPLATES, NAME_TEMPLATES, with_article  # noqa: E402
 
+from mmfilter.core.cards.cards import load_card  # noqa: E402
+from mmfilter.core.codes.code_tables import CodeTables  # noqa: E402
 from mmfilter.core.codes.duplicates import DuplicateSettings  # noqa: E402
 from mmfilter.core.codes.rule import Deduplicator  # noqa: E402
-from mmfilter.core.codes.tables import CodeTables  # noqa: E402
 from mmfilter.core.codes.vectors import SideCodes  # noqa: E402
-from mmfilter.core.data.artifacts import RunDirectory  # noqa: E402
-from mmfilter.core.data.score_tables import ScoreTables  # noqa: E402
-from mmfilter.core.data.shards import read_samples  # noqa: E402
-from mmfilter.core.model.cards import load_card  # noqa: E402
+from mmfilter.core.input.shards import read_samples  # noqa: E402
+from mmfilter.core.run.directory import RunDirectory  # noqa: E402
+from mmfilter.core.run.score_tables import ScoreTables  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
 
 SHARDS = sorted((ROOT / "examples" / "shards").glob("*.tar"))

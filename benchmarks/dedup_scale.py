@@ -28,11 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import machine
 
-from mmfilter.core.codes.tables import CodeTables
-from mmfilter.core.codes.vectors import SIDES, Codes, SideCodes
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.codes.code_tables import CodeTables
+from mmfilter.core.codes.vectors import Codes, SideCodes
+from mmfilter.core.files import write_json
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.run.tables import CODE_TABLE, score_table
+from mmfilter.core.scores.registry import SCORES
+from mmfilter.core.sides import SIDES
 
 SHARDS = Path(__file__).parents[1] / "examples" / "shards"
 IN_A_SHARD = 10_000
@@ -107,7 +110,7 @@ class Maker:
             names.append(f"{start // IN_A_SHARD:05d}")
             self._shard(run, names[-1], start, min(IN_A_SHARD, n - start), rng, pool)
         run.weights.write_bytes(self.weights.read_bytes())
-        artifacts.write_json(run.manifest, {"inputs": [{"name": name, "shard": f"/data/{name}.tar"} for name in names]})
+        write_json(run.manifest, {"inputs": [{"name": name, "shard": f"/data/{name}.tar"} for name in names]})
 
     def _shard(self, run: RunDirectory, name: str, start: int, n: int, rng: np.random.Generator, pool: dict[str, list[np.ndarray]]) -> None:
         about = {b"mmfilter": json.dumps({"shard": f"/data/{name}.tar", "name": name, "size": 1, "mtime_ns": 1, "rows": n})}
@@ -122,9 +125,9 @@ class Maker:
             writer.add_key_value_metadata(about)
         scores = {"key": keys, "shard": [f"/data/{name}.tar"] * n, "row": np.arange(n), "ok": np.ones(n, bool), "similarity": rng.random(n, np.float32)}
         scores |= {f"{side}_hash": [f"{side[0]}{key}" for key in keys] for side in SIDES}
-        columns = [pa.array(scores[field.name], field.type) if field.name in scores else pa.nulls(n, field.type) for field in SCORE_TABLE]
-        with pq.ParquetWriter(run.scores(name), SCORE_TABLE, compression="zstd") as writer:
-            writer.write_table(pa.table(columns, schema=SCORE_TABLE))
+        columns = [pa.array(scores[field.name], field.type) if field.name in scores else pa.nulls(n, field.type) for field in score_table(SCORES)]
+        with pq.ParquetWriter(run.scores(name), score_table(SCORES), compression="zstd") as writer:
+            writer.write_table(pa.table(columns, schema=score_table(SCORES)))
             writer.add_key_value_metadata(about)
 
     def _codes(self, m: int, rng: np.random.Generator, pool: dict[str, list[np.ndarray]]) -> dict[str, pa.Array]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from machine import machine
 
-from mmfilter.core.model.sae import DENSE_CHUNK_ELEMENTS, SAE
+from mmfilter.core.sae.autoencoder import DENSE_CHUNK_ELEMENTS, SAE
 
 CHUNKS = (128, 256, 512, 1024)
 """Rows of a chunk that are tried for the product."""

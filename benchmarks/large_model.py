@@ -23,12 +23,12 @@ from machine import machine
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, MistralConfig
 
+from mmfilter.core.cards.cards import load_card
 from mmfilter.core.model.backbone import Backbone, Inputs
-from mmfilter.core.model.cards import load_card
 from mmfilter.core.model.processors import load_processor
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import FeatureWeights
-from mmfilter.core.scoring.scorer import Scorer
+from mmfilter.core.pipeline.scorer import Scorer
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import FeatureWeights
 
 SHAPES = {
     "7b": {"text": (4096, 14336, 32, 8), "vision": (1024, 4096, 24, 16, 336, 14), "layer": 16, "features": 65_536},

@@ -26,7 +26,7 @@ def write_shards(folder: Path, n: int) -> None:
     import io
     import tarfile
 
-    from mmfilter.core.data.shards import read_samples
+    from mmfilter.core.input.shards import read_samples
 
     samples = [sample for path in SHARDS for sample in read_samples(str(path))]
     for start in range(0, n, IN_A_SHARD):

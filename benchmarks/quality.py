@@ -33,10 +33,10 @@ from evaluate_raw import auc  # noqa: E402
 from machine import machine  # noqa: E402
 from pairs import make_tar  # noqa: E402
 
-from mmfilter.core.data.shards import read_samples  # noqa: E402
-from mmfilter.core.model.cards import Card, load_card  # noqa: E402
-from mmfilter.core.scoring.engine import DeviceSettings, load  # noqa: E402
-from mmfilter.core.scoring.random_sae import random_twin  # noqa: E402
+from mmfilter.core.cards.cards import Card, load_card  # noqa: E402
+from mmfilter.core.evaluation.random_sae import random_twin  # noqa: E402
+from mmfilter.core.input.shards import read_samples  # noqa: E402
+from mmfilter.core.pipeline.engine import DeviceSettings, load  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
 
 SHARD = ROOT / "build" / "recipe" / "eval" / "report.tar"

@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.run import Shard
+from mmfilter.core.cards.cards import load_card
+from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.cards import load_card
-from mmfilter.core.scoring.crossmodal import load_weights
-from mmfilter.core.scoring.engine import DeviceSettings, load
-from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
-from mmfilter.core.scoring.scorer import Scorer
+from mmfilter.core.pipeline.engine import DeviceSettings, load
+from mmfilter.core.pipeline.feed import Batch, Feed, Prefetched
+from mmfilter.core.pipeline.scorer import Scorer
+from mmfilter.core.run.directory import RunDirectory, Shard
+from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.ops import score as operation
 
 SHARDS = sorted((Path(__file__).parents[1] / "examples" / "shards").glob("*.tar"))

@@ -26,8 +26,10 @@ import pyarrow.parquet as pq
 from machine import machine
 from safetensors.numpy import save_file
 
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory
+from mmfilter.core.files import write_json
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.tables import CODE_TABLE, METADATA_KEY, score_table
+from mmfilter.core.scores.registry import SCORES
 
 IN_A_TABLE = 100_000
 IN_A_ROW_GROUP = 10_000
@@ -62,7 +64,7 @@ def make_run(path: Path, rows: int, seed: int, features_a_side: int, *, favourit
         _write(run.codes(name), _codes(rng, keys, drawn, features_a_side), about)
     samples = np.minimum(1000, (1000 * features_a_side * frequencies / frequencies.sum()) + 1).astype(np.int64)
     save_file({"samples": samples}, run.weights, {"n_samples": "1000"})
-    artifacts.write_json(run.manifest, {"inputs": [{"name": name, "shard": f"/data/{name}.tar"} for name in names]})
+    write_json(run.manifest, {"inputs": [{"name": name, "shard": f"/data/{name}.tar"} for name in names]})
 
 
 def _scores(rng: np.random.Generator, shard: str, keys: pa.Array) -> pa.Table:
@@ -77,7 +79,7 @@ def _scores(rng: np.random.Generator, shard: str, keys: pa.Array) -> pa.Table:
         "ok": pa.array(~bad),
         "reason": pa.array(np.where(bad, "image cannot be decoded", None), pa.string()),
     }
-    return pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in SCORE_TABLE], schema=SCORE_TABLE)
+    return pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)], schema=score_table(SCORES))
 
 
 def _random(rng: np.random.Generator, field: pa.Field, n: int, bad: np.ndarray) -> pa.Array:
@@ -104,7 +106,7 @@ def _codes(rng: np.random.Generator, keys: pa.Array, drawn: np.ndarray, k: int) 
 def _write(path: Path, table: pa.Table, about: dict) -> None:
     with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=["shard", "reason"]) as writer:
         writer.write_table(table, row_group_size=IN_A_ROW_GROUP)
-        writer.add_key_value_metadata({artifacts.METADATA_KEY: json.dumps(about)})
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(about)})
 
 
 def measure(folder: Path, way: str, top: str) -> dict:

@@ -29,12 +29,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import SCORE_TABLE, RunDirectory, TableWriter
-from mmfilter.core.data.choice import Decision, Top, choose
-from mmfilter.core.data.decisions import write_decisions
-from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.data.shards import read_samples, stamp
+from mmfilter.core.files import write_json
+from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
+from mmfilter.core.scores.registry import SCORES
+from mmfilter.core.selection.choice import Decision, Top, choose
 from mmfilter.ops.select import SelectSettings, select
 
 SHARD_BYTES = 512 << 20
@@ -70,10 +72,10 @@ def make_run(run: Path, shards: list[Path]) -> None:
             {"key": s.key, "shard": str(shard), "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True, "similarity": rng.random()}
             for s in read_samples(str(shard))
         ]
-        writer = TableWriter(RunDirectory(run).scores(shard.stem), SCORE_TABLE)
+        writer = TableWriter(RunDirectory(run).scores(shard.stem), score_table(SCORES))
         writer.write(rows)
         writer.finish({"shard": str(shard), "name": shard.stem, "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)})
-    artifacts.write_json(RunDirectory(run).manifest, {"inputs": [{"name": shard.stem, "shard": str(shard)} for shard in shards]})
+    write_json(RunDirectory(run).manifest, {"inputs": [{"name": shard.stem, "shard": str(shard)} for shard in shards]})
 
 
 def kept_ranges(run: Path) -> list[tuple[str, int, int]]:
@@ -159,11 +161,11 @@ def make_tables(run: Path, rows: int) -> None:
             "ok": pa.array(~bad),
             "reason": pa.array(np.where(bad, "image cannot be decoded", None), pa.string()),
         }
-        table = pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in SCORE_TABLE], schema=SCORE_TABLE)
-        with pq.ParquetWriter(RunDirectory(run).scores(name), SCORE_TABLE, compression="zstd") as writer:
+        table = pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)], schema=score_table(SCORES))
+        with pq.ParquetWriter(RunDirectory(run).scores(name), score_table(SCORES), compression="zstd") as writer:
             writer.write_table(table)
-            writer.add_key_value_metadata({artifacts.METADATA_KEY: json.dumps({"shard": shard, "name": name, "size": 1, "mtime_ns": 1, "rows": n})})
-    artifacts.write_json(RunDirectory(run).manifest, {"inputs": [{"name": f"{i:05d}", "shard": f"/data/{i:05d}.tar"} for i in range(N_TABLES)]})
+            writer.add_key_value_metadata({METADATA_KEY: json.dumps({"shard": shard, "name": name, "size": 1, "mtime_ns": 1, "rows": n})})
+    write_json(RunDirectory(run).manifest, {"inputs": [{"name": f"{i:05d}", "shard": f"/data/{i:05d}.tar"} for i in range(N_TABLES)]})
 
 
 def _random(rng: np.random.Generator, field: pa.Field, n: int, bad: np.ndarray) -> pa.Array:

@@ -32,10 +32,10 @@ import pyarrow.parquet as pq
 from machine import machine
 from PIL import Image
 
-from mmfilter.core.data.progress import Silence
-from mmfilter.core.data.shards import read_samples
-from mmfilter.core.model.cards import load_card
-from mmfilter.core.scoring.engine import DeviceSettings
+from mmfilter.core.cards.cards import load_card
+from mmfilter.core.input.shards import read_samples
+from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.progress import Silence
 from mmfilter.ops import score as scoring
 from mmfilter.ops.select import SelectSettings, select
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-FAMILIES, LAYOUTS = "tests/core/model/test_families.py", "tests/core/model/test_layouts.py"
+FAMILIES, LAYOUTS = "tests/core/model/test_families.py", "tests/core/sae/test_layouts.py"
 NAMES = {
     "llava": "LLaVA 1.5", "vipllava": "ViP-LLaVA", "llava_next_mistral": "LLaVA-NeXT (Mistral)", "llava_next_llama3": "LLaVA-NeXT (Llama 3)",
     "llava_onevision": "LLaVA-OneVision", "chameleon": "Chameleon, Anole", "janus": "Janus", "emu3": "Emu3", "qwen2_vl": "Qwen2-VL",

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mmfilter.core.data.artifacts import CODE_TABLE, SCORE_TABLE, RunDirectory, TableWriter, write_json
+from mmfilter.core.files import write_json
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.tables import CODE_TABLE, TableWriter, score_table
+from mmfilter.core.scores.registry import SCORES
 
 FEATURES = 600
 REFERENCE = 1000
@@ -66,7 +69,7 @@ def write_run(path: Path, samples: list[Sample], *, shards: list[str] | None = N
     for shard in shards:
         name = Path(shard).stem
         mine = sorted((sample for sample in samples if sample.shard == shard), key=lambda sample: sample.row)
-        scores, codes = TableWriter(run.scores(name), SCORE_TABLE), TableWriter(run.codes(name), CODE_TABLE)
+        scores, codes = TableWriter(run.scores(name), score_table(SCORES)), TableWriter(run.codes(name), CODE_TABLE)
         for start in range(0, len(mine), group):
             some = mine[start : start + group]
             scores.write([_score_row(sample) for sample in some])

@@ -83,9 +83,9 @@ def make_shard(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny():
     """The embedded model and SAE, loaded once."""
-    from mmfilter.core.model.cards import load_card
+    from mmfilter.core.cards.cards import load_card
     from mmfilter.core.model.loading import load_backbone
-    from mmfilter.core.model.pretrained import load_sae
+    from mmfilter.core.sae.pretrained import load_sae
 
     card = load_card("tiny")
     return card, load_backbone(card.model, card.layer, prompt=card.prompt), load_sae(card.sae)

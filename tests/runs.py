@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mmfilter.core.data.artifacts import SCORE_TABLE, RunDirectory, TableWriter, write_json
-from mmfilter.core.data.shards import read_samples, stamp
+from mmfilter.core.files import write_json
+from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.tables import TableWriter, score_table
+from mmfilter.core.scores.registry import SCORES
 from mmfilter.errors import RunError, SelectionError
 from mmfilter.ops.select import Selection, SelectSettings, select
 
@@ -28,7 +31,7 @@ def make_shard(path: Path, keys: list[str], *, format: int = tarfile.GNU_FORMAT,
 
 
 def add_table(run: Path, name: str, shard: str, table: list[dict], **metadata) -> None:
-    writer = TableWriter(RunDirectory(run).scores(name), SCORE_TABLE)
+    writer = TableWriter(RunDirectory(run).scores(name), score_table(SCORES))
     for start in range(0, len(table), 7):  # several row groups
         writer.write(table[start : start + 7])
     now = stamp(shard) if os.path.exists(shard) else None

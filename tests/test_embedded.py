@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import rankdata
 
 from mmfilter.cli.app import main
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.input.shards import read_samples
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny"

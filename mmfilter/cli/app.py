@@ -10,12 +10,55 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Annotated
 
 import typer
 
-from mmfilter.cli.commands import app
+from mmfilter import __version__
+from mmfilter.cli.check_command import check
+from mmfilter.cli.dedup_command import dedup
+from mmfilter.cli.init_command import init
+from mmfilter.cli.models_commands import models_app
+from mmfilter.cli.run_command import run_recipe
+from mmfilter.cli.sae_commands import sae_app
+from mmfilter.cli.score_command import score
+from mmfilter.cli.search_command import search
+from mmfilter.cli.select_command import select
 from mmfilter.cli.stopping import stopping
 from mmfilter.errors import MMFilterError
+
+app = typer.Typer(
+    help="Curate image-text data with the features inside a multimodal model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(models_app, name="models")
+app.add_typer(sae_app, name="sae")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmfilter {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+    pass
+
+
+app.command()(score)
+app.command()(select)
+app.command()(check)
+app.command()(dedup)
+app.command()(search)
+app.command("run")(run_recipe)
+app.command()(init)
+
 
 _OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 """Errors of files that the user can do something about, wherever they come from"""
@@ -58,8 +101,3 @@ def command_paths(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Ite
         yield (*prefix, command.name or command.callback.__name__.replace("_", "-"))
     for inner in group.registered_groups:
         yield from command_paths(inner.typer_instance, (*prefix, inner.name))
-
-
-def silence_stdout() -> None:
-    """After the consumer has gone: keep Python's flush at exit from complaining."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmfilter.core.model.cards import Card
+from mmfilter.core.cards.cards import Card
 
 
 def show_cards(cards: Sequence[Card]) -> None:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from mmfilter.core.scores.registry import shown
+
 if TYPE_CHECKING:
-    from mmfilter.core.scoring.evidence import Evidence
-    from mmfilter.core.scoring.fidelity import Fidelity
+    from mmfilter.core.evaluation.evidence import Evidence
+    from mmfilter.core.evaluation.fidelity import Fidelity
     from mmfilter.ops.check import CheckReport
     from mmfilter.ops.measure import Measurement
 
-SHOWN = ("similarity", "support", "saev", "cooccurrence", "l0", "l1", "raw", "random", "caption_tokens")
-"""Scores of the table; JSON has all."""
+CONTROL = "caption_tokens"
+"""Shown below the scores; JSON has all of both."""
 SIDES = {"image": "image", "text": "caption"}
 
 
@@ -32,7 +34,7 @@ def show_check(report: CheckReport) -> None:
         f"{report.n_pairs:,} pairs of {len(report.shards)} {shards}, each with its own caption and with another pair's; feature weights of {weights}.\n"
     )
     table = plain_table("score", "AUC", "95 % interval", "random SAE", "difference to it", "with length")
-    for name in SHOWN:
+    for name in (*shown(), CONTROL):
         score = report.scores[name]
         table.add_row(name, f"{score.auc:.3f}", _span(score.interval), *_beside_random(score), number(score.length_correlation, "+.2f"))
     console.print(table)

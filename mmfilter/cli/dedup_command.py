@@ -91,7 +91,7 @@ def _report(summary: DedupSummary) -> dict[str, Any]:
 
 def _rows(pairs: tuple[BorderlinePair, ...]) -> list[tuple[str, ...]]:
     """The table of pairs, headings first; nothing for none."""
-    from mmfilter.core.data.looks import one_line
+    from mmfilter.core.run.previews import one_line
 
     rows = [("similarity", "image", "text", "key", "other key", "caption", "other caption", "shard", "other shard")] if pairs else []
     for p in pairs:

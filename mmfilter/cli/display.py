@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from mmfilter.core.selection.funnel import Selection
     from mmfilter.ops.score import ScoreSummary
-    from mmfilter.ops.selection import Selection
 
 BARS = " ▁▂▃▄▅▆▇█"
 

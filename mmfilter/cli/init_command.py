@@ -29,7 +29,7 @@ def init(
     Example: mmfilter init 'examples/shards/*.tar'
     """
     from mmfilter.cli import display
-    from mmfilter.core.data.shards import InputOptions
+    from mmfilter.core.input.shards import InputOptions
     from mmfilter.recipes.drafting import draft, look, write_draft
 
     found = look(shards, InputOptions(caption, images, allow_pipe))

@@ -26,7 +26,7 @@ def list_cards(as_json: AsJson = False) -> None:
     Example: mmfilter models list
     """
     from mmfilter.cli import cards_display
-    from mmfilter.core.model.cards import card_names, load_card
+    from mmfilter.core.cards.cards import card_names, load_card
 
     cards = [load_card(name) for name in card_names()]
     if as_json:
@@ -42,7 +42,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card.", metavar="NA
     Example: mmfilter models show tiny
     """
     from mmfilter.cli import cards_display
-    from mmfilter.core.model.cards import load_card
+    from mmfilter.core.cards.cards import load_card
 
     card = load_card(name)
     if as_json:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mmfilter.core.model.card_choice import card_for
+from mmfilter.core.cards.card_choice import card_for
 from mmfilter.errors import ModelError, SAEError
 
 if TYPE_CHECKING:
-    from mmfilter.core.model.cards import Card
-    from mmfilter.core.scoring.engine import DeviceSettings
+    from mmfilter.core.cards.cards import Card
+    from mmfilter.core.pipeline.engine import DeviceSettings
 
 DEFAULT_RUN = Path("mmfilter-run")
 
@@ -55,7 +55,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def device_settings(device: str, dtype: str, device_map: str | None, attn: str, compile_blocks: bool, trust_remote_code: bool) -> DeviceSettings:
     """The options that say where and how a model runs."""
-    from mmfilter.core.scoring.engine import DeviceSettings
+    from mmfilter.core.pipeline.engine import DeviceSettings
 
     one_of("--dtype", dtype, DTYPES)
     one_of("--attn", attn, ATTENTION)
@@ -65,7 +65,7 @@ def device_settings(device: str, dtype: str, device_map: str | None, attn: str, 
 
 def model_card(model: str, layer: int | None, prompt: str | None, text_context: str | None) -> Card:
     """The model to train on: a card's, or a folder or hub id with --layer; no SAE is needed."""
-    from mmfilter.core.model.cards import Card, card_names, load_card
+    from mmfilter.core.cards.cards import Card, card_names, load_card
 
     if model in card_names():
         card = replace(load_card(model), cannot_score="")
@@ -82,7 +82,7 @@ def card_of_sae(
     sae: str, needed_by: str, model: str | None, layer: int | None, prompt: str | None, text_context: str | None, sae_option: Sequence[str] = ()
 ) -> Card:
     """The model to measure an SAE with: the one named, else the card called like the SAE."""
-    from mmfilter.core.model.cards import card_names
+    from mmfilter.core.cards.cards import card_names
 
     if model is None and sae not in card_names():
         raise SAEError(f"{needed_by} needs the model that SAE {sae!r} belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it")

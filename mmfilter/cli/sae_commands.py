@@ -17,7 +17,7 @@ from mmfilter.cli.sae_train_command import train
 from mmfilter.errors import SAEError
 
 if TYPE_CHECKING:
-    from mmfilter.ops.sae import Description, Listed
+    from mmfilter.ops.sae_files import Description, Listed
 
 sae_app = typer.Typer(
     help="Train, evaluate, list, show, convert and fetch sparse autoencoders.",
@@ -44,7 +44,7 @@ def list_command(
 
     Example: mmfilter sae list qwen
     """
-    from mmfilter.ops import sae as operation
+    from mmfilter.ops import sae_files as operation
 
     entries = operation.list_saes(word)
     if not entries:
@@ -84,9 +84,9 @@ def show(
     Example: mmfilter sae show tiny --on 'examples/shards/*.tar'
     """
     from mmfilter.cli import check_display, display
-    from mmfilter.core.model.sae_options import parse_options
+    from mmfilter.core.cards.sae_options import parse_options
     from mmfilter.ops import measure
-    from mmfilter.ops import sae as operation
+    from mmfilter.ops import sae_files as operation
 
     description = operation.describe(sae, parse_options(sae_option or ()))
     report = asdict(description)
@@ -122,8 +122,8 @@ def convert(
     Example: mmfilter sae convert tiny sae-of-tiny --force
     """
     from mmfilter.cli import display
-    from mmfilter.core.model.sae_options import parse_options
-    from mmfilter.ops import sae as operation
+    from mmfilter.core.cards.sae_options import parse_options
+    from mmfilter.ops import sae_files as operation
 
     written = operation.convert(sae, destination, parse_options(sae_option or ()), force=force)
     for line in written.metadata.get("folded", []):
@@ -141,7 +141,7 @@ def fetch(sae: Annotated[str, typer.Argument(help="hf:OWNER/REPO[@REVISION]/fold
 
     Example: mmfilter sae fetch hf:lmms-lab/llama3-llava-next-8b-hf-sae-131k/model.layers.24
     """
-    from mmfilter.ops import sae as operation
+    from mmfilter.ops import sae_files as operation
 
     print(operation.fetch(sae))
 

@@ -12,7 +12,7 @@ import typer
 from mmfilter.cli import options
 
 if TYPE_CHECKING:
-    from mmfilter.core.model.cards import Card
+    from mmfilter.core.cards.cards import Card
 
 
 def evaluate(
@@ -75,15 +75,15 @@ def evaluate(
 
 def _stated_layer(sae: str, sae_option: Sequence[str]) -> int | None:
     """The layer that the SAE's files name."""
-    from mmfilter.core.model.pretrained import load_sae
-    from mmfilter.core.model.sae_options import parse_options
+    from mmfilter.core.cards.sae_options import parse_options
+    from mmfilter.core.sae.pretrained import load_sae
 
     return load_sae(sae, parse_options(sae_option)).metadata.get("layer")
 
 
 def _another(name: str, card: Card, prompt: str | None) -> Card:
     """The card with another checkpoint in it: a card's, with its prompt, or a folder's or hub id's, with the same prompt."""
-    from mmfilter.core.model.cards import card_names, load_card
+    from mmfilter.core.cards.cards import card_names, load_card
 
     if name not in card_names():
         return replace(card, name=name, model=name, revision=None)

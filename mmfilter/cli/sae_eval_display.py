@@ -11,9 +11,9 @@ from rich.console import Console
 from mmfilter.cli.check_display import SIDES, fidelity_json, finite, number, plain_table
 
 if TYPE_CHECKING:
-    from mmfilter.core.scoring.fidelity import Fidelity
-    from mmfilter.core.scoring.spliced_loss import SplicedLoss
-    from mmfilter.core.scoring.weight_spread import WeightSpread
+    from mmfilter.core.evaluation.fidelity import Fidelity
+    from mmfilter.core.evaluation.spliced_loss import SplicedLoss
+    from mmfilter.core.evaluation.weight_spread import WeightSpread
     from mmfilter.ops.evaluate import Evaluation, Trial
 
 SHOWN_QUANTILES = ("p10", "median", "p90")

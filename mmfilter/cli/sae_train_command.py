@@ -16,8 +16,8 @@ from mmfilter.cli import options
 from mmfilter.errors import SAEError
 
 if TYPE_CHECKING:
-    from mmfilter.core.training.run import TrainRunSettings, TrainSummary
     from mmfilter.core.training.statistics import StepStats
+    from mmfilter.core.training.summary import TrainRunSettings, TrainSummary
 
 KINDS: dict[str, str] = {
     "model": "text", "layer": "number", "prompt": "text", "text_context": "text", "caption": "text", "images": "text",
@@ -181,8 +181,8 @@ def _number(value: Any) -> int | float:
 
 def run_settings(output: Path, values: Mapping[str, Any]) -> TrainRunSettings:
     """Everything as the operation takes it."""
-    from mmfilter.core.training.run import TrainRunSettings
     from mmfilter.core.training.settings import TrainSettings
+    from mmfilter.core.training.summary import TrainRunSettings
 
     ks = values.get("k", ())
     train = {name: values[name] for name in OPTIMISATION if name in values} | ({"k": ks[0]} if ks else {})
@@ -216,7 +216,7 @@ class TrainingTerminal:
         self._bars, self._shown, self._last = TerminalProgress(), 0.0, 0
         self._board: Any = None
         if tensorboard:
-            from mmfilter.core.training.board import Board
+            from mmfilter.core.training.tensorboard import Board
 
             self._board = Board(Path(tensorboard))
 
@@ -240,7 +240,7 @@ class TrainingTerminal:
 
     def step(self, name: str, stats: StepStats, total_tokens: int, tokens_per_second: float) -> None:
         """One SAE's step."""
-        from mmfilter.core.training.run import flat
+        from mmfilter.core.training.summary import flat
 
         if self._board is not None:
             self._board.add(name, flat(stats))
@@ -264,7 +264,7 @@ class TrainingTerminal:
 def show(summary: TrainSummary, as_json: bool) -> None:
     """Where the SAEs are, on stdout; what was left out, on stderr."""
     from mmfilter.cli import display
-    from mmfilter.core.training.run import flat
+    from mmfilter.core.training.summary import flat
 
     for error in summary.failures:
         display.note(f"{error}; the pairs before that were trained on")

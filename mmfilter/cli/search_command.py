@@ -12,7 +12,7 @@ from mmfilter.cli import options
 from mmfilter.cli.options import DEFAULT_RUN, one_of
 
 if TYPE_CHECKING:
-    from mmfilter.core.scoring.engine import DeviceSettings
+    from mmfilter.core.pipeline.engine import DeviceSettings
     from mmfilter.ops.search import Encoder, Hit
 
 CAPTION_CHARS = 48
@@ -65,7 +65,7 @@ def search(
 
 def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Encoder:
     """What makes codes of a query; the model is loaded when it is called."""
-    from mmfilter.core.scoring.query import EncodeSettings, encode_query
+    from mmfilter.core.pipeline.query import EncodeSettings, encode_query
 
     settings = EncodeSettings(device, model, sae)
     return lambda run, image, text: encode_query(run, image, text, settings)
@@ -77,11 +77,12 @@ def _report(hit: Hit) -> dict[str, Any]:
 
 def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:
     """The table, headings first: why it was found, then some scores, then where it is."""
-    from mmfilter.core.data.looks import one_line
-    from mmfilter.ops.search import SHOWN_SCORES
+    from mmfilter.core.run.previews import one_line
+    from mmfilter.core.scores.registry import HEADLINES, shown
 
-    rows = [(*hits[0].found, *SHOWN_SCORES, "key", "caption", "shard")]
+    headlines = shown(HEADLINES)
+    rows = [(*hits[0].found, *headlines, "key", "caption", "shard")]
     for hit in hits:
-        scores = ("" if hit.scores.get(name) is None else f"{hit.scores[name]:.3f}" for name in SHOWN_SCORES)
+        scores = ("" if hit.scores.get(name) is None else f"{hit.scores[name]:.3f}" for name in headlines)
         rows.append((*(f"{value:.4f}" for value in hit.found.values()), *scores, hit.key, one_line(hit.caption or "", CAPTION_CHARS), Path(hit.shard).name))
     return rows

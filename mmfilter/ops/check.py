@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
+from mmfilter.core.evaluation.evidence import RAW, Evidence, Judgement, weigh
+from mmfilter.core.evaluation.few_states import few_states
+from mmfilter.core.evaluation.fidelity import Fidelity, FidelityMeter
+from mmfilter.core.evaluation.random_sae import random_twin
+from mmfilter.core.evaluation.shuffled import shuffle_captions
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import expand
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import FeatureWeights
-from mmfilter.core.scoring.engine import card_weights, load
-from mmfilter.core.scoring.evidence import RAW, Evidence, Judgement, weigh
-from mmfilter.core.scoring.feed import Batch, Feed
-from mmfilter.core.scoring.few_states import few_states
-from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
-from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
-from mmfilter.core.scoring.pass_settings import PassSettings
-from mmfilter.core.scoring.random_sae import random_twin
-from mmfilter.core.scoring.reference import REFERENCE_PAIRS, fit_all
-from mmfilter.core.scoring.scorer import explained_memory, pool_pairs
-from mmfilter.core.scoring.scores import SCORES
-from mmfilter.core.scoring.shuffled import shuffle_captions
+from mmfilter.core.pipeline.engine import card_weights, load
+from mmfilter.core.pipeline.feed import Batch, Feed
+from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
+from mmfilter.core.pipeline.pass_settings import PassSettings
+from mmfilter.core.pipeline.reference import REFERENCE_PAIRS, fit_all
+from mmfilter.core.pipeline.scorer import explained_memory, pool_pairs
+from mmfilter.core.progress import Progress
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import FeatureWeights
+from mmfilter.core.scores.registry import formulas
 from mmfilter.errors import MMFilterError
 
 FEWEST_PAIRS = 20
@@ -56,7 +56,7 @@ class CheckReport:
     """What was compared, and what came of it."""
 
     scores: dict[str, Evidence]
-    """Every score of `SCORES`, then the controls `random`, `caption_chars` and `caption_tokens`"""
+    """Every score of `formulas`, then the controls `random`, `caption_chars` and `caption_tokens`"""
     fidelity: Fidelity
     """How the SAE reconstructs the true pairs' states"""
     n_pairs: int
@@ -189,7 +189,7 @@ class Comparison:
         self._sources = [scored[which] for place in kept for which in (place, source[place])]
         self._ways = [Way(way.sae, way.weights.to(backbone.device), way.threshold) for way in ways]
         self._meter = FidelityMeter(ways[0].sae)
-        self._columns = [{name: np.full((2, len(kept)), np.nan) for name in SCORES} for _ in ways]
+        self._columns = [{name: np.full((2, len(kept)), np.nan) for name in formulas()} for _ in ways]
         self._tokens = np.zeros((2, len(kept)))
         self.reasons: Counter[str] = Counter()
         """Kind of problem -> pairs that the model has no scores of"""
@@ -241,7 +241,7 @@ class Comparison:
             activations = self._backbone.activations(batch.inputs)
             for way, columns in zip(self._ways, self._columns, strict=True):
                 pairs = pool_pairs(activations, way.sae.encode(activations.states), way.weights, way.threshold)
-                for name, score in SCORES.items():
+                for name, score in formulas().items():
                     columns[name][at] = score(pairs).float().cpu().numpy()
             self._tokens[at] = pairs.text.n_tokens.cpu().numpy()
             true = torch.from_numpy(rows % 2 == 0).to(activations.sample.device)[activations.sample]

@@ -11,14 +11,14 @@ import numpy as np
 from mmfilter import __version__
 from mmfilter.core.codes.duplicates import SAME, DuplicateSettings, Pairs
 from mmfilter.core.codes.rule import Deduplicator, Duplicates
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.choice import Decision
-from mmfilter.core.data.decisions import write_decisions
-from mmfilter.core.data.gallery import Shown, Tile, check_page, write_page
-from mmfilter.core.data.looks import Look, looks, problems
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.score_tables import Column, ScoreTables
+from mmfilter.core.files import atomic, system_reason
+from mmfilter.core.pages.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.previews import Look, looks, problems
+from mmfilter.core.run.score_tables import Column, ScoreTables
+from mmfilter.core.selection.choice import Decision
 from mmfilter.errors import RunError, SelectionError
 
 
@@ -133,10 +133,10 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     about = {"kind": "dedup", "version": __version__, "settings": settings}
     about |= {"rows": summary.rows, "scored": summary.scored, "exact": summary.exact, "near": summary.near, "kept": summary.kept}
     try:
-        with artifacts.atomic(scores.run.dedup) as temporary:
+        with atomic(scores.run.dedup) as temporary:
             write_decisions(scores, temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
     except OSError as error:
-        raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {artifacts.reason(error)}") from error
+        raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {system_reason(error)}") from error
 
 
 def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings, progress: Progress) -> tuple[BorderlinePair, ...]:

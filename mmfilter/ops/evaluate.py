@@ -9,26 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
+from mmfilter.core.cards.cards import Card
+from mmfilter.core.evaluation.few_states import few_states
+from mmfilter.core.evaluation.fidelity import Fidelity, FidelityMeter
+from mmfilter.core.evaluation.random_sae import random_sae, with_fitted_decoder
+from mmfilter.core.evaluation.splice import reconstruction, why_no_loss
+from mmfilter.core.evaluation.spliced_loss import LossMeter, SplicedLoss
+from mmfilter.core.evaluation.weight_spread import WeightSpread, weight_spread
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import expand
 from mmfilter.core.model.backbone import Backbone, Inputs
-from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import read_config
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.model.splice import reconstruction, why_no_loss
 from mmfilter.core.model.towers import TwoTowers
-from mmfilter.core.scoring.engine import load, load_model, load_settings
-from mmfilter.core.scoring.feed import Feed
-from mmfilter.core.scoring.few_states import few_states
-from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
-from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
-from mmfilter.core.scoring.pass_settings import PassSettings
-from mmfilter.core.scoring.random_sae import random_sae, with_fitted_decoder
-from mmfilter.core.scoring.reference import fit_all
-from mmfilter.core.scoring.scorer import check_fit, explained_memory
-from mmfilter.core.scoring.spliced_loss import LossMeter, SplicedLoss
-from mmfilter.core.scoring.weight_spread import WeightSpread, weight_spread
+from mmfilter.core.pipeline.engine import load, load_model, load_settings
+from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
+from mmfilter.core.pipeline.pass_settings import PassSettings
+from mmfilter.core.pipeline.reference import fit_all
+from mmfilter.core.pipeline.scorer import check_fit, explained_memory
+from mmfilter.core.progress import Progress
+from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError, ModelError, SAEError
 
 STEADY_PAIRS = 50

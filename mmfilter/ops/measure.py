@@ -8,16 +8,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.shards import expand
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.engine import load
-from mmfilter.core.scoring.feed import Feed
-from mmfilter.core.scoring.fidelity import Fidelity, FidelityMeter
-from mmfilter.core.scoring.pair_sample import CAPTION, PairSample
-from mmfilter.core.scoring.pass_settings import PassSettings
-from mmfilter.core.scoring.scorer import explained_memory
+from mmfilter.core.evaluation.fidelity import Fidelity, FidelityMeter
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import expand
+from mmfilter.core.pipeline.engine import load
+from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
+from mmfilter.core.pipeline.pass_settings import PassSettings
+from mmfilter.core.pipeline.scorer import explained_memory
+from mmfilter.core.progress import Progress
+from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError
 
 STEADY_PAIRS = 50

@@ -17,22 +17,24 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.decode import DecodeSettings, Pair
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.run import Shard, ShardTables, name_shards, open_run, unfinished
-from mmfilter.core.data.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp, stamps
+from mmfilter.core.cards.cards import Card
+from mmfilter.core.files import write_json
+from mmfilter.core.input.decode import DecodeSettings, Pair
+from mmfilter.core.input.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp, stamps
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.cards import Card
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import FeatureWeights, load_weights
-from mmfilter.core.scoring.engine import DeviceSettings, check_weights, load
-from mmfilter.core.scoring.feed import Batch, Feed, Prefetched
-from mmfilter.core.scoring.reference import fit_weights
-from mmfilter.core.scoring.scorer import Scored, Scorer
-from mmfilter.core.scoring.scores import random_score
+from mmfilter.core.pipeline.engine import DeviceSettings, check_weights, load
+from mmfilter.core.pipeline.feed import Batch, Feed, Prefetched
+from mmfilter.core.pipeline.reference import fit_weights
+from mmfilter.core.pipeline.scorer import Scored, Scorer
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.directory import RunDirectory, Shard, name_shards, open_run, unfinished
+from mmfilter.core.run.shard_tables import ShardTables
+from mmfilter.core.run.tables import read_table_metadata
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import FeatureWeights, load_weights
+from mmfilter.core.scores.random import random_score
+from mmfilter.core.scores.registry import SCORES
 from mmfilter.errors import MMFilterError, RunError, ShardError
 
 
@@ -125,7 +127,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
     for shard in shards:
         if shard not in todo:
-            stored = artifacts.read_table_metadata(run.scores(shard.name))
+            stored = read_table_metadata(run.scores(shard.name))
             summary.add(stored["rows"], stored["ok"], stored["reasons"])
     if not todo:
         return summary
@@ -202,7 +204,7 @@ def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: Feature
     if manifest["weights"] is not None and manifest["weights"]["hash"] != weights.hash:
         raise RunError(f"{str(run.weights)!r} is not what this run was scored with: restore it, or use another --run")
     manifest["weights"] = {"hash": weights.hash, "n_samples": weights.n_samples, "n_weighted": weights.n_weighted, "reference": weights.metadata}
-    artifacts.write_json(run.manifest, manifest)
+    write_json(run.manifest, manifest)
 
 
 class Source:
@@ -271,7 +273,7 @@ def events(shards: list[Shard], todo: set[str], run: RunDirectory, source: Sourc
     """The input as a stream: a shard's start, its batches, after those of a window its pairs, its end."""
     for shard in shards:
         if shard.name not in todo:
-            source.use_up(artifacts.read_table_metadata(run.scores(shard.name))["rows"])
+            source.use_up(read_table_metadata(run.scores(shard.name))["rows"])
             continue
         if source.exhausted:
             return
@@ -293,7 +295,7 @@ def write_tables(stream: Iterable[Event], run: RunDirectory, scorer: Scorer, see
     try:
         for event in stream:
             if isinstance(event, ShardStart):
-                tables = ShardTables(run, event.shard)
+                tables = ShardTables(run, event.shard, tuple(SCORES))
             elif isinstance(event, Batch):
                 take(event.pairs, scorer.score(event.inputs), codes)
             elif isinstance(event, list):

@@ -12,20 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.duplicates import representatives
 from mmfilter.core.codes.index import IndexSettings, On, open_index
 from mmfilter.core.codes.nearest import nearest, only, strongest
-from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vectors import Codes
-from mmfilter.core.data.artifacts import SCORES, RunDirectory
-from mmfilter.core.data.gallery import Shown, Tile, check_page, write_page
-from mmfilter.core.data.looks import Look, looks, problems
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.pages.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.previews import Look, looks, problems
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.scores.registry import HEADLINES, SCORES, shown
 from mmfilter.errors import RunError, SelectionError
-
-SHOWN_SCORES = ("similarity", "support", "saev")
-"""Of the scores, those that a person sees of a hit"""
 
 Encoder = Callable[[Path, Path | None, str | None], Codes]
 """(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/scoring/query`"""
@@ -180,7 +178,7 @@ def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray
 def _write_page(run: Path, settings: SearchSettings, asked: Look | None, hits: list[Hit], seen: list[Look]) -> None:
     tiles = [] if asked is None else [Tile("looked for", (Shown(asked, () if settings.key is None else (settings.key,)),))]
     for hit, look in zip(hits, seen, strict=True):
-        figures = [f"{name} {value:.3f}" for name, value in hit.scores.items() if name in SHOWN_SCORES and value is not None]
+        figures = [f"{name} {value:.3f}" for name, value in hit.scores.items() if name in shown(HEADLINES) and value is not None]
         heading = ", ".join(f"{name} {value:.4f}" for name, value in hit.found.items())
         tiles.append(Tile(heading, (Shown(look, (hit.key, Path(hit.shard).name, ", ".join(figures))),)))
     asked_for = {"key": settings.key, "shard": settings.shard, "image": settings.image, "text": settings.text, "feature": settings.feature}

@@ -17,27 +17,28 @@ import numpy as np
 
 from mmfilter import __version__
 from mmfilter.core.codes.duplicates import DuplicateSettings
-from mmfilter.core.codes.matching import Covering
 from mmfilter.core.codes.rule import Deduplicator
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.choice import Decision, Top, choose, positions
-from mmfilter.core.data.database import in_memory
-from mmfilter.core.data.decisions import write_decisions
-from mmfilter.core.data.destination import check_output, explained, stream
-from mmfilter.core.data.expressions import Expression
-from mmfilter.core.data.places import is_url
-from mmfilter.core.data.progress import Progress, Silence
-from mmfilter.core.data.repack import Members, new_folder, write_tar
-from mmfilter.core.data.score_tables import Column, ScoreTables
-from mmfilter.core.data.shard_writer import write_all
-from mmfilter.core.data.source_check import check_sources
-from mmfilter.core.data.writers import FOLDER_WRITERS
-from mmfilter.core.data.writers.datacomp import write_subset
-from mmfilter.core.data.writers.kept import Kept
+from mmfilter.core.files import write_json
+from mmfilter.core.input.places import is_url
+from mmfilter.core.output.destination import check_output, explained, stream
+from mmfilter.core.output.repack import new_folder, write_tar
+from mmfilter.core.output.source_check import check_sources
+from mmfilter.core.output.tar_writer import write_all
+from mmfilter.core.output.writers import FOLDER_WRITERS
+from mmfilter.core.output.writers.datacomp import write_subset
+from mmfilter.core.output.writers.kept import Kept
+from mmfilter.core.progress import Progress, Silence
+from mmfilter.core.run.database import in_memory
+from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.expressions import Expression
+from mmfilter.core.run.members import Members
+from mmfilter.core.run.score_tables import Column, ScoreTables
+from mmfilter.core.selection.choice import Decision, Top, choose, positions
+from mmfilter.core.selection.funnel import Selection, counted, labels_of
+from mmfilter.core.selection.matching import Covering
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError
-from mmfilter.ops.select_settings import SelectSettings
-from mmfilter.ops.selection import Selection, counted, labels_of
 
 MAX_COPIES = 1000
 """More of one sample is a column mistaken for one of repetitions"""
@@ -176,7 +177,7 @@ def _write_folder(
             folder / "selection.parquet", column, decision, labels=labels, metadata=kept.about,
             output=output, output_name=written.name, copies=copies, duplicates=None if drop is None else drop.named,
         )  # fmt: skip
-        artifacts.write_json(folder / "manifest.json", kept.about)
+        write_json(folder / "manifest.json", kept.about)
     return replace(selection, shards_written=written.n_shards, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
 
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from safetensors import SafetensorError
 
-from mmfilter.core.data.shards import expand
-from mmfilter.core.scoring.engine import DeviceSettings, load_model
-from mmfilter.core.training.run import TrainProgress, TrainRunSettings, TrainSummary
+from mmfilter.core.input.shards import expand
+from mmfilter.core.pipeline.engine import DeviceSettings, load_model
 from mmfilter.core.training.session import TrainRun
+from mmfilter.core.training.summary import TrainProgress, TrainRunSettings, TrainSummary
 from mmfilter.errors import SAEError
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.decode import CAPTION_FIELDS, DecodeSettings, caption_of
-from mmfilter.core.data.shards import NO_OPTIONS, STDIN, InputOptions, RawSample, expand, is_tar, is_url, read_once, read_samples, stamp
-from mmfilter.core.model.cards import card_names, load_card
+from mmfilter.core.cards.cards import card_names, load_card
+from mmfilter.core.files import atomic
+from mmfilter.core.input.decode import CAPTION_FIELDS, DecodeSettings, caption_of
+from mmfilter.core.input.shards import NO_OPTIONS, STDIN, InputOptions, RawSample, expand, is_tar, is_url, read_once, read_samples, stamp
 from mmfilter.errors import RecipeError
 
 HEAD = 100
@@ -109,7 +109,7 @@ def write_draft(path: Path, text: str) -> None:
     if os.path.lexists(path):
         raise RecipeError(f"{str(path)!r} is there already; name another file with -o, or delete it first")
     try:
-        with artifacts.atomic(path) as temporary:
+        with atomic(path) as temporary:
             temporary.write_text(text, "utf-8")
     except OSError as error:
         raise RecipeError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mmfilter import __version__
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.places import is_url
-from mmfilter.core.data.run import name_shards, unfinished
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.files import read_json, write_json
+from mmfilter.core.input.places import is_url
+from mmfilter.core.run.directory import RunDirectory, name_shards, unfinished
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.recipes.schema import Output, Recipe
 
 STEPS = "steps.json"
@@ -34,13 +34,13 @@ def digest(value: Any) -> str:
 def stored(run: RunDirectory, step: str) -> Any:
     """What the step was asked for when it finished; None when it did not."""
     path = run.path / STEPS
-    return artifacts.read_json(path).get(step) if path.exists() else None
+    return read_json(path).get(step) if path.exists() else None
 
 
 def store(run: RunDirectory, step: str, asked: Any) -> None:
     """Say that the step is finished."""
     path = run.path / STEPS
-    artifacts.write_json(path, (artifacts.read_json(path) if path.exists() else {}) | {step: asked})
+    write_json(path, (read_json(path) if path.exists() else {}) | {step: asked})
 
 
 def score_request(recipe: Recipe) -> dict[str, Any]:
@@ -69,14 +69,14 @@ def all_scored(run: RunDirectory, shards: list[str], limit: int | None) -> bool:
         if shard in todo:
             return False
         if left is not None:
-            left -= artifacts.read_table_metadata(run.scores(shard.name))["rows"]
+            left -= read_table_metadata(run.scores(shard.name))["rows"]
     return True
 
 
 def tables_digest(run: RunDirectory) -> str:
     """Of what the run holds: of every shard its stamp and counts, and the weights."""
     tables = ScoreTables(run)
-    about = artifacts.read_json(run.manifest)
+    about = read_json(run.manifest)
     shards = sorted((shard.path, asdict(shard.stamp), shard.rows) for shard in tables.shards)
     return digest([shards, about.get("settings"), about.get("weights")])
 
@@ -100,7 +100,7 @@ def output_digest(recipe: Recipe, output: Output) -> str:
 
 def about_output(recipe: Recipe, output: Output, run: RunDirectory) -> dict[str, Any]:
     """The recipe as an output's manifest has it; `mmfilter run` on that manifest makes the output again."""
-    about = artifacts.read_json(run.manifest)
+    about = read_json(run.manifest)
     settings = about.get("settings", {})
     return {
         "recipe": recipe.values(),
@@ -122,7 +122,7 @@ def scores_digest(recipe: Recipe, run: RunDirectory) -> str:
 
 def recipe_of(path: Path) -> dict[str, Any] | None:
     """What a manifest says of its recipe; None where there is no manifest or it has none."""
-    return artifacts.read_json(path).get("recipe") if path.exists() else None
+    return read_json(path).get("recipe") if path.exists() else None
 
 
 def stamp_of(path: Path) -> list[int] | None:

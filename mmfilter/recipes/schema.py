@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mmfilter.core.cards.card_choice import card_for
+from mmfilter.core.cards.cards import Card, card_names
 from mmfilter.core.codes.duplicates import DuplicateSettings
 from mmfilter.core.codes.index import On
-from mmfilter.core.data.destination import Format
-from mmfilter.core.data.shards import STDIN, is_url
-from mmfilter.core.data.sources.source import InputOptions
-from mmfilter.core.model.card_choice import card_for
-from mmfilter.core.model.cards import Card, card_names
+from mmfilter.core.input.shards import STDIN, is_url
+from mmfilter.core.input.source import InputOptions
+from mmfilter.core.output.destination import Format
 from mmfilter.errors import RecipeError
 from mmfilter.ops.dedup import DedupSettings
 from mmfilter.ops.select import SelectSettings

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmfilter.core.codes.faiss_library import check_installed
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.destination import check_output
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.run import check_place
-from mmfilter.core.data.shards import expand
+from mmfilter.core.files import read_json, write_json
+from mmfilter.core.input.shards import expand
+from mmfilter.core.output.destination import check_output
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.directory import RunDirectory, check_place
+from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.errors import RecipeError
 from mmfilter.ops import dedup as dedup_operation
 from mmfilter.ops import select as select_operation
@@ -26,7 +26,7 @@ from mmfilter.recipes import record
 from mmfilter.recipes.schema import Output, Recipe
 
 if TYPE_CHECKING:
-    from mmfilter.core.scoring.engine import DeviceSettings
+    from mmfilter.core.pipeline.engine import DeviceSettings
 
 State = Literal["done", "skipped", "planned"]
 
@@ -89,7 +89,7 @@ class _Follower:
         check_place(self._run, self._shards)
         if self._run.manifest.exists():
             named = set(self._shards)
-            known = [item["shard"] for item in artifacts.read_json(self._run.manifest)["inputs"]]
+            known = [item["shard"] for item in read_json(self._run.manifest)["inputs"]]
             others = [shard for shard in known if shard not in named]
             if others:
                 raise RecipeError(
@@ -132,7 +132,7 @@ class _Follower:
         path = self._run.path / "check.json"
         found = record.stored(self._run, "check")
         if found == asked and path.exists():
-            return Step("check", "skipped", "finished before: " + artifacts.read_json(path)["verdict"], artifacts.read_json(path))
+            return Step("check", "skipped", "finished before: " + read_json(path)["verdict"], read_json(path))
         if self._dry_run:
             return Step("check", "planned", f"compare true with shuffled pairs, {wanted.sample:,} of them")
         from mmfilter.ops import check as operation
@@ -148,7 +148,7 @@ class _Follower:
             "pairs": report.n_pairs,
             "auc": {name: evidence.auc for name, evidence in report.scores.items()},
         }
-        artifacts.write_json(path, facts)
+        write_json(path, facts)
         record.store(self._run, "check", asked)
         return Step("check", "done", report.verdict, facts, warnings=tuple(report.notes))
 
@@ -180,7 +180,7 @@ class _Follower:
 
     def _counted(self, state: State, before: str) -> Step:
         """What has scores; raises `RecipeError` where that is too little."""
-        tables = [artifacts.read_table_metadata(path) for path in self._run.score_tables()]
+        tables = [read_table_metadata(path) for path in self._run.score_tables()]
         rows, ok = (sum(table[name] for table in tables) for name in ("rows", "ok"))
         if not rows:
             raise RecipeError("the shards hold no samples: nothing to score")
@@ -238,7 +238,7 @@ class _Follower:
 
     def _select_file(self, settings: select_operation.SelectSettings, manifest: Path, about: dict[str, Any]) -> select_operation.Selection:
         """Write a file, and before it the manifest beside it, so that a file under its name always has one."""
-        artifacts.write_json(manifest, {"kind": "selection", "run": str(self._run.path), "recipe": about})
+        write_json(manifest, {"kind": "selection", "run": str(self._run.path), "recipe": about})
         try:
             return select_operation.select(self._run.path, settings, progress=self._progress)
         except BaseException:
@@ -247,7 +247,7 @@ class _Follower:
             raise
 
     def _device(self) -> DeviceSettings:
-        from mmfilter.core.scoring.engine import DeviceSettings
+        from mmfilter.core.pipeline.engine import DeviceSettings
 
         run = self._recipe.run
         return DeviceSettings(run.device, run.dtype, run.device_map, run.attention, run.compile, run.trust_remote_code)

@@ -24,19 +24,20 @@ from pairs import Split, make_tar
 from sae import train_sae
 from weights import reference_tar
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.evaluation.fidelity import FidelityMeter
+from mmfilter.core.evaluation.random_sae import random_twin
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import read_samples
 from mmfilter.core.model.backbone import Activations, Backbone
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.model.pretrained import load_sae
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
-from mmfilter.core.scoring.feed import Feed
-from mmfilter.core.scoring.fidelity import FidelityMeter
-from mmfilter.core.scoring.random_sae import random_twin
-from mmfilter.core.scoring.scorer import pool_pairs
-from mmfilter.core.scoring.scores import SCORES, PooledPairs
+from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.scorer import pool_pairs
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.scores.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
+from mmfilter.core.scores.pooled_pairs import PooledPairs
+from mmfilter.core.scores.registry import formulas
+from mmfilter.core.sides import IMAGE, TEXT
 
 ROOT = Path(__file__).parents[2]
 WIDTHS, KS, TOKENS = (1024, 2048, 4096), (16, 24, 32), (60_000, 160_000, 400_000)
@@ -112,8 +113,8 @@ def scores_of(states: States, sae: SAE, weights: FeatureWeights, thresholds: lis
         codes = sae.encode(batch.states)
         for i, threshold in enumerate(thresholds):
             pairs = pool_pairs(batch, codes, weights, threshold)
-            names = list(SCORES) if i == 0 else []
-            found = {name: SCORES[name](pairs) for name in names} | {f"{n}@{i}": SCORES[n](pairs) for n in ("saev", "cooccurrence")}
+            names = list(formulas()) if i == 0 else []
+            found = {name: formulas()[name](pairs) for name in names} | {f"{n}@{i}": formulas()[n](pairs) for n in ("saev", "cooccurrence")}
             if i == 0:
                 found["similarity, idf of each side"] = similarity_each_side(pairs)
             for name, values in found.items():
@@ -265,7 +266,7 @@ def check(build: Path, model: Path, threshold: float, *, pairs: int = 200) -> di
         again = reference_scores(batch, sae, omega, idf, threshold)
         for name in again[0]:
             wanted = np.array([row[name] for row in again], dtype=float)
-            off = np.abs(SCORES[name](ours).double().numpy() - wanted) / np.maximum(1e-3, np.abs(wanted))
+            off = np.abs(formulas()[name](ours).double().numpy() - wanted) / np.maximum(1e-3, np.abs(wanted))
             worst[name] = max(worst.get(name, 0.0), float(off.max()))
         seen += batch.n_samples
         if seen >= pairs:

@@ -15,8 +15,8 @@ from scenes import IMAGE_SIZE
 from tokenizer import PAD, encode, load_tokenizer
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import load_backbone
+from mmfilter.core.sides import IMAGE, TEXT
 
 PROMPT = "<s><image>{caption}"
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ from tokenizer import train_tokenizer
 from train import Settings, train
 from weights import fit, reference_tar
 
-from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.sae.pretrained import load_sae
 
 ROOT = Path(__file__).parents[2]
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -14,15 +14,15 @@ from model import HOOK_LAYER
 from pairs import REFERENCE_PAIRS, REFERENCE_SEED, reference_pairs, write_tar
 from scenes import Icons
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import read_samples
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.model.pretrained import load_sae
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import PER_SIDE, STRONGEST, FeatureWeights
-from mmfilter.core.scoring.feed import Feed
-from mmfilter.core.scoring.reference import fit_weights
+from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.reference import fit_weights
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.scores.crossmodal import PER_SIDE, STRONGEST, FeatureWeights
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {

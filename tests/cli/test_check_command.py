@@ -9,6 +9,7 @@ import pytest
 
 from mmfilter.cli import check_display
 from mmfilter.cli.app import main
+from mmfilter.core.scores.registry import shown
 from mmfilter.ops.measure import MeasureSettings, measure
 from tests.conftest import good, write_tar
 
@@ -31,7 +32,7 @@ def test_the_report_is_a_table_on_stdout(shard, capsys):
     assert "pairs of 1 shard, each with its own caption and with another pair's" in out
     header = next(line for line in lines if line.startswith("score"))
     assert header.split() == ["score", "AUC", "95", "%", "interval", "random", "SAE", "difference", "to", "it", "with", "length"]
-    assert [line.split()[0] for line in lines[lines.index(header) + 1 :][:9]] == list(check_display.SHOWN)
+    assert [line.split()[0] for line in lines[lines.index(header) + 1 :][:9]] == [*shown(), check_display.CONTROL]
     assert next(line for line in lines if line.startswith("caption  ")).rstrip().endswith(" %")
     assert "30 pairs are compared, so the intervals are wide" in err and err.count("mmfilter: ") == 2
 

@@ -100,7 +100,7 @@ def test_other_formats_in_a_directory(scored, tmp_path, form):
 
 
 def test_the_formats_of_the_command_are_those_of_the_operation():
-    from mmfilter.core.data.destination import Format
+    from mmfilter.core.output.destination import Format
 
     assert get_args(Format) == FORMATS
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmfilter.cli.app import main
-from mmfilter.core.data.gallery import thumbnail
+from mmfilter.core.pages.gallery import thumbnail
 from tests.codes import clustered, greedy, write_run
 from tests.conftest import caption, picture
 from tests.inputs import Pair, as_folder

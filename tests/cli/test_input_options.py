@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mmfilter.cli import check_command, commands, sae_commands, sae_eval_command, sae_train_command
+from mmfilter.cli import app, check_command, sae_commands, sae_eval_command, sae_train_command
 from mmfilter.cli.app import main
-from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.sae.pretrained import load_sae
 from tests.inputs import as_llava, as_tar, pairs
 
 TRAIN = ["--tokens", "1024", "--batch-size", "256", "--capacity", "512", "--widths", "64", "--k", "4"]
-TAKES_PAIRS = (commands.score, check_command.check, sae_train_command.train, sae_eval_command.evaluate, sae_commands.show)
+TAKES_PAIRS = (app.score, check_command.check, sae_train_command.train, sae_eval_command.evaluate, sae_commands.show)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmfilter.cli.app import main
-from mmfilter.core.model.cards import card_names, load_card
+from mmfilter.core.cards.cards import card_names, load_card
 from mmfilter.core.model.prompts import CAPTION
 
 ROOT = Path(__file__).parents[2]

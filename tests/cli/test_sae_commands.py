@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import constants
 
 from mmfilter.cli.app import main
-from mmfilter.core.model.cards import card_names, cards_folder
-from mmfilter.core.model.layouts import NAMED
-from mmfilter.core.model.pretrained import load_sae, parse_hub
-from mmfilter.core.model.sae_options import make_options
+from mmfilter.core.cards.cards import card_names, cards_folder
+from mmfilter.core.cards.sae_options import make_options
+from mmfilter.core.sae.layouts import NAMED
+from mmfilter.core.sae.pretrained import load_sae, parse_hub
 
 D, N = 6, 24
 

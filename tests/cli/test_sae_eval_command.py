@@ -9,9 +9,9 @@ import json
 import pytest
 
 from mmfilter.cli.app import main
-from mmfilter.core.model.cards import load_card
-from mmfilter.core.model.pretrained import load_sae
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.cards.cards import load_card
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sae.pretrained import load_sae
 
 pytestmark = pytest.mark.slow
 

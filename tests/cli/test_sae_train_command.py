@@ -10,7 +10,7 @@ import yaml
 from mmfilter.cli import sae_train_command
 from mmfilter.cli.app import main
 from mmfilter.cli.sae_train_command import KINDS, parsed, run_settings
-from mmfilter.core.model.pretrained import load_sae
+from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.training.settings import TrainSettings
 
 pytestmark = pytest.mark.slow

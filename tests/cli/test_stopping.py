@@ -15,7 +15,9 @@ import pytest
 
 from mmfilter.cli.app import main
 from mmfilter.cli.stopping import Stopped, stopping
-from mmfilter.core.data.artifacts import SCORE_TABLE, TableWriter, write_json
+from mmfilter.core.files import write_json
+from mmfilter.core.run.tables import TableWriter, score_table
+from mmfilter.core.scores.registry import SCORES
 from tests.codes import clustered, write_run
 from tests.conftest import good, write_tar
 from tests.runs import make_run
@@ -185,7 +187,7 @@ def test_a_recipe_goes_on(tmp_path, monkeypatch, capfd):
 def test_what_a_library_makes_of_a_signal_is_still_one_line(tmp_path):
     """DuckDB ends a query with an error of its own."""
     rows = [{"key": f"{i}", "shard": "/gone.tar", "row": i, "ok": True, "similarity": 0.5} for i in range(40_000)]
-    writer = TableWriter(tmp_path / "run/scores/gone.parquet", SCORE_TABLE)
+    writer = TableWriter(tmp_path / "run/scores/gone.parquet", score_table(SCORES))
     writer.write(rows)
     writer.finish({"kind": "scores", "shard": "/gone.tar", "name": "gone", "rows": len(rows)})
     write_json(tmp_path / "run/manifest.json", {"inputs": [{"name": "gone", "shard": "/gone.tar"}]})

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from scipy.stats import mannwhitneyu
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.cards.cards import Card
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import read_samples
 from mmfilter.core.model.backbone import Activations, Inputs
-from mmfilter.core.model.cards import Card
-from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import load_weights
-from mmfilter.core.scoring.pair_sample import PairSample
-from mmfilter.core.scoring.scores import SCORES
+from mmfilter.core.pipeline.pair_sample import PairSample
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import load_weights
+from mmfilter.core.scores.registry import formulas
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import MMFilterError, SAEError
 from mmfilter.ops.check import CheckSettings, check, compare, deal
 from tests import reference
@@ -247,7 +247,7 @@ def test_aucs_of_the_embedded_model_equal_a_float64_computation(tiny, tmp_path, 
                 if not other:
                     states[0].append(sides[0])
                     states[1].append(sides[1])
-    for name in SCORES:
+    for name in formulas():
         expected = mannwhitneyu(*wanted[name]).statistic / 80**2
         assert report.scores[name].auc == pytest.approx(expected, abs=2e-3), name
     assert report.scores["raw"].auc > 0.85 and report.scores["similarity"].auc > 0.8 and report.scores["support"].auc > 0.75

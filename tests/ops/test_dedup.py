@@ -14,7 +14,8 @@ import pytest
 from mmfilter.core.codes import duplicates as pairs_module
 from mmfilter.core.codes import index as index_module
 from mmfilter.core.codes.duplicates import DuplicateSettings
-from mmfilter.core.data.artifacts import RunDirectory, read_table_metadata
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
 from mmfilter.ops.dedup import DedupSettings, dedup
 from mmfilter.ops.search import SearchSettings, search

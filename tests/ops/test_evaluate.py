@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
-from mmfilter.core.model.cards import Card
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.cards.cards import Card
+from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError, ModelError, SAEError
 from mmfilter.ops.evaluate import RANDOM, TRAINED, EvaluateSettings, evaluate
 from mmfilter.ops.measure import MeasureSettings, measure

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.data.artifacts import read_json, write_json
+from mmfilter.core.files import read_json, write_json
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests import inputs

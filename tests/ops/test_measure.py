@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import MMFilterError, SAEError
 from mmfilter.ops.measure import MeasureSettings, flat, measure
 from tests.conftest import caption, picture, write_tar

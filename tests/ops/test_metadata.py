@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
 from tests import inputs

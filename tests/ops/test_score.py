@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfilter.core.data.artifacts import SCORES, read_table_metadata
-from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.scoring.crossmodal import load_weights
-from mmfilter.core.scoring.engine import DeviceSettings
+from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.run.tables import read_table_metadata
+from mmfilter.core.scores.crossmodal import load_weights
+from mmfilter.core.scores.registry import SCORES
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import RunError, ShardError
 from mmfilter.ops.score import ScoreSettings, score
 from tests import reference

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfilter.core.data.shards import read_samples
-from mmfilter.core.model.cards import Card
+from mmfilter.core.cards.cards import Card
+from mmfilter.core.input.shards import read_samples
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.ops.score import ScoreSettings, score
 from tests.zoo import build, save
 

@@ -10,8 +10,8 @@ from decimal import ROUND_HALF_UP, Decimal
 import numpy as np
 import pytest
 
-from mmfilter.core.data.artifacts import write_json
-from mmfilter.core.data.choice import Decision, Top, choose
+from mmfilter.core.files import write_json
+from mmfilter.core.selection.choice import Decision, Top, choose
 from mmfilter.ops.select import SelectSettings, select
 from tests.runs import add_table, error_of, keys_of, make_run, make_shard, samples_of
 

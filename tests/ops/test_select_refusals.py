@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.data.artifacts import RunDirectory, write_json
+from mmfilter.core.files import write_json
+from mmfilter.core.run.directory import RunDirectory
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import SelectSettings, select
 from tests.runs import add_table, error_of, keys_of, make_run, make_shard
@@ -92,7 +93,7 @@ def test_a_condition_that_fails_on_a_row(run):
 def test_the_database_of_a_condition_is_locked(run):
     import duckdb
 
-    from mmfilter.core.data.score_tables import ScoreTables
+    from mmfilter.core.run.score_tables import ScoreTables
 
     database = ScoreTables(RunDirectory(run))._connect(locked=True)
     assert database.execute("SELECT count(*) FROM scores").fetchone() == (10,)

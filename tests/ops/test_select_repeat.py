@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.input.shards import read_samples
 from mmfilter.errors import SelectionError
 from mmfilter.ops.dedup import DedupSettings, DuplicateSettings, dedup
 from mmfilter.ops.select import SelectSettings, select

@@ -14,9 +14,10 @@ import pytest
 import scipy.stats
 
 from mmfilter.cli.app import main
-from mmfilter.core.codes import matching
-from mmfilter.core.data.artifacts import RunDirectory, read_json, write_json
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.files import read_json, write_json
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.selection import matching
 from mmfilter.ops.select import SelectSettings, select
 from tests.codes import FEATURES, REFERENCE, SAMPLES, Sample, clustered, write_run
 from tests.runs import kept_keys, listing, make_run, make_shard, refused

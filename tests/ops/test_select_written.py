@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from mmfilter.core.data.artifacts import RunDirectory, read_table_metadata
-from mmfilter.core.data.decisions import write_decisions
-from mmfilter.core.data.repack import Members, _shard_starts
-from mmfilter.core.data.shard_writer import ShardWriter, Sources, _read_and_write, _sendfile
-from mmfilter.core.data.shards import read_samples, stamp
+from mmfilter.core.input.ranges import OpenShards
+from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.output.repack import _shard_starts
+from mmfilter.core.output.tar_writer import ShardWriter, _read_and_write, _sendfile
+from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.members import Members
+from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.select import SelectSettings, select
 from tests.runs import add_table, collect, keys_of, make_run, make_shard, samples_of
@@ -185,7 +188,7 @@ def test_nothing_is_left_behind_when_copying_fails(run, tmp_path):
 
 
 def test_a_table_that_cannot_be_written(run, tmp_path):
-    from mmfilter.core.data.score_tables import ScoreTables
+    from mmfilter.core.run.score_tables import ScoreTables
 
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
@@ -255,7 +258,7 @@ def test_stdout_may_be_a_file_opened_for_appending(large_run, tmp_path):
 def test_every_way_to_copy_gives_the_same_bytes(tmp_path, way):
     content = random.Random(0).randbytes(3_000_000)
     (tmp_path / "source").write_bytes(content)
-    with Sources() as sources, open(tmp_path / "target", "wb") as file:
+    with OpenShards() as sources, open(tmp_path / "target", "wb") as file:
         writer = ShardWriter(file.fileno(), sources)
         if way is not None:
             writer._ways = [way]

@@ -18,15 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmfilter.core.data.sources.source import NO_OPTIONS
-from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.input.source import NO_OPTIONS
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.model.pretrained import load_sae
-from mmfilter.core.scoring.crossmodal import load_weights
-from mmfilter.core.training import memory
-from mmfilter.core.training.run import TrainRunSettings
+from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.scores.crossmodal import load_weights
+from mmfilter.core.sides import IMAGE, TEXT
+from mmfilter.core.training import memory_check
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.source import ShardStates
+from mmfilter.core.training.shard_states import ShardStates
+from mmfilter.core.training.summary import TrainRunSettings
 from mmfilter.errors import SAEError
 from mmfilter.ops.train import train
 from tests.conftest import Quiet
@@ -272,8 +272,8 @@ def test_shards_without_a_usable_pair(tiny, tmp_path):
 def test_memory_is_estimated_before_anything_starts(trained, tiny, tmp_path):
     shard, _, _, _ = trained
     with pytest.raises(
-        SAEError, match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory, [\d.]+ GiB are free: use fewer"
+        SAEError, match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory_check, [\d.]+ GiB are free: use fewer"
     ):
         train([str(shard)], settings(tiny, tmp_path / "sae", widths=(4_000_000_000,)), Watching())
-    need = memory.training_bytes(SMALL.resolved(192), 192)
+    need = memory_check.training_bytes(SMALL.resolved(192), 192)
     assert need == pytest.approx(4 * 4 * (96 * 386 + 192) + 256 * 8 * 32 + 256 * 192 * 24)

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.cli.app import main
-from mmfilter.core.data import remote
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.input import remote
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.score import ScoreSettings, score
 from mmfilter.ops.select import SelectSettings, select
@@ -114,7 +114,7 @@ def test_scoring_goes_on_and_selecting_fetches_little(s3: Log, tiny, tmp_path):
 
 def remote_gap() -> int:
     """What may be read along between two samples."""
-    from mmfilter.core.data.ranges import MAX_GAP
+    from mmfilter.core.input.ranges import MAX_GAP
 
     return MAX_GAP
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.data.shards import read_samples
+from mmfilter.core.input.shards import read_samples
 from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError, SelectionError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from mmfilter import __version__
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.faiss_library import check_gpu, threads
 from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, open_index
-from mmfilter.core.codes.tables import CodeTables
-from mmfilter.core.codes.vectors import SIDES, Codes, cosines
-from mmfilter.core.data import artifacts
-from mmfilter.core.data.artifacts import DUPLICATE_TABLE, TableWriter
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.codes.vectors import Codes, cosines
+from mmfilter.core.files import system_reason
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.run.tables import DUPLICATE_TABLE, TableWriter, read_columns, read_table_metadata
+from mmfilter.core.sides import SIDES
 from mmfilter.errors import RunError, SelectionError
 
 BELOW = 0.02
@@ -130,7 +131,7 @@ def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, sett
         if keep and scores.run.writable:
             _store(pairs, scores, tables, settings.on)
     except OSError as error:
-        raise RunError(f"run {str(scores.run.path)!r} cannot be written: {artifacts.reason(error)}") from error
+        raise RunError(f"run {str(scores.run.path)!r} cannot be written: {system_reason(error)}") from error
     return pairs
 
 
@@ -263,7 +264,7 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
 
 def _about(path: Path) -> dict[str, Any]:
     try:
-        about = artifacts.read_table_metadata(path)
+        about = read_table_metadata(path)
     except RunError as error:
         raise RunError(f"{' '.join(str(error).split())}; delete the file and run again") from error  # pyarrow breaks lines
     if about.get("kind") != "duplicates":
@@ -272,7 +273,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, about: dict[str, Any], scores: ScoreTables) -> Pairs:
-    columns = artifacts.read_columns(path, [name for name in DUPLICATE_TABLE.names if "key" not in name])
+    columns = read_columns(path, [name for name in DUPLICATE_TABLE.names if "key" not in name])
     one = scores.positions(*columns["shard"], columns["row"].data)
     pair = ~columns["other_row"].mask
     paths, other_shard = columns["other_shard"]

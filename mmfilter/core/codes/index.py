@@ -25,13 +25,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mmfilter import __version__
+from mmfilter.core import memory
 from mmfilter.core.codes import clusters
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.faiss_library import load_faiss, said
-from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vector_file import BLOCK, VectorFile
-from mmfilter.core.codes.vectors import SIDES, Sketch, margin
-from mmfilter.core.data import artifacts, memory
-from mmfilter.core.data.progress import Progress
+from mmfilter.core.codes.vectors import Sketch, margin
+from mmfilter.core.files import read_json, write_json
+from mmfilter.core.progress import Progress
+from mmfilter.core.sides import SIDES
 from mmfilter.errors import RunError, SelectionError
 
 On = Literal["both", "image", "text"]
@@ -225,14 +227,14 @@ def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex |
     manifest = folder / "manifest.json"
     if not manifest.exists():
         return None
-    about = artifacts.read_json(manifest)
+    about = read_json(manifest)
     if not isinstance(about, dict) or {name: about.get(name) for name in expected} != expected:
         return None
     try:
         index = _loaded(folder, about, at_most)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         raise RunError(f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again") from error
-    return index if artifacts.read_json(manifest) == about else None  # another process may have replaced it meanwhile
+    return index if read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
 
 def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
@@ -258,7 +260,7 @@ def _build(
     at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, vectors.dims)
     order, found = _flat(vectors, new) if len(wanted) <= FLAT else _clustered(vectors, new, at_once, progress)
     np.save(new / "positions.npy", wanted[order])
-    artifacts.write_json(new / "manifest.json", about | found)
+    write_json(new / "manifest.json", about | found)
     vectors.close()
     return _loaded(new, about | found, at_most), new
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.index import CodeIndex, IndexSettings
-from mmfilter.core.codes.tables import CodeTables
-from mmfilter.core.codes.vectors import SIDES, Codes, SideCodes, cosines
+from mmfilter.core.codes.vectors import Codes, SideCodes, cosines
+from mmfilter.core.sides import SIDES
 
 LEAST = 256
 """Suggestions of the index that are measured at least; ten times as many as are asked for if that is more"""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.duplicates import DuplicateSettings, Pairs, find_pairs
 from mmfilter.core.codes.index import IndexSettings
-from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vectors import cosines
-from mmfilter.core.data.progress import Progress
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.progress import Progress
+from mmfilter.core.run.score_tables import ScoreTables
 
 Compare = Callable[[int, np.ndarray], np.ndarray]
 """Similarity of a position to others"""

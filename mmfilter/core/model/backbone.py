@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from mmfilter.core.model.boxes import Boxes, Picture
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.families import family_name, family_of
 from mmfilter.core.model.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, heard_with, listening
 from mmfilter.core.model.stream import check_layer, cut_after, image_token_id, is_encoder_decoder, stream_layers
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
 
 TextContext = Literal["image", "none"]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.codes import IMAGE
+from mmfilter.core.sides import IMAGE
 from mmfilter.errors import ModelError
 
 

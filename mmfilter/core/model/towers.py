@@ -21,8 +21,8 @@ from PIL import Image
 
 from mmfilter.core.model.backbone import Activations, Inputs, OwnProcessor
 from mmfilter.core.model.boxes import Boxes, Picture, cropped, grid
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.prompts import CAPTION, CaptionEscaper
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
 
 CLIP_LIKE, SIGLIP_LIKE = ("clip", "metaclip_2"), ("siglip", "siglip2")

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from mmfilter.core.model.product import linear
-from mmfilter.core.training.product import EncoderProduct
-from mmfilter.core.training.selection import strongest_of_each
+from mmfilter.core.sae.product import EncoderProduct, linear
 from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.topk import strongest_of_each
 from mmfilter.core.training.weights import Weights
 
 DENSE_UP_TO = 32

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.training.pool import Pool
+from mmfilter.core.sides import IMAGE, TEXT
+from mmfilter.core.training.state_pool import Pool
 from mmfilter.errors import SAEError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

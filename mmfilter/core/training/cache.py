@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mmfilter import __version__
-from mmfilter.core.training.source import Position, States
+from mmfilter.core.training.shard_states import Position, States
 from mmfilter.errors import SAEError
 
 KIND = "mmfilter state cache"

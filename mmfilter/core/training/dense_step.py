@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 
+from mmfilter.core.sae.product import EncoderProduct
 from mmfilter.core.training import collective
 from mmfilter.core.training.outcome import Firing, Outcome
-from mmfilter.core.training.product import EncoderProduct
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.weights import Weights
 

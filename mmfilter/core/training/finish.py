@@ -6,13 +6,13 @@ import itertools
 from contextlib import closing
 from typing import Any
 
-from mmfilter.core.data.decode import DecodeSettings
-from mmfilter.core.data.shards import InputOptions, read_samples
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import InputOptions, read_samples
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.sae import SAE
-from mmfilter.core.scoring.crossmodal import FeatureWeights
-from mmfilter.core.scoring.feed import Feed
-from mmfilter.core.scoring.reference import fit_weights
+from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.reference import fit_weights
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import FeatureWeights
 
 
 def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, inputs: InputOptions, pairs: int, workers: int, progress: Any) -> FeatureWeights:

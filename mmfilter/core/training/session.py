@@ -15,22 +15,22 @@ import torch
 from safetensors.torch import save_file
 
 from mmfilter import __version__
-from mmfilter.core.data import artifacts
+from mmfilter.core.files import atomic, write_json
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.scoring.engine import DeviceSettings
+from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training import collective
 from mmfilter.core.training.buffer import BufferSettings, ShuffleBuffer
 from mmfilter.core.training.cache import CachedStates, write_cache
 from mmfilter.core.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmfilter.core.training.curves import curves_page
 from mmfilter.core.training.finish import fit_run_weights
-from mmfilter.core.training.memory import check_memory
-from mmfilter.core.training.run import Trained, TrainProgress, TrainRunSettings, TrainSummary, flat
+from mmfilter.core.training.memory_check import check_memory
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.source import Position, ShardStates, States, estimated_pairs, pilot, sizes_of
+from mmfilter.core.training.shard_states import Position, ShardStates, States, estimated_pairs, pilot, sizes_of
 from mmfilter.core.training.statistics import StepStats
+from mmfilter.core.training.summary import Trained, TrainProgress, TrainRunSettings, TrainSummary, flat
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.errors import SAEError
 
@@ -164,7 +164,7 @@ class TrainRun:
                 if finished:
                     raise SAEError(f"{str(finished[0])!r} holds a finished SAE: use another -o, or delete it")
                 (self.settings.output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-                artifacts.write_json(self.settings.output / CHECKPOINTS / MANIFEST, self._identity())
+                write_json(self.settings.output / CHECKPOINTS / MANIFEST, self._identity())
             collective.wait()
             return None
         differing = [key for key, value in self._identity().items() if saved.get(key) != value]
@@ -277,7 +277,7 @@ class TrainRun:
                 "image_frequency": statistics.frequency[IMAGE].float().cpu(), "text_frequency": statistics.frequency[TEXT].float().cpu(),
                 "maximum": (statistics.maximum / trainer.scale).cpu(), "tokens": statistics.tokens.cpu(),
             }  # fmt: skip
-            with artifacts.atomic(folder / STATISTICS) as temporary:
+            with atomic(folder / STATISTICS) as temporary:
                 save_file(figures, temporary)
             if self.settings.weights:
                 self.progress.start("fitting feature weights", None)
@@ -286,7 +286,7 @@ class TrainRun:
                 )
             (folder / PAGE).write_text(curves_page(folder / LOG, trainer.settings), "utf-8")
             about = {"kind": "mmfilter sae", "version": __version__, "trained_on": self.about(), "settings": trainer.settings.to_mapping(), "hash": sae.hash}
-            artifacts.write_json(folder / MANIFEST, about | {"last_step": flat(last) if last else None})
+            write_json(folder / MANIFEST, about | {"last_step": flat(last) if last else None})
         return Trained(folder, trainer.settings, last)
 
     def _hook_point(self) -> dict[str, Any]:

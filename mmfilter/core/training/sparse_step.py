@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import torch
 
+from mmfilter.core.sae.product import EncoderProduct
 from mmfilter.core.training.auxiliary import add_auxiliary
 from mmfilter.core.training.entries import Entries
 from mmfilter.core.training.outcome import Firing, Outcome
-from mmfilter.core.training.product import EncoderProduct
-from mmfilter.core.training.selection import BatchTopK, strongest_of_each
 from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.topk import BatchTopK, strongest_of_each
 from mmfilter.core.training.weights import Weights
 
 REFINED_MORE = 4

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training import collective
 from mmfilter.core.training.outcome import SIDES, Firing, Outcome
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from mmfilter import __version__
-from mmfilter.core.model.codes import IMAGE
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sides import IMAGE
 from mmfilter.core.training import collective
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.optimiser import Optimiser
 from mmfilter.core.training.outcome import Outcome
-from mmfilter.core.training.selection import BatchTopK
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.sparse_step import active_entries, sparse_step
 from mmfilter.core.training.statistics import FeatureStatistics, StepStats, Sums
+from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import initial_weights
 from mmfilter.errors import SAEError
 

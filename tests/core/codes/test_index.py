@@ -10,13 +10,13 @@ import pytest
 
 from mmfilter.core.codes import clusters
 from mmfilter.core.codes import index as index_module
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.faiss_library import load_faiss, threads
 from mmfilter.core.codes.index import IndexSettings, _Lists, open_index
-from mmfilter.core.codes.tables import CodeTables
 from mmfilter.core.codes.vector_file import VectorFile
 from mmfilter.core.codes.vectors import GRID, on_grid
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.score_tables import ScoreTables
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.errors import MMFilterError, RunError
 from tests.codes import clustered, write_run
 

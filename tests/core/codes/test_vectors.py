@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mmfilter.core.codes import vectors
-from mmfilter.core.codes.tables import CodeTables
+from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.vectors import Codes, SideCodes, Sketch, cosines, margin
-from mmfilter.core.data.artifacts import RunDirectory
-from mmfilter.core.data.score_tables import ScoreTables
-from mmfilter.core.scoring.crossmodal import load_weights
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.scores.crossmodal import load_weights
 from tests.codes import FEATURES, REFERENCE, SAMPLES, Sample, clustered, dense, write_run
 
 IDF = np.log((1 + REFERENCE) / (1 + SAMPLES))

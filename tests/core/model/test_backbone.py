@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.loading import load_backbone, model_hash
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
 from tests.conftest import picture
 

@@ -15,12 +15,12 @@ import transformers
 from PIL import Image, ImageDraw
 
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.model.codes import IMAGE, TEXT
 from mmfilter.core.model.families import FAMILIES, family_name
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.model.probe import changed_positions, check_roles
 from mmfilter.core.model.stream import is_encoder_decoder
 from mmfilter.core.model.towers import TwoTowers
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
 from tests.zoo import ZOO, Specimen, build, fit_codebook, picture, save
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mmfilter.core.model.codes import IMAGE, TEXT
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training.buffer import BufferSettings, ShuffleBuffer
 from mmfilter.errors import SAEError
 

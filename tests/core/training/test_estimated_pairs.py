@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.data.sources.source import NO_OPTIONS
-from mmfilter.core.training.source import estimated_pairs
+from mmfilter.core.input.source import NO_OPTIONS
+from mmfilter.core.training.shard_states import estimated_pairs
 from tests import inputs
 
 

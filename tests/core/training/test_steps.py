@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfilter.core.training import auxiliary, product
+from mmfilter.core.sae import product
+from mmfilter.core.training import auxiliary
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.outcome import Outcome
-from mmfilter.core.training.selection import BatchTopK
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.sparse_step import sparse_step
+from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import Weights
 from tests.core.training import reference
 

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from mmfilter.core.model.codes import IMAGE, TEXT
-from mmfilter.core.model.pretrained import load_sae
-from mmfilter.core.model.sae import SAE
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training.optimiser import Optimiser
-from mmfilter.core.training.selection import BatchTopK
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.sparse_step import active_entries
+from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.core.training.weights import Weights
 from mmfilter.errors import SAEError

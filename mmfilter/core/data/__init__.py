@@ -1,1 +1,0 @@
-"""Shards, samples and the files of a run; knows nothing of models."""

@@ -1,0 +1,1 @@
+"""What check, sae eval and sae show --on use."""

@@ -1,0 +1,1 @@
+"""What comes in: paths, URLs, pipes and stdin to samples, and back by byte range."""

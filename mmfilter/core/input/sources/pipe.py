@@ -1,0 +1,63 @@
+"""`pipe:COMMAND`: a tar on the standard output of a shell command, as webdataset has it."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from mmfilter.core.input.places import PIPE, Stamp
+from mmfilter.core.input.sample import RawSample
+from mmfilter.core.input.source import InputOptions
+from mmfilter.core.input.sources.webdataset_tar import tar_samples
+from mmfilter.errors import ShardError
+
+_READER_GONE = (0, -13, 141)
+"""Exit statuses of a command whose output nobody reads to the end; 13 is SIGPIPE, as the shell and Python tell it."""
+_PATIENCE = 5.0
+"""Seconds that a command has for its end once nobody reads it."""
+_TAIL = 4096
+
+
+class PipedTar:
+    """Runs the command when it is read; what it prints on stderr is quoted if it fails."""
+
+    def __init__(self, shard: str, options: InputOptions) -> None:
+        options.check_pipe(shard)
+        self._shard = shard
+
+    def stamp(self) -> Stamp:
+        return Stamp()
+
+    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
+        """The samples of the tar; raises `ShardError` when the command fails, also after a whole tar."""
+        command = self._shard.removeprefix(PIPE)
+        with tempfile.TemporaryFile() as stderr:
+            process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+            try:
+                yield from tar_samples(self._shard, process.stdout, max_member_bytes)
+            except ShardError:
+                self._end(process)
+                if process.returncode not in _READER_GONE:
+                    raise self._failed(process.returncode, stderr) from None
+                raise
+            finally:
+                self._end(process)
+            if process.returncode:
+                raise self._failed(process.returncode, stderr)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop reading; a command that goes on writing is told so by the system."""
+        process.stdout.close()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+
+    def _failed(self, status: int, stderr: BinaryIO) -> ShardError:
+        stderr.seek(max(0, stderr.seek(0, 2) - _TAIL))
+        lines = stderr.read().decode("utf-8", "replace").split("\n")
+        said = next((f" ({' '.join(line.split())})" for line in reversed(lines) if line.strip()), "")
+        return ShardError(self._shard, f"failed with exit status {status}{said}; run the command by itself to see why")

@@ -1,0 +1,1 @@
+"""The pass over the model: read, decode, batch, model, SAE."""

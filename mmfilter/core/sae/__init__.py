@@ -1,0 +1,1 @@
+"""Sparse autoencoders: encode, decode, and every published layout through one door."""

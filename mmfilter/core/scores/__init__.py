@@ -1,0 +1,1 @@
+"""The scores, one family a file, and their registry."""

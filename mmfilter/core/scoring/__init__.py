@@ -1,1 +1,0 @@
-"""From batches of pairs to scores."""

@@ -1,0 +1,1 @@
+"""What --top, --match, --diverse and --per mean."""

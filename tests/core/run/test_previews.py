@@ -1,0 +1,102 @@
+"""Captions and pictures read again from every kind of input, and what is shown of those that cannot be."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmfilter.core.files import write_json
+from mmfilter.core.input.shards import InputOptions, expand, read_samples, stamp
+from mmfilter.core.pages.gallery import Shown, Tile, check_page, thumbnail, write_page
+from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.run.previews import Look, looks, one_line, problems
+from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.run.tables import TableWriter, score_table
+from mmfilter.core.scores.registry import SCORES
+from mmfilter.errors import SelectionError
+from tests.conftest import picture, write_tar
+from tests.inputs import as_folder, as_llava, as_parquet, as_tar, pairs
+
+N = 9
+
+
+def scored(run: Path, *inputs: Path, images: Path | None = None) -> ScoreTables:
+    """The score tables of a run of these inputs."""
+    shards, options = expand([*map(str, inputs)]), InputOptions(images=None if images is None else str(images))
+    for i, shard in enumerate(shards):
+        rows = [{"key": s.key, "shard": shard, "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True} for s in read_samples(shard, options=options)]
+        now, writer = stamp(shard), TableWriter(RunDirectory(run).scores(f"{i}"), score_table(SCORES))
+        writer.write(rows)
+        writer.finish({"shard": shard, "name": f"{i}", "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)})
+    about = {"inputs": [{"name": f"{i}", "shard": shard} for i, shard in enumerate(shards)], "settings": {"images": options.images}}
+    write_json(RunDirectory(run).manifest, about)
+    return ScoreTables(RunDirectory(run))
+
+
+@pytest.mark.parametrize(("make", "name"), [(as_tar, "a.tar"), (as_folder, "a"), (as_parquet, "a.parquet"), (as_llava, "a.json")])
+def test_any_input_shows_its_captions_and_image_files(make, name, tmp_path):
+    wanted = pairs(N)
+    tables = scored(tmp_path / "run", make(tmp_path / "in" / name, wanted), images=tmp_path / "in" / "images")
+    at = [7, 0, 7, 3]
+    assert looks(tables, at) == [Look(wanted[i][2], wanted[i][1]) for i in at]
+    assert looks(tables, np.array([], np.int64)) == []
+
+
+def test_one_that_cannot_be_read_leaves_the_others(tmp_path):
+    wanted = pairs(3 * N)
+    shards = [as_tar(tmp_path / f"{i}.tar", wanted[i * N : (i + 1) * N]) for i in range(3)]
+    tables = scored(tmp_path / "run", *shards)
+    shards[0].unlink()
+    as_tar(shards[1], pairs(N, seed=50)[::-1])
+    found = looks(tables, [0, N + 1, 2 * N, 1])
+    assert found[2] == Look(wanted[2 * N][2], wanted[2 * N][1])
+    assert [look.image is None for look in found] == [True, True, False, True]
+    assert str(shards[0]) in found[0].problem and found[1].problem == f"shard {str(shards[1])!r} does not hold sample '{N + 1:09d}' where it was scored"
+    assert problems(found) == [found[0].problem, found[1].problem]
+
+
+def test_text_from_anywhere_is_safe_on_a_terminal():
+    assert one_line("a\x1b[31m red\n\tcar\u202e \u200b", 40) == "a[31m red car"
+    assert one_line("a b c d e f", 6) == "a b c…" and one_line("äpple 🍎", 20) == "äpple 🍎"
+
+
+def test_a_thumbnail_is_the_picture_made_small():
+    large = picture(3, size=(960, 480))
+    small = Image.open(io.BytesIO(thumbnail(large)))
+    wanted = Image.open(io.BytesIO(large)).resize((224, 112), Image.Resampling.LANCZOS)
+    assert small.format == "JPEG" and small.size == (224, 112)
+    assert np.abs(np.asarray(small, int) - np.asarray(wanted, int)).mean() < 8  # JPEG and blocks of colour
+    assert thumbnail(b"no picture") is None
+
+
+def test_the_page_holds_what_it_is_given_and_escapes_it(tmp_path):
+    page = tmp_path / "page.html"
+    image = picture(1, size=(64, 48), kind="PNG", mode="RGBA")
+    shown = Shown(Look("<script>alert(1)</script> & more", image), ("key 'a'",))
+    write_page(page, "Title <b>", "about", [Tile("0.95", (shown, Shown(Look(problem="shard <gone>"), ())))])
+    text = page.read_text("utf-8")
+    assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text and "Title &lt;b&gt;" in text
+    assert "shard &lt;gone&gt;" in text and "cannot be read" in text
+    [encoded] = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    assert base64.b64decode(encoded) == thumbnail(image)
+    write_page(page, "again", "", [])
+    assert "again" in page.read_text("utf-8") and list(tmp_path.iterdir()) == [page]
+
+
+def test_a_page_gets_no_name_of_another_kind(tmp_path):
+    with pytest.raises(SelectionError, match=r"^--page 'data\.tar' is the page to write: give a name that ends in \.html$"):
+        check_page(Path("data.tar"))
+    with pytest.raises(SelectionError, match=r"cannot be written: there is no folder"):
+        check_page(tmp_path / "none" / "page.html")
+
+
+def test_a_sample_with_several_images_shows_the_first(tmp_path):
+    first, second = picture(1), picture(2, kind="PNG")
+    shard = write_tar(tmp_path / "a.tar", [("k.jpg", first), ("k.png", second), ("k.txt", b"two pictures")])
+    assert looks(scored(tmp_path / "run", shard), [0]) == [Look("two pictures", first)]
