@@ -106,7 +106,9 @@ def cropped(image: Image.Image, rng: random.Random) -> Image.Image:
 def recoloured(image: Image.Image, rng: random.Random) -> Image.Image:
     hsv = np.array(image.convert("HSV"))
     hsv[..., 0] += np.uint8(rng.choice((-1, 1)) * rng.randint(8, 20) % 256)  # 11° to 28° of the circle
-    return ImageEnhance.Brightness(Image.fromarray(hsv, "HSV").convert("RGB")).enhance(rng.choice((rng.uniform(0.75, 0.9), rng.uniform(1.1, 1.3))))
+    return ImageEnhance.Brightness(Image.fromarray(hsv, "HSV").convert("RGB")).enhance(
+        rng.choice((rng.uniform(0.75, 0.9), rng.uniform(1.1, 1.3)))
+    )
 
 
 def rescaled(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -173,7 +175,12 @@ class Found:
         """Share of the originals of which this version is found close to the original itself."""
         some = self.at_least(threshold)
         of = some.first // len(VERSIONS)
-        hit = some.true & (some.first % len(VERSIONS) == 0) & (some.second % len(VERSIONS) == which) & (of % 2 == reworded)
+        hit = (
+            some.true
+            & (some.first % len(VERSIONS) == 0)
+            & (some.second % len(VERSIONS) == which)
+            & (of % 2 == reworded)
+        )
         return hit.sum() / (n // len(VERSIONS) // 2)
 
 
@@ -224,7 +231,12 @@ class Dropped:
         for one, other in ((close.first, close.second), (close.second, close.first)):
             represented[one[~dropped[other]]] = True
         left = (~dropped).reshape(-1, len(VERSIONS)).sum(1)
-        return cls(int(dropped.sum()), int((left - 1).clip(min=0).sum()), int((left == 0).sum()), int((dropped & ~represented).sum()))
+        return cls(
+            int(dropped.sum()),
+            int((left - 1).clip(min=0).sum()),
+            int((left == 0).sum()),
+            int((dropped & ~represented).sum()),
+        )
 
 
 def semdedup(close: Found, to_centre: np.ndarray) -> np.ndarray:
@@ -253,7 +265,11 @@ def measure(n_originals: int, say) -> Results:
         folder = Path(name)
         images = write_copies(folder / "copies.tar", n_originals)
         say(f"scoring {len(images):,} pairs with the embedded model")
-        operation.score([str(folder / "copies.tar")], operation.ScoreSettings(load_card("tiny"), run=folder / "run", workers=2), Silent())
+        operation.score(
+            [str(folder / "copies.tar")],
+            operation.ScoreSettings(load_card("tiny"), run=folder / "run", workers=2),
+            Silent(),
+        )
         scores = ScoreTables(RunDirectory(folder / "run"))
         if not scores.scored.all() or len(scores.scored) != len(images):
             raise SystemExit("some copies could not be scored")
@@ -277,11 +293,17 @@ def ours(scores: ScoreTables, on: str) -> tuple[Found, list[Dropped], int]:
     column = scores.column("similarity")
     decisions = []
     for threshold in THRESHOLDS:
-        rule = Deduplicator(scores, DuplicateSettings(threshold, on), Silent())  # from the second on with the stored pairs
+        rule = Deduplicator(
+            scores, DuplicateSettings(threshold, on), Silent()
+        )  # from the second on with the stored pairs
         decisions.append(rule(column.values, column.present).of >= 0)
     stored = rule.pairs.at_least(THRESHOLDS[0])
     found = Found(stored.first, stored.second, stored.similarity)
-    return found, [Dropped.of(some, found.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)], len(stored.crowded)
+    return (
+        found,
+        [Dropped.of(some, found.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)],
+        len(stored.crowded),
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -290,10 +312,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def report(results: Results) -> str:
     n, pairs = results.n, results.pairs
-    parts = [f"{machine()}\n\nRecall / precision of pairs ({n:,} samples, {n * (len(VERSIONS) - 1) // 2:,} true pairs):\n"]
-    quality = [[f"{t:.2f}", *("{:.3f} / {:.3f}".format(*found.quality(t, n)) for found in pairs.values())] for t in THRESHOLDS]
+    parts = [
+        f"{machine()}\n\nRecall / precision of pairs ({n:,} samples, {n * (len(VERSIONS) - 1) // 2:,} true pairs):\n"
+    ]
+    quality = [
+        [f"{t:.2f}", *("{:.3f} / {:.3f}".format(*found.quality(t, n)) for found in pairs.values())] for t in THRESHOLDS
+    ]
     parts.append(table(["threshold", *pairs], quality))
-    parts.append(f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); dropped without a kept one as close:\n")
+    parts.append(
+        f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); dropped without a kept one as close:\n"
+    )
     rows = [[f"{t:.2f}", *(f"{d[i].n_dropped:,}; {d[i].copies_left:,}; {d[i].originals_lost}; {d[i].without}" for d in results.dropped.values())]
             for i, t in enumerate(THRESHOLDS)]  # fmt: skip
     parts.append(table(["threshold", *results.dropped], rows))
@@ -321,7 +349,13 @@ def plot(results: Results, path: Path) -> None:
         points = np.array([found.quality(t, results.n) for t in THRESHOLDS])
         axes.plot(*points.T, "o-", markersize=3, label=name)
         axes.annotate(f"{THRESHOLDS[0]:.2f}", points[0], fontsize=7)
-    axes.set(xlabel="recall of true pairs", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=f"Thresholds {THRESHOLDS[0]:.2f} to {THRESHOLDS[-1]:.2f}")
+    axes.set(
+        xlabel="recall of true pairs",
+        ylabel="precision",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+        title=f"Thresholds {THRESHOLDS[0]:.2f} to {THRESHOLDS[-1]:.2f}",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -338,7 +372,10 @@ def main() -> None:
     if options.plot:
         plot(results, options.plot)
     if options.json:
-        figures = {name: [(t, *map(float, found.quality(t, results.n))) for t in THRESHOLDS] for name, found in results.pairs.items()}
+        figures = {
+            name: [(t, *map(float, found.quality(t, results.n))) for t in THRESHOLDS]
+            for name, found in results.pairs.items()
+        }
         options.json.write_text(json.dumps({"machine": machine(), "samples": results.n, "pairs": figures}, indent=1))
 
 

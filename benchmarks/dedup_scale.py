@@ -65,7 +65,9 @@ class Side:
     @classmethod
     def of(cls, codes: SideCodes, n_features: int) -> Side:
         logs = np.log(codes.means.astype(np.float64))
-        counts, sums, squares = (np.bincount(codes.ids, weights, minlength=n_features) for weights in (None, logs, logs**2))
+        counts, sums, squares = (
+            np.bincount(codes.ids, weights, minlength=n_features) for weights in (None, logs, logs**2)
+        )
         centre = sums / np.maximum(counts, 1)
         spread = np.sqrt(np.maximum(squares / np.maximum(counts, 1) - centre**2, 0))
         return cls(codes, (counts / len(codes)).astype(np.float32), centre, spread)
@@ -78,7 +80,9 @@ class Side:
         values[row, feature] = np.exp(self.centre[feature] + self.spread[feature] * rng.standard_normal(len(row)))
         real = self.codes.take(like)
         kept = rng.random(len(real.ids), np.float32) < share[real.rows]
-        values[real.rows[kept], real.ids[kept]] = real.means[kept] * np.exp(0.3 * rng.standard_normal(kept.sum(), np.float32))
+        values[real.rows[kept], real.ids[kept]] = real.means[kept] * np.exp(
+            0.3 * rng.standard_normal(kept.sum(), np.float32)
+        )
         return values
 
 
@@ -112,20 +116,42 @@ class Maker:
         run.weights.write_bytes(self.weights.read_bytes())
         write_json(run.manifest, {"inputs": [{"name": name, "shard": f"/data/{name}.tar"} for name in names]})
 
-    def _shard(self, run: RunDirectory, name: str, start: int, n: int, rng: np.random.Generator, pool: dict[str, list[np.ndarray]]) -> None:
-        about = {b"mmfilter": json.dumps({"shard": f"/data/{name}.tar", "name": name, "size": 1, "mtime_ns": 1, "rows": n})}
+    def _shard(
+        self,
+        run: RunDirectory,
+        name: str,
+        start: int,
+        n: int,
+        rng: np.random.Generator,
+        pool: dict[str, list[np.ndarray]],
+    ) -> None:
+        about = {
+            b"mmfilter": json.dumps({"shard": f"/data/{name}.tar", "name": name, "size": 1, "mtime_ns": 1, "rows": n})
+        }
         keys = [f"{i:09d}" for i in range(start, start + n)]
         for path in (run.scores(name), run.codes(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(run.codes(name), CODE_TABLE, compression="zstd") as writer:
             for first in range(0, n, ROW_GROUP):
                 m = min(ROW_GROUP, n - first)
-                columns = {"key": pa.array(keys[first : first + m]), "row": pa.array(np.arange(first, first + m), pa.int32())}
+                columns = {
+                    "key": pa.array(keys[first : first + m]),
+                    "row": pa.array(np.arange(first, first + m), pa.int32()),
+                }
                 writer.write_table(pa.table(columns | self._codes(m, rng, pool), schema=CODE_TABLE))
             writer.add_key_value_metadata(about)
-        scores = {"key": keys, "shard": [f"/data/{name}.tar"] * n, "row": np.arange(n), "ok": np.ones(n, bool), "similarity": rng.random(n, np.float32)}
+        scores = {
+            "key": keys,
+            "shard": [f"/data/{name}.tar"] * n,
+            "row": np.arange(n),
+            "ok": np.ones(n, bool),
+            "similarity": rng.random(n, np.float32),
+        }
         scores |= {f"{side}_hash": [f"{side[0]}{key}" for key in keys] for side in SIDES}
-        columns = [pa.array(scores[field.name], field.type) if field.name in scores else pa.nulls(n, field.type) for field in score_table(SCORES)]
+        columns = [
+            pa.array(scores[field.name], field.type) if field.name in scores else pa.nulls(n, field.type)
+            for field in score_table(SCORES)
+        ]
         with pq.ParquetWriter(run.scores(name), score_table(SCORES), compression="zstd") as writer:
             writer.write_table(pa.table(columns, schema=score_table(SCORES)))
             writer.add_key_value_metadata(about)
@@ -145,9 +171,14 @@ class Maker:
             lengths, ids, means = strongest(values)
             starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             bases = np.flatnonzero(~copies)[: POOL_OF_A_SHARD * m // IN_A_SHARD]
-            pool[side] += [(ids[starts[i] : starts[i + 1]], means[starts[i] : starts[i + 1]].astype(np.float32)) for i in bases]
+            pool[side] += [
+                (ids[starts[i] : starts[i + 1]], means[starts[i] : starts[i + 1]].astype(np.float32)) for i in bases
+            ]
             parts = {"ids": ids, "max": np.minimum(means * np.float16(3), np.float16(60_000)), "mean": means}
-            columns |= {f"{side}_{part}": pa.ListArray.from_arrays(pa.array(starts), pa.array(array)) for part, array in parts.items()}
+            columns |= {
+                f"{side}_{part}": pa.ListArray.from_arrays(pa.array(starts), pa.array(array))
+                for part, array in parts.items()
+            }
         return columns
 
 
@@ -172,7 +203,9 @@ def all_pairs(run: Path) -> dict[tuple[int, int], float]:
     for i, one in enumerate(blocks):
         mine = [unit(getattr(one, side), tables.idf) for side in SIDES]
         for j in range(i, len(blocks)):
-            smaller = np.minimum(*(a @ unit(getattr(blocks[j], side), tables.idf).T for a, side in zip(mine, SIDES, strict=True)))
+            smaller = np.minimum(
+                *(a @ unit(getattr(blocks[j], side), tables.idf).T for a, side in zip(mine, SIDES, strict=True))
+            )
             for a, b in np.argwhere(smaller >= THRESHOLD).tolist():
                 if i < j or a < b:
                     found[i * block + a, j * block + b] = float(smaller[a, b])
@@ -196,7 +229,9 @@ def quantiles(run: Path, n: int = 1000) -> str:
     for side in SIDES:
         vectors = unit(getattr(codes, side), tables.idf)
         values = (vectors @ vectors.T)[np.triu_indices(len(codes), 1)]
-        said.append(f"{side} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999))))
+        said.append(
+            f"{side} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999)))
+        )
     return ", ".join(said)
 
 
@@ -213,7 +248,11 @@ def measure(run: Path) -> dict:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"dedup failed on {run}")
-    return report | {"seconds": time.perf_counter() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+    return report | {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 1024,
+    }
 
 
 def row(n: int, result: dict) -> str:
@@ -235,7 +274,9 @@ def plot(results: dict[int, dict], slope: float, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
     sizes = list(results)
     left.plot(sizes, [result["seconds"] for result in results.values()], "o-")
-    left.set(xscale="log", yscale="log", xlabel="samples", ylabel="seconds", title=f"Time of mmfilter dedup, n^{slope:.2f}")
+    left.set(
+        xscale="log", yscale="log", xlabel="samples", ylabel="seconds", title=f"Time of mmfilter dedup, n^{slope:.2f}"
+    )
     right.plot(sizes, [result["peak_mib"] for result in results.values()], "o-")
     right.set(xscale="log", ylim=(0, None), xlabel="samples", ylabel="peak MiB", title="Peak memory")
     for axes in (left, right):
@@ -246,30 +287,49 @@ def plot(results: dict[int, dict], slope: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 30_000])
-    parser.add_argument("--recall", type=int, nargs="*", default=[10_000], help="sizes at which all pairs are computed as well")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary runs (default: the system's; 1 million take some 3 GB)")
+    parser.add_argument(
+        "--recall", type=int, nargs="*", default=[10_000], help="sizes at which all pairs are computed as well"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to make the temporary runs (default: the system's; 1 million take some 3 GB)"
+    )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     print(machine())
     results: dict[int, dict] = {}
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="dedup-scale-") as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "mmfilter", "score", f"{SHARDS}/*.tar", "--run", str(folder / "real"), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "mmfilter",
+            "score",
+            f"{SHARDS}/*.tar",
+            "--run",
+            str(folder / "real"),
+            "--json",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         maker = Maker(folder / "real")
         for n in options.sizes:
             run = folder / f"run-{n}"
             maker.write(run, n)
             if not results:
-                print(f"\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}")
-                print("\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n|---|---|---|---|---|---|---|---|")
+                print(
+                    f"\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}"
+                )
+                print(
+                    "\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n|---|---|---|---|---|---|---|---|"
+                )
             results[n] = measure(run)
             if n in options.recall:
                 results[n]["truth"], results[n]["recall"] = recall(run)
             print(row(n, results[n]), flush=True)
             subprocess.run(["rm", "-r", str(run)], check=True)
     if len(results) > 1:
-        slope = float(np.polyfit(np.log(list(results)), np.log([result["seconds"] for result in results.values()]), 1)[0])
+        slope = float(
+            np.polyfit(np.log(list(results)), np.log([result["seconds"] for result in results.values()]), 1)[0]
+        )
         print(f"\ntime grows as n^{slope:.2f}")
         if options.plot:
             plot(results, slope, options.plot)

@@ -95,9 +95,17 @@ def main() -> None:
     about = f"{machine()}, {options.threads} threads"
     rows, times = measure(Arms(options), options.rounds)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times["product"], strict=True)) for name in times if name != "product"}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times[name], times["product"], strict=True))
+        for name in times
+        if name != "product"
+    }
     if options.json:
-        print(json.dumps({"machine": about, "rows a chunk of the product": rows, "seconds": times, "ratios": ratios}, indent=2))
+        print(
+            json.dumps(
+                {"machine": about, "rows a chunk of the product": rows, "seconds": times, "ratios": ratios}, indent=2
+            )
+        )
         return
     shape = f"{options.tokens:,} states, {options.d_model:,} -> {options.features:,}, float32, k={options.k}; the product in chunks of {rows}"
     print(f"{about}\n{shape}\n\n| arm | ms (median of {options.rounds}) | times the product |\n|---|---|---|")

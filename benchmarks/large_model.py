@@ -21,7 +21,13 @@ import numpy as np
 import torch
 from machine import machine
 from PIL import Image
-from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, MistralConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+)
 
 from mmfilter.core.cards.cards import load_card
 from mmfilter.core.model.backbone import Backbone, Inputs
@@ -56,9 +62,16 @@ def build(shape: str, device: str, dtype: torch.dtype) -> Backbone:
     )  # fmt: skip
     from transformers import LlavaNextImageProcessorPil
 
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}, image_grid_pinpoints=pinpoints)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}, image_grid_pinpoints=pinpoints
+    )
     processor = LlavaNextProcessor(
-        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1
+        images,
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -74,7 +87,9 @@ def random_topk_sae(d_model: int, n_features: int, k: int, device: str, dtype: t
     """Directions at random; as costly as trained ones."""
     rows = torch.nn.functional.normalize(torch.randn(n_features, d_model, device=device), dim=1).to(dtype)
     zeros = torch.zeros(n_features, device=device, dtype=dtype)
-    return SAE(rows.T.contiguous(), zeros, rows, torch.zeros(d_model, device=device, dtype=dtype), activation="topk", k=k)
+    return SAE(
+        rows.T.contiguous(), zeros, rows, torch.zeros(d_model, device=device, dtype=dtype), activation="topk", k=k
+    )
 
 
 def batches(backbone: Backbone, size: int, n: int) -> list[Inputs]:
@@ -83,7 +98,10 @@ def batches(backbone: Backbone, size: int, n: int) -> list[Inputs]:
     shapes = [(640, 480), (480, 640), (500, 500), (800, 450)]
     made = []
     for i in range(n):
-        pictures = [Image.fromarray(rng.integers(0, 256, (shapes[i % 4][1], shapes[i % 4][0], 3), dtype=np.uint8)) for _ in range(size)]
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (shapes[i % 4][1], shapes[i % 4][0], 3), dtype=np.uint8))
+            for _ in range(size)
+        ]
         made.append(backbone.prepare(pictures, ["two dogs next to a tree and a red apple"] * size))
     return made
 
@@ -103,7 +121,11 @@ def timed(work: Callable[[], object], device: str) -> float:
 def main(options: argparse.Namespace) -> None:
     device = options.device
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    print(machine() if device == "cpu" else f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
+    print(
+        machine()
+        if device == "cpu"
+        else f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
+    )
     backbone = build(options.shape, device, dtype)
     sae = random_topk_sae(backbone.d_model, SHAPES[options.shape]["features"], options.k, device, dtype)
     ones = torch.ones(sae.n_features)
@@ -123,10 +145,14 @@ def main(options: argparse.Namespace) -> None:
             if round_number:  # the first warms up
                 seconds[name].append(took)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{n} pairs, {tokens / n:.0f} image and text tokens a pair, {backbone.d_model} -> {sae.n_features:,} features, k {options.k}")
+    print(
+        f"{n} pairs, {tokens / n:.0f} image and text tokens a pair, {backbone.d_model} -> {sae.n_features:,} features, k {options.k}"
+    )
     for name in ("forward", "score"):
         print(f"{name:8} {n / median[name]:8.1f} pairs/s  {tokens / median[name]:10.0f} tokens/s")
-    print(f"score against forward: {median['forward'] / median['score']:.2f}; the SAE's share of scoring: {median['encode'] / median['score']:.0%}")
+    print(
+        f"score against forward: {median['forward'] / median['score']:.2f}; the SAE's share of scoring: {median['encode'] / median['score']:.0%}"
+    )
     if device.startswith("cuda"):
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

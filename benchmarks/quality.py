@@ -88,7 +88,10 @@ def measure(say: Callable[[str], None]) -> list[dict]:
     shuffled, new = known["shuffled"], known["new"]
     rows = []
     for name, values in columns.items():
-        parts = {part: auc(values[~shuffled & of], values[shuffled & of]) for part, of in (("auc", shuffled | True), ("seen", ~new), ("held_out", new))}
+        parts = {
+            part: auc(values[~shuffled & of], values[shuffled & of])
+            for part, of in (("auc", shuffled | True), ("seen", ~new), ("held_out", new))
+        }
         low, high = interval(values, shuffled)
         rows.append({"score": name, **parts, "low": low, "high": high})
     return rows
@@ -102,9 +105,13 @@ def main() -> None:
     if as_json:
         print(json.dumps({"machine": machine(), "scores": rows}, indent=1))
         return
-    print(f"{machine()}\n\n| score | AUC | 95 % interval | concepts seen in training | concepts held out |\n|---|---|---|---|---|")
+    print(
+        f"{machine()}\n\n| score | AUC | 95 % interval | concepts seen in training | concepts held out |\n|---|---|---|---|---|"
+    )
     for row in rows:
-        print(f"| {row['score']} | {row['auc']:.3f} | {row['low']:.3f}–{row['high']:.3f} | {row['seen']:.3f} | {row['held_out']:.3f} |")
+        print(
+            f"| {row['score']} | {row['auc']:.3f} | {row['low']:.3f}–{row['high']:.3f} | {row['seen']:.3f} | {row['held_out']:.3f} |"
+        )
 
 
 if __name__ == "__main__":

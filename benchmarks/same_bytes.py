@@ -121,7 +121,10 @@ def prepare(also: Path | None) -> list[str]:
     if also is not None:
         shutil.copytree(also, WORK / "in/also", symlinks=True)
         commands += [f"score {shlex.quote(path)} --run runs-also/{i}" for i, path in enumerate(also_inputs())]
-        commands += [f"sae show {shlex.quote(str(p.relative_to(WORK)))} --json" for p in sorted((WORK / "in/also/sae").glob("*/*"))]
+        commands += [
+            f"sae show {shlex.quote(str(p.relative_to(WORK)))} --json"
+            for p in sorted((WORK / "in/also/sae").glob("*/*"))
+        ]
     for path in sorted(WORK.rglob("*"), key=lambda p: -len(p.parts)):
         os.utime(path, (A_TIME, A_TIME), follow_symlinks=False)
     return commands
@@ -130,7 +133,11 @@ def prepare(also: Path | None) -> list[str]:
 def also_inputs() -> list[str]:
     """Everything in the further folder that may be an input, two folders deep."""
     found = [path for depth in ("*/*", "*/*/*") for path in (WORK / "in/also").glob(depth) if "sae" not in path.parts]
-    return [str(path.relative_to(WORK)) for path in sorted(found) if path.is_dir() or path.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")]
+    return [
+        str(path.relative_to(WORK))
+        for path in sorted(found)
+        if path.is_dir() or path.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")
+    ]
 
 
 def record(root: Path, also: Path | None) -> dict[str, dict[str, str]]:
@@ -140,7 +147,9 @@ def record(root: Path, also: Path | None) -> dict[str, dict[str, str]]:
     for number, command in enumerate(prepare(also)):
         print(f"{number:3} mmfilter {command}", file=sys.stderr)
         line = f"{shlex.quote(sys.executable)} -m mmfilter {command}"
-        done = subprocess.run(line, shell=True, cwd=WORK, env=environment, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            line, shell=True, cwd=WORK, env=environment, capture_output=True, text=True, errors="replace"
+        )
         words[f"{number:03} {command}"] = plain(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}", root)
     files = {str(path.relative_to(WORK)): digest(path, root) for path in written()}
     return {"words": words, "files": files}
@@ -168,7 +177,9 @@ def parquet_content(path: Path) -> bytes:
     table = pq.read_table(path)
     metadata = {key.decode(): value.decode("utf-8", "replace") for key, value in (table.schema.metadata or {}).items()}
     schema = table.schema.remove_metadata().to_string()
-    return "\n".join([schema, *(f"{key}={value}" for key, value in sorted(metadata.items())), repr(table.to_pydict())]).encode("utf-8", "surrogatepass")
+    return "\n".join(
+        [schema, *(f"{key}={value}" for key, value in sorted(metadata.items())), repr(table.to_pydict())]
+    ).encode("utf-8", "surrogatepass")
 
 
 def plain(text: str, root: Path) -> str:
@@ -190,7 +201,11 @@ def compare(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]],
             state = "gone" if name not in b else "new" if name not in a else "differs"
             print(f"{state:8} {name}")
             if kind == "words" and state == "differs":
-                print(*(f"    - {line}" for line in a[name].splitlines()), *(f"    + {line}" for line in b[name].splitlines()), sep="\n")
+                print(
+                    *(f"    - {line}" for line in a[name].splitlines()),
+                    *(f"    + {line}" for line in b[name].splitlines()),
+                    sep="\n",
+                )
         print(f"{kind}: {len(a)} before, {len(b)} after")
     print("the same" if not differences else f"{differences} differ")
     return int(bool(differences))

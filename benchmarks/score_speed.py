@@ -52,22 +52,30 @@ class Arms:
     def __init__(self, settings: operation.ScoreSettings, samples: int, folder: Path) -> None:
         self.settings, self.samples, self.folder = settings, samples, folder
         self.backbone, self.sae = load(settings.card, settings.device)
-        self.scorer = Scorer(self.backbone, self.sae, load_weights(Path(settings.card.weights)), settings.card.threshold)
+        self.scorer = Scorer(
+            self.backbone, self.sae, load_weights(Path(settings.card.weights)), settings.card.threshold
+        )
         repeats = -(-samples // 1000)
         self.shards = [Shard(str(path), f"{i}-{path.stem}") for i in range(repeats) for path in SHARDS]
         self.ready = [event.inputs for event in self._events() if isinstance(event, Batch)]
 
     def _events(self):
         settings = self.settings
-        with closing(Feed(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+        with closing(
+            Feed(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)
+        ) as feed:
             source = operation.Source(self.samples, settings.inputs)
             run = RunDirectory(self.folder / "none")
-            with closing(Prefetched(operation.events(self.shards, {shard.name for shard in self.shards}, run, source, feed), 3)) as events:
+            with closing(
+                Prefetched(operation.events(self.shards, {shard.name for shard in self.shards}, run, source, feed), 3)
+            ) as events:
                 yield from events
 
     def score(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.folder) as run:
-            operation.write_tables(self._events(), RunDirectory(Path(run)), self.scorer, 0, operation.ScoreSummary(Path(run)), Silent())
+            operation.write_tables(
+                self._events(), RunDirectory(Path(run)), self.scorer, 0, operation.ScoreSummary(Path(run)), Silent()
+            )
 
     @torch.inference_mode()
     def bare(self) -> None:
@@ -84,7 +92,12 @@ class Arms:
     def parts(self) -> dict[str, float]:
         """Milliseconds a batch, median over the batches, of what happens to one that lies ready."""
         scorer, backbone = self.scorer, self.backbone
-        seen: dict[str, list[float]] = {"forward pass": [], "of the SAE, the matrix product": [], "SAE": [], "all of it, with pooling, scores and codes": []}
+        seen: dict[str, list[float]] = {
+            "forward pass": [],
+            "of the SAE, the matrix product": [],
+            "SAE": [],
+            "all of it, with pooling, scores and codes": [],
+        }
         for inputs in self.ready:
             states = backbone.activations(inputs).states
             steps = (
@@ -129,12 +142,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = operation.ScoreSettings(load_card("tiny"), device=DeviceSettings(options.device), batch_size=options.batch_size, workers=options.workers)
+        settings = operation.ScoreSettings(
+            load_card("tiny"),
+            device=DeviceSettings(options.device),
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
         about = machine()
         arms = Arms(settings, options.samples, Path(folder))
         rates, parts = measure(arms, options.rounds), arms.parts()
     medians = {name: statistics.median(seen) for name, seen in rates.items()}
-    ratios = {other: statistics.median(a / b for a, b in zip(rates["score"], rates[other], strict=True)) for other in ("bare", "forward")}
+    ratios = {
+        other: statistics.median(a / b for a, b in zip(rates["score"], rates[other], strict=True))
+        for other in ("bare", "forward")
+    }
     if options.json:
         print(json.dumps({"machine": about, "rates": rates, "ratios": ratios, "milliseconds a batch": parts}, indent=2))
         return

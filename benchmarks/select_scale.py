@@ -79,14 +79,19 @@ def _scores(rng: np.random.Generator, shard: str, keys: pa.Array) -> pa.Table:
         "ok": pa.array(~bad),
         "reason": pa.array(np.where(bad, "image cannot be decoded", None), pa.string()),
     }
-    return pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)], schema=score_table(SCORES))
+    return pa.table(
+        [columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)],
+        schema=score_table(SCORES),
+    )
 
 
 def _random(rng: np.random.Generator, field: pa.Field, n: int, bad: np.ndarray) -> pa.Array:
     if pa.types.is_floating(field.type):
         return pa.array(rng.random(n, np.float32), mask=bad)
     if pa.types.is_string(field.type):  # 32 hexadecimal digits
-        return pa.StringArray.from_buffers(n, pa.py_buffer(np.arange(n + 1, dtype=np.int32) * 32), pa.py_buffer(rng.bytes(16 * n).hex().encode()))
+        return pa.StringArray.from_buffers(
+            n, pa.py_buffer(np.arange(n + 1, dtype=np.int32) * 32), pa.py_buffer(rng.bytes(16 * n).hex().encode())
+        )
     return pa.array(rng.integers(1, 1000, n), field.type)
 
 
@@ -99,7 +104,10 @@ def _codes(rng: np.random.Generator, keys: pa.Array, drawn: np.ndarray, k: int) 
         ids += np.cumsum(np.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0))), axis=1).astype(np.uint32) * 7
         means = rng.gamma(2, 0.1, (n, k)).astype(np.float16)
         arrays = {"ids": ids % N_FEATURES, "max": means * np.float16(3), "mean": means}
-        columns |= {f"{side}_{part}": pa.ListArray.from_arrays(starts, pa.array(values.ravel())) for part, values in arrays.items()}
+        columns |= {
+            f"{side}_{part}": pa.ListArray.from_arrays(starts, pa.array(values.ravel()))
+            for part, values in arrays.items()
+        }
     return pa.table(columns, schema=CODE_TABLE)
 
 
@@ -121,7 +129,13 @@ def measure(folder: Path, way: str, top: str) -> dict:
         shutil.rmtree(folder / left) if (folder / left).is_dir() else (folder / left).unlink(missing_ok=True)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    return {"way": way, "seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_gib": used.ru_maxrss / 2**20, "said": said}
+    return {
+        "way": way,
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_gib": used.ru_maxrss / 2**20,
+        "said": said,
+    }
 
 
 def main() -> None:
@@ -130,8 +144,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--top", default="20%")
     parser.add_argument("--features", type=int, default=6, help="features a side in the codes")
-    parser.add_argument("--folder", type=Path, help="where to make the run, about 200 bytes a row (default: the system's folder for temporary files)")
-    parser.add_argument("--keep", action="store_true", help="leave the run in --folder, and use it again when it is there")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to make the run, about 200 bytes a row (default: the system's folder for temporary files)",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the run in --folder, and use it again when it is there"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="select-scale-") as temporary:
@@ -148,7 +168,9 @@ def main() -> None:
         return
     print(f"| `--top {args.top}` of {args.rows:,} rows with | s | CPU s | peak GiB |\n|---|---|---|---|")
     for one in found:
-        print(f"| `{' '.join(WAYS[one['way']])}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |")
+        print(
+            f"| `{' '.join(WAYS[one['way']])}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |"
+        )
     print(f"\n{machine()}")
 
 

@@ -56,7 +56,11 @@ def make_shard(path: Path, nbytes: int, seed: int) -> None:
         while file.tell() < nbytes:
             key = f"{seed:05d}{row:06d}"
             image = noise[: int(rng.gamma(4, IMAGE_BYTES / 4)) % len(noise)]
-            for ext, content in (("jpg", image), ("json", b'{"url": "https://example.org/1.jpg"}'), ("txt", b"a caption of some words")):
+            for ext, content in (
+                ("jpg", image),
+                ("json", b'{"url": "https://example.org/1.jpg"}'),
+                ("txt", b"a caption of some words"),
+            ):
                 info = tarfile.TarInfo(f"{key}.{ext}")
                 info.size = len(content)
                 file.write(info.tobuf() + content + bytes(-len(content) % 512))
@@ -69,12 +73,22 @@ def make_run(run: Path, shards: list[Path]) -> None:
     for shard in shards:
         now = stamp(str(shard))
         rows = [
-            {"key": s.key, "shard": str(shard), "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True, "similarity": rng.random()}
+            {
+                "key": s.key,
+                "shard": str(shard),
+                "row": s.row,
+                "offset": s.offset,
+                "nbytes": s.nbytes,
+                "ok": True,
+                "similarity": rng.random(),
+            }
             for s in read_samples(str(shard))
         ]
         writer = TableWriter(RunDirectory(run).scores(shard.stem), score_table(SCORES))
         writer.write(rows)
-        writer.finish({"shard": str(shard), "name": shard.stem, "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)})
+        writer.finish(
+            {"shard": str(shard), "name": shard.stem, "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)}
+        )
     write_json(RunDirectory(run).manifest, {"inputs": [{"name": shard.stem, "shard": str(shard)} for shard in shards]})
 
 
@@ -87,7 +101,14 @@ def kept_ranges(run: Path) -> list[tuple[str, int, int]]:
 
 def decide(tables: ScoreTables) -> np.ndarray:
     column = tables.column("similarity")
-    return choose(column.values, column.present, column.passes, top=Top.parse("20%"), minimum=None, first_by_key=tables.first_by_key)
+    return choose(
+        column.values,
+        column.present,
+        column.passes,
+        top=Top.parse("20%"),
+        minimum=None,
+        first_by_key=tables.first_by_key,
+    )
 
 
 def bare_copy(ranges: list[tuple[str, int, int]], target: Path) -> int:
@@ -161,11 +182,19 @@ def make_tables(run: Path, rows: int) -> None:
             "ok": pa.array(~bad),
             "reason": pa.array(np.where(bad, "image cannot be decoded", None), pa.string()),
         }
-        table = pa.table([columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)], schema=score_table(SCORES))
+        table = pa.table(
+            [columns.get(field.name, _random(rng, field, n, bad)) for field in score_table(SCORES)],
+            schema=score_table(SCORES),
+        )
         with pq.ParquetWriter(RunDirectory(run).scores(name), score_table(SCORES), compression="zstd") as writer:
             writer.write_table(table)
-            writer.add_key_value_metadata({METADATA_KEY: json.dumps({"shard": shard, "name": name, "size": 1, "mtime_ns": 1, "rows": n})})
-    write_json(RunDirectory(run).manifest, {"inputs": [{"name": f"{i:05d}", "shard": f"/data/{i:05d}.tar"} for i in range(N_TABLES)]})
+            writer.add_key_value_metadata(
+                {METADATA_KEY: json.dumps({"shard": shard, "name": name, "size": 1, "mtime_ns": 1, "rows": n})}
+            )
+    write_json(
+        RunDirectory(run).manifest,
+        {"inputs": [{"name": f"{i:05d}", "shard": f"/data/{i:05d}.tar"} for i in range(N_TABLES)]},
+    )
 
 
 def _random(rng: np.random.Generator, field: pa.Field, n: int, bad: np.ndarray) -> pa.Array:
@@ -190,11 +219,21 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            write_decisions(tables, run.parent / "selection.parquet", tables.column("similarity"), decision, labels=labels, metadata={}, output=output)
+            write_decisions(
+                tables,
+                run.parent / "selection.parquet",
+                tables.column("similarity"),
+                decision,
+                labels=labels,
+                metadata={},
+                output=output,
+            )
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1000}))
+    print(
+        json.dumps({"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1000})
+    )
 
 
 def measure_choice(folder: Path, rows: int, rounds: int) -> dict:
@@ -228,9 +267,18 @@ def report(results: dict) -> str:
             "",
         ]
     if choice := results.get("choose"):
-        lines += [f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables | s | CPU s, with start | peak MB |", "|---|---|---|---|"]
-        for task, label in (("choice", "choice alone"), ("keys", "with a key list"), ("decisions", "with byte ranges and selection.parquet")):
-            lines.append(f"| {label} | {choice[task]['seconds']:.2f} | {choice[task]['cpu_seconds']:.2f} | {choice[task]['peak_mb']:,.0f} |")
+        lines += [
+            f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables | s | CPU s, with start | peak MB |",
+            "|---|---|---|---|",
+        ]
+        for task, label in (
+            ("choice", "choice alone"),
+            ("keys", "with a key list"),
+            ("decisions", "with byte ranges and selection.parquet"),
+        ):
+            lines.append(
+                f"| {label} | {choice[task]['seconds']:.2f} | {choice[task]['cpu_seconds']:.2f} | {choice[task]['peak_mb']:,.0f} |"
+            )
         lines.append("")
     machine = results["machine"]
     lines.append(
@@ -241,7 +289,9 @@ def report(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["copy", "choose", []], default=[], help="what to measure (default: both)")
+    parser.add_argument(
+        "parts", nargs="*", choices=["copy", "choose", []], default=[], help="what to measure (default: both)"
+    )
     parser.add_argument("--gib", type=float, default=8, help="size of the shards to select from")
     parser.add_argument("--rows", type=int, default=10_000_000, help="score rows to choose among")
     parser.add_argument("--rounds", type=int, default=5)
@@ -258,9 +308,18 @@ def main() -> None:
     for part in args.parts or ["copy", "choose"]:
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="select-speed-") as folder:
             path = Path(folder).resolve()
-            results[part] = measure_copy(path, args.gib, args.rounds) if part == "copy" else measure_choice(path, args.rows, args.rounds)
+            results[part] = (
+                measure_copy(path, args.gib, args.rounds)
+                if part == "copy"
+                else measure_choice(path, args.rows, args.rounds)
+            )
     load.append(os.getloadavg()[0])
-    results["machine"] = {"cpus": os.cpu_count(), "system": platform.platform(terse=True), "python": platform.python_version(), "load": load}
+    results["machine"] = {
+        "cpus": os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "load": load,
+    }
     print(json.dumps(results, indent=2) if args.json else report(results))
 
 

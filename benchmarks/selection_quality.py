@@ -99,7 +99,9 @@ def scored(pairs: list[Pair], folder: Path, name: str) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     run = folder / name
-    scoring.score([str(shard)], scoring.ScoreSettings(load_card("tiny"), run=run, device=DeviceSettings(device="cpu")), Silence())
+    scoring.score(
+        [str(shard)], scoring.ScoreSettings(load_card("tiny"), run=run, device=DeviceSettings(device="cpu")), Silence()
+    )
     return run
 
 
@@ -123,20 +125,33 @@ def one_draw(pairs: list[Pair], n: int, top: int, seed: int, say: Callable[[str]
         say(f"draw {seed}: scoring a pool of {n:,}")
         run = scored(pool, folder, "pool")
         similarity = pq.read_table(run / "scores" / "pool.parquet", columns=["similarity"]).column(0).to_numpy()
-        ways = {"best by score": chosen(run, folder, top=str(top)), "at random": np.sort(rng.choice(n, top, replace=False))}
+        ways = {
+            "best by score": chosen(run, folder, top=str(top)),
+            "at random": np.sort(rng.choice(n, top, replace=False)),
+        }
         by_theme = {}
         for theme, words in THEMES.items():
-            target = [pair for pair, mine in zip(pairs, half, strict=True) if not mine and re.search(words, pair.concept)]
+            target = [
+                pair for pair, mine in zip(pairs, half, strict=True) if not mine and re.search(words, pair.concept)
+            ]
             by_theme[theme] = chosen(run, folder, top=str(top), match=scored(target, folder, theme))
         covering = ways | {"--diverse": chosen(run, folder, top=str(top), diverse=True)}
     for theme, words in THEMES.items():
         like = np.array([bool(re.search(words, concept)) for concept in concepts])
         for way, kept in {"the pool": np.arange(n), **ways, "--match": by_theme[theme]}.items():
             covered = len(set(concepts[kept][like[kept]])) / len(set(concepts[like]))
-            figures = {"share": float(like[kept].mean()), "covered": covered, "similarity": float(similarity[kept].mean())}
+            figures = {
+                "share": float(like[kept].mean()),
+                "covered": covered,
+                "similarity": float(similarity[kept].mean()),
+            }
             rows.append({"question": f"match {theme}", "way": way} | figures)
     for way, kept in {"the pool": np.arange(n), **covering}.items():
-        figures = {"share": 1.0, "covered": len(set(concepts[kept])) / len(set(concepts)), "similarity": float(similarity[kept].mean())}
+        figures = {
+            "share": 1.0,
+            "covered": len(set(concepts[kept])) / len(set(concepts)),
+            "similarity": float(similarity[kept].mean()),
+        }
         rows.append({"question": "diverse", "way": way} | figures)
     return rows
 
@@ -146,8 +161,14 @@ def summary(draws: list[list[dict]]) -> list[dict]:
     found = []
     for same in zip(*draws, strict=True):
         figures = {name: [row[name] for row in same] for name in ("share", "covered", "similarity")}
-        spread = {f"{name}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None for name, values in figures.items()}
-        found.append({"question": same[0]["question"], "way": same[0]["way"]} | {name: float(np.mean(v)) for name, v in figures.items()} | spread)
+        spread = {
+            f"{name}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None for name, values in figures.items()
+        }
+        found.append(
+            {"question": same[0]["question"], "way": same[0]["way"]}
+            | {name: float(np.mean(v)) for name, v in figures.items()}
+            | spread
+        )
     return found
 
 
@@ -165,7 +186,10 @@ def main() -> None:
     options = parser.parse_args()
     where = machine()
     pairs = examples()
-    draws = [one_draw(pairs, options.samples, options.top, seed, lambda text: print(text, file=sys.stderr)) for seed in range(options.draws)]
+    draws = [
+        one_draw(pairs, options.samples, options.top, seed, lambda text: print(text, file=sys.stderr))
+        for seed in range(options.draws)
+    ]
     rows = summary(draws)
     if options.json:
         print(json.dumps({"machine": where, "options": vars(options), "rows": rows}, indent=1))
@@ -174,7 +198,9 @@ def main() -> None:
     print("| question | way | share of the theme | concepts covered | mean similarity |\n|---|---|---|---|---|")
     for row in rows:
         share = "" if row["question"] == "diverse" else shown(row, "share", 3)
-        print(f"| {row['question']} | {row['way']} | {share} | {shown(row, 'covered', 3)} | {shown(row, 'similarity', 3)} |")
+        print(
+            f"| {row['question']} | {row['way']} | {share} | {shown(row, 'covered', 3)} | {shown(row, 'similarity', 3)} |"
+        )
 
 
 if __name__ == "__main__":

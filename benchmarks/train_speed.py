@@ -63,7 +63,9 @@ class Shape:
 
 class Ours:
     def __init__(self, shape: Shape, sample: torch.Tensor, **options) -> None:
-        settings = TrainSettings(n_features=shape.n_features, k=shape.k, batch_size=shape.batch, warm_up=0, decay=0, lr=shape.rate, **options)
+        settings = TrainSettings(
+            n_features=shape.n_features, k=shape.k, batch_size=shape.batch, warm_up=0, decay=0, lr=shape.rate, **options
+        )
         self.trainer = Trainer(settings, shape.d_model, sample.mean(0))
 
     def step(self, states: torch.Tensor) -> None:
@@ -82,7 +84,9 @@ class SAELens:
 
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d_model, d_sae=shape.n_features, k=shape.k))
         self.sae.b_dec.data = sample.mean(0)
-        config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=shape.batch, lr=shape.rate, lr_end=shape.rate)
+        config = SAETrainerConfig(
+            total_training_samples=10**9, train_batch_size_samples=shape.batch, lr=shape.rate, lr_end=shape.rate
+        )
         self.trainer = SAETrainer(config, self.sae, iter([]))
 
     def step(self, states: torch.Tensor) -> None:
@@ -154,7 +158,9 @@ class States:
         which = torch.randint(DIRECTIONS, (tokens, ACTIVE), generator=self._generator)
         size = torch.empty(tokens, ACTIVE).exponential_(generator=self._generator)
         noise = 0.01 * torch.randn(tokens, len(self._mean), generator=self._generator)
-        return (F.embedding_bag(which, self._directions, per_sample_weights=size, mode="sum") + noise) * self._scale + self._mean
+        return (
+            F.embedding_bag(which, self._directions, per_sample_weights=size, mode="sum") + noise
+        ) * self._scale + self._mean
 
 
 def fvu(arm: Arm, states: torch.Tensor) -> float:
@@ -168,7 +174,9 @@ def made(names: list[str], shape: Shape, states: States) -> dict[str, Arm]:
     return {name: MAKE[name](shape, sample) for name in names}
 
 
-def measure(arms: dict[str, Arm], shape: Shape, states: States, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def measure(
+    arms: dict[str, Arm], shape: Shape, states: States, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Tokens a second of each arm in each round, after one to warm up, and the median CPU seconds of a step."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
     cpu: dict[str, list[float]] = {name: [] for name in arms}
@@ -198,7 +206,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--shape", type=int, nargs=4, default=[1024, 16384, 32, 4096], metavar=("D", "N", "K", "BATCH"))
     parser.add_argument("--learn-steps", type=int, default=300)
-    parser.add_argument("--learn-shape", type=int, nargs=4, default=[256, 4096, 32, 1024], metavar=("D", "N", "K", "BATCH"))
+    parser.add_argument(
+        "--learn-shape", type=int, nargs=4, default=[256, 4096, 32, 1024], metavar=("D", "N", "K", "BATCH")
+    )
     parser.add_argument("--arms", nargs="+", choices=list(MAKE), default=list(MAKE))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -211,17 +221,31 @@ def main() -> None:
     if options.json:
         print(
             json.dumps(
-                {"machine": about, "shape": options.shape, "rates": rates, "cpu seconds": cpu, "learn shape": options.learn_shape, "fvu": quality}, indent=2
+                {
+                    "machine": about,
+                    "shape": options.shape,
+                    "rates": rates,
+                    "cpu seconds": cpu,
+                    "learn shape": options.learn_shape,
+                    "fvu": quality,
+                },
+                indent=2,
             )
         )
         return
     peers = [name for name in options.arms if not name.startswith("mmfilter")]
     print(f"{about}, {torch.get_num_threads()} threads\n\nd_model, features, k, batch: {options.shape}\n")
-    print(f"| arm | tokens/s (median of {options.rounds}) | CPU s a step |{''.join(f' × {name} |' for name in peers)}\n|---|---|---|{'---|' * len(peers)}")
+    print(
+        f"| arm | tokens/s (median of {options.rounds}) | CPU s a step |{''.join(f' × {name} |' for name in peers)}\n|---|---|---|{'---|' * len(peers)}"
+    )
     for name, seen in rates.items():
         ratios = (statistics.median(a / b for a, b in zip(seen, rates[peer], strict=True)) for peer in peers)
-        print(f"| {name} | {statistics.median(seen):,.0f} | {cpu[name]:.2f} |{''.join(f' {ratio:.2f} |' for ratio in ratios)}")
-    print(f"\nd_model, features, k, batch: {options.learn_shape}, {options.learn_steps * small.batch:,} tokens\n\n| arm | FVU |\n|---|---|")
+        print(
+            f"| {name} | {statistics.median(seen):,.0f} | {cpu[name]:.2f} |{''.join(f' {ratio:.2f} |' for ratio in ratios)}"
+        )
+    print(
+        f"\nd_model, features, k, batch: {options.learn_shape}, {options.learn_steps * small.batch:,} tokens\n\n| arm | FVU |\n|---|---|"
+    )
     for name, value in quality.items():
         print(f"| {name} | {value:.4f} |")
 

@@ -40,7 +40,9 @@ def run(check: bool) -> int:
     found = PAGE.read_text("utf-8") if PAGE.exists() else ""
     if found == wanted:
         return 0
-    sys.stderr.writelines(difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/commands.md", "the code"))
+    sys.stderr.writelines(
+        difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/commands.md", "the code")
+    )
     print("docs/commands.md is out of date: run make docs", file=sys.stderr)
     return 1
 

@@ -27,7 +27,11 @@ def findings(*tests: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests, f"--junitxml={report}", "-o", "junit_family=xunit1"], cwd=DOCS.parent, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *tests, f"--junitxml={report}", "-o", "junit_family=xunit1"],
+            cwd=DOCS.parent,
+            check=False,
+        )
         for case in ElementTree.parse(report).iter("testcase"):
             name = case.get("name", "").partition("[")[2].rstrip("]")
             for item in case.iter("property"):
@@ -48,7 +52,9 @@ def families_table(found: dict[str, dict[str, str]]) -> str:
         exact = f"{float(row['truncated - whole']):.0e}" if "truncated - whole" in row else "embeddings as the model's"
         roles = f"{row['image tokens']} image tokens" if "image tokens" in row else "two towers"
         places = row.get("boxes", "-")
-        lines.append(f"| {human} | `{row['class']}` | {exact} | {roles} | {places} | {float(row['batched - alone']):.0e} |")
+        lines.append(
+            f"| {human} | `{row['class']}` | {exact} | {roles} | {places} | {float(row['batched - alone']):.0e} |"
+        )
     return "\n".join(lines).replace("0e+00", "0")
 
 
@@ -58,7 +64,9 @@ def layouts_table(found: dict[str, dict[str, str]]) -> str:
     for row in found.values():
         if "layout" in row:
             result = f"**{row['failed']} fails**" if "failed" in row else "codes and reconstructions equal to 1e-5"
-            lines.append(f"| `{row['layout']}` | {row['publisher']} | {row['what']} | {row['verified_by']} | {result} |")
+            lines.append(
+                f"| `{row['layout']}` | {row['publisher']} | {row['what']} | {row['verified_by']} | {result} |"
+            )
     return "\n".join(lines)
 
 

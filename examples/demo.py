@@ -49,8 +49,24 @@ def main() -> None:
     WORK.mkdir()
     mmfilter = str(BIN / "mmfilter")
     step("1. Score every pair inside the embedded model.", mmfilter, "score", *map(str, SHARDS), "--run", str(RUN))
-    step("2. Copy the best 20 % into new shards, byte for byte.", mmfilter, "select", str(RUN), "--top", "20%", "-o", str(WORK / "best"))
-    step("3. Or stream them into a training loop.", sys.executable, str(ROOT / "examples" / "finetune_pipe.py"), str(RUN), "--top", "20%")
+    step(
+        "2. Copy the best 20 % into new shards, byte for byte.",
+        mmfilter,
+        "select",
+        str(RUN),
+        "--top",
+        "20%",
+        "-o",
+        str(WORK / "best"),
+    )
+    step(
+        "3. Or stream them into a training loop.",
+        sys.executable,
+        str(ROOT / "examples" / "finetune_pipe.py"),
+        str(RUN),
+        "--top",
+        "20%",
+    )
 
     before = [record for shard in SHARDS for record in records(None, shard)]
     wrong = sum(record["mismatched"] for record in before)

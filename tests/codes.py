@@ -54,10 +54,15 @@ def clustered(n: int, *, seed: int = 0, shards: int = 3, share: float = 0.5, tie
             old = samples[rng.integers(len(samples))]
             image = near(rng, old.image, rng.choice([0.1, 0.25, 0.35])) if rng.random() < 0.8 else image
             text = near(rng, old.text, rng.choice([0.05, 0.2, 0.3])) if rng.random() < 0.8 else text
-            hashes = tuple(theirs if rng.random() < 0.15 else mine for mine, theirs in zip(hashes, (old.image_hash, old.text_hash), strict=True))
+            hashes = tuple(
+                theirs if rng.random() < 0.15 else mine
+                for mine, theirs in zip(hashes, (old.image_hash, old.text_hash), strict=True)
+            )
         score = None if rng.random() < 0.03 else float(np.float32(round(rng.random(), 1 if ties else 7)))
         shard = int(rng.integers(shards))
-        samples.append(Sample(f"{rng.integers(n // 2):05d}", f"/data/s{shard}.tar", rows[shard], image, text, score, *hashes))
+        samples.append(
+            Sample(f"{rng.integers(n // 2):05d}", f"/data/s{shard}.tar", rows[shard], image, text, score, *hashes)
+        )
         rows[shard] += 1
     return samples
 
@@ -87,14 +92,23 @@ def _score_row(sample: Sample) -> dict[str, Any]:
     place = None if sample.shard.endswith("/") else 0  # a folder has no byte ranges
     row = {"key": sample.key, "shard": sample.shard, "row": sample.row, "offset": place, "nbytes": place}
     row |= {"ok": ok, "reason": None if ok else "no caption: none"}
-    return row | {"image_hash": sample.image_hash, "text_hash": sample.text_hash, "similarity": sample.score, "width": len(sample.text)}
+    return row | {
+        "image_hash": sample.image_hash,
+        "text_hash": sample.text_hash,
+        "similarity": sample.score,
+        "width": len(sample.text),
+    }
 
 
 def _code_row(sample: Sample) -> dict[str, Any]:
     row: dict[str, Any] = {"key": sample.key, "row": sample.row}
     for name, features in (("image", sample.image), ("text", sample.text)):
         ids = sorted(features, key=lambda j: (-features[j], j))
-        row |= {f"{name}_ids": ids, f"{name}_max": [2 * features[j] for j in ids], f"{name}_mean": [features[j] for j in ids]}
+        row |= {
+            f"{name}_ids": ids,
+            f"{name}_max": [2 * features[j] for j in ids],
+            f"{name}_mean": [features[j] for j in ids],
+        }
     return row
 
 
@@ -116,7 +130,11 @@ def first_of_group(samples: list[Sample], on: str) -> list[int]:
     """For each sample the index of the first, by key, shard and row, of those with its hashes."""
 
     def hashes(sample: Sample) -> tuple[str, ...]:
-        return {"image": (sample.image_hash,), "text": (sample.text_hash,), "both": (sample.image_hash, sample.text_hash)}[on]
+        return {
+            "image": (sample.image_hash,),
+            "text": (sample.text_hash,),
+            "both": (sample.image_hash, sample.text_hash),
+        }[on]
 
     first: dict[tuple[str, ...], int] = {}
     for i in sorted(range(len(samples)), key=lambda i: (samples[i].key, samples[i].shard, samples[i].row)):
@@ -135,7 +153,9 @@ def similarities(samples: list[Sample], on: str) -> np.ndarray:
     return found
 
 
-def greedy(samples: list[Sample], on: str, threshold: float, among=lambda sample: True) -> dict[tuple[str, int], tuple[str, int, float] | None]:
+def greedy(
+    samples: list[Sample], on: str, threshold: float, among=lambda sample: True
+) -> dict[tuple[str, int], tuple[str, int, float] | None]:
     """The rule, straight: (shard, row) -> None for a kept sample, or the kept one that it is dropped for and their similarity.
 
     That is the closest, then the best; samples with the same hashes are dropped for the same one.
@@ -149,7 +169,9 @@ def greedy(samples: list[Sample], on: str, threshold: float, among=lambda sample
     for i in rank:
         close = [j for j in kept if found[i, j] >= np.float32(threshold)]
         best = dropped_for.get(first[i], max(close, key=lambda j: (found[i, j], -kept.index(j)), default=None))
-        result[samples[i].shard, samples[i].row] = None if best is None else (samples[best].shard, samples[best].row, float(found[i, best]))
+        result[samples[i].shard, samples[i].row] = (
+            None if best is None else (samples[best].shard, samples[best].row, float(found[i, best]))
+        )
         if best is None:
             kept.append(i)
         elif first[best] != first[i]:

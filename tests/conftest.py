@@ -18,7 +18,16 @@ from PIL import Image
 from tests.servers import Log, s3_server
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white")
-THINGS = ("apple", "dog", "house", "face with tears of joy", "tree", "rocket in the night sky", "cat", "sun behind a small cloud")
+THINGS = (
+    "apple",
+    "dog",
+    "house",
+    "face with tears of joy",
+    "tree",
+    "rocket in the night sky",
+    "cat",
+    "sun behind a small cloud",
+)
 
 WHOLE = ("ops", "recipes")
 """Folders of tests that run whole operations; together they take minutes"""
@@ -119,7 +128,13 @@ def s3_endpoint() -> Iterator[tuple[Log, Any]]:
     import boto3
 
     with s3_server() as log:
-        client = boto3.client("s3", endpoint_url=log.url, aws_access_key_id="testing", aws_secret_access_key="testing", region_name="us-east-1")
+        client = boto3.client(
+            "s3",
+            endpoint_url=log.url,
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+            region_name="us-east-1",
+        )
         yield log, client
         client.close()
 
@@ -134,8 +149,15 @@ def s3(s3_endpoint: tuple[Log, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: 
     client.create_bucket(Bucket="bucket")
     for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
         monkeypatch.delenv(name)
-    settings = {"AWS_ENDPOINT_URL_S3": log.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (settings | {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}).items():
+    settings = {
+        "AWS_ENDPOINT_URL_S3": log.url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in (
+        settings | {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    ).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     log.clear()

@@ -24,7 +24,10 @@ def pairs(n: int, seed: int = 0) -> list[Pair]:
 
 def as_tar(path: Path, found: Sequence[Pair]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_tar(path, [member for key, image, text in found for member in ((f"{key}.jpg", image), (f"{key}.txt", text.encode()))])
+    return write_tar(
+        path,
+        [member for key, image, text in found for member in ((f"{key}.jpg", image), (f"{key}.txt", text.encode()))],
+    )
 
 
 def as_folder(path: Path, found: Sequence[Pair]) -> Path:
@@ -56,6 +59,10 @@ def as_llava(path: Path, found: Sequence[Pair], *, images: str = "images") -> Pa
     for key, image, _ in found:
         (path.parent / images / f"{key}.jpg").write_bytes(image)
     records = [record(key, text, f"{key}.jpg") for key, _, text in found]
-    content = "".join(json.dumps(item) + "\n" for item in records) if path.suffix == ".jsonl" else json.dumps(records, indent=2)
+    content = (
+        "".join(json.dumps(item) + "\n" for item in records)
+        if path.suffix == ".jsonl"
+        else json.dumps(records, indent=2)
+    )
     path.write_text(content)
     return path

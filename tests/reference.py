@@ -52,11 +52,15 @@ def pair_scores(image_states, text_states, image_codes, text_codes, omega, idf, 
     }
 
 
-def crossmodal(states: list[tuple[np.ndarray, np.ndarray]], codes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def crossmodal(
+    states: list[tuple[np.ndarray, np.ndarray]], codes: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
     """(ω, idf) from the (image, text) states and codes of a reference sample, by brute force."""
     all_states = np.concatenate([side for pair in states for side in pair]).astype(np.float64)
     all_codes = np.concatenate([side for pair in codes for side in pair])
-    is_text = np.concatenate([np.full(len(side), which) for pair in codes for which, side in enumerate(pair)]).astype(bool)
+    is_text = np.concatenate([np.full(len(side), which) for pair in codes for which, side in enumerate(pair)]).astype(
+        bool
+    )
     unit = all_states / np.linalg.norm(all_states, axis=1, keepdims=True)
     omega = np.full(all_codes.shape[1], np.nan)
     for j in range(all_codes.shape[1]):

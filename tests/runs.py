@@ -24,7 +24,10 @@ def make_shard(path: Path, keys: list[str], *, format: int = tarfile.GNU_FORMAT,
     randomness = random.Random(f"{path.name} {seed}")
     with tarfile.open(path, "w", format=format) as tar:
         for key in keys:
-            for ext, content in [("jpg", randomness.randbytes(randomness.randrange(2000))), ("txt", f"caption of {key}".encode())]:
+            for ext, content in [
+                ("jpg", randomness.randbytes(randomness.randrange(2000))),
+                ("txt", f"caption of {key}".encode()),
+            ]:
                 info = tarfile.TarInfo(f"{key}.{ext}")
                 info.size, info.mtime, info.uname, info.mode = len(content), 1_700_000_000, "bigdata", 0o444
                 tar.addfile(info, io.BytesIO(content))

@@ -84,7 +84,13 @@ def s3_server() -> Iterator[Log]:
             """Say nothing."""
 
     log = Log()
-    server = make_server("127.0.0.1", 0, _Counted(DomainDispatcherApplication(create_backend_app), log), threaded=True, request_handler=Handler)
+    server = make_server(
+        "127.0.0.1",
+        0,
+        _Counted(DomainDispatcherApplication(create_backend_app), log),
+        threaded=True,
+        request_handler=Handler,
+    )
     server.daemon_threads = True
     log.url = f"http://127.0.0.1:{server.server_port}"
     with _serving(server):
@@ -121,7 +127,9 @@ class _Counted:
 
 
 @contextmanager
-def http_server(files: dict[str, bytes], *, ranges: bool = True, sizes: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[Log]:
+def http_server(
+    files: dict[str, bytes], *, ranges: bool = True, sizes: bool = True, tls: ssl.SSLContext | None = None
+) -> Iterator[Log]:
     """A server of these files (path with its slash -> content), with or without byte ranges and sizes."""
     log = Log()
     server = _Server(files, log, ranges, sizes, _Handler)
@@ -135,7 +143,9 @@ def http_server(files: dict[str, bytes], *, ranges: bool = True, sizes: bool = T
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, files: dict[str, bytes], log: Log, ranges: bool, sizes: bool, handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self, files: dict[str, bytes], log: Log, ranges: bool, sizes: bool, handler: type[BaseHTTPRequestHandler]
+    ) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.files, self.log, self.ranges, self.sizes = files, log, ranges, sizes
 

@@ -49,11 +49,17 @@ def test_the_shards_are_as_described():
 @pytest.mark.slow
 def test_scores_tell_true_pairs_from_mismatched_ones(run):
     """On drawings and concepts that were not trained on, with captions that the scores never saw labelled."""
-    wrong = np.array([json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in read_samples(str(shard))])
+    wrong = np.array(
+        [json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in read_samples(str(shard))]
+    )
     table = pq.read_table(run / "scores", columns=["shard", "row", "similarity", "support", "random", "l0"]).sort_by(
         [("shard", "ascending"), ("row", "ascending")]
     )
-    found = {name: auc(column[~wrong], column[wrong]) for name in ("similarity", "support", "random", "l0") for column in [table[name].to_numpy()]}
+    found = {
+        name: auc(column[~wrong], column[wrong])
+        for name in ("similarity", "support", "random", "l0")
+        for column in [table[name].to_numpy()]
+    }
     assert found["similarity"] > 0.84 and found["support"] > 0.82
     assert 0.42 < found["random"] < 0.58 and 0.38 < found["l0"] < 0.62
 

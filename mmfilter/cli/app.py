@@ -47,7 +47,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -60,7 +64,16 @@ app.command("run")(run_recipe)
 app.command()(init)
 
 
-_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_OF_THE_SYSTEM = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EIO,
+}
 """Errors of files that the user can do something about, wherever they come from"""
 
 
@@ -73,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stop.signal is None or (isinstance(error, SystemExit) and not error.code):
                 return _exit_code(error)
             with suppress(OSError):  # the terminal may be what has gone
-                print(f"mmfilter: {stop.word}; what is finished is kept and nothing is half written: the same command goes on from there", file=sys.stderr)
+                print(
+                    f"mmfilter: {stop.word}; what is finished is kept and nothing is half written: the same command goes on from there",
+                    file=sys.stderr,
+                )
             return stop.exit_code
     return 0
 

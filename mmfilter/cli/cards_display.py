@@ -19,7 +19,9 @@ def show_cards(cards: Sequence[Card]) -> None:
         table.add_column(heading, justify="right" if heading == "layer" else "left", overflow="fold")
     for card in cards:
         sae = card.sae.removeprefix("hf:") if card.sae.startswith("hf:") else "embedded"
-        table.add_row(Text(card.name), Text(card.model if card.sae.startswith("hf:") else "embedded"), str(card.layer), Text(sae))
+        table.add_row(
+            Text(card.name), Text(card.model if card.sae.startswith("hf:") else "embedded"), str(card.layer), Text(sae)
+        )
     console = Console(highlight=False)
     console.print(table)
     one_sided = [card.name for card in cards if card.cannot_score]

@@ -36,7 +36,13 @@ def show_check(report: CheckReport) -> None:
     table = plain_table("score", "AUC", "95 % interval", "random SAE", "difference to it", "with length")
     for name in (*shown(), CONTROL):
         score = report.scores[name]
-        table.add_row(name, f"{score.auc:.3f}", _span(score.interval), *_beside_random(score), number(score.length_correlation, "+.2f"))
+        table.add_row(
+            name,
+            f"{score.auc:.3f}",
+            _span(score.interval),
+            *_beside_random(score),
+            number(score.length_correlation, "+.2f"),
+        )
     console.print(table)
     console.print()
     console.print(_fidelity_table(report.fidelity))
@@ -114,7 +120,12 @@ def _evidence_json(score: Evidence, raw: Evidence) -> dict[str, Any]:
     for name, other in (("random_sae", score.random), ("raw", None if score is raw else raw)):
         if other is not None:
             difference = score.against(other)
-            found[name] = {"auc": difference.auc, "low": difference.low, "high": difference.high, "this_is": difference.word}
+            found[name] = {
+                "auc": difference.auc,
+                "low": difference.low,
+                "high": difference.high,
+                "this_is": difference.word,
+            }
     return found
 
 

@@ -21,14 +21,23 @@ CAPTION_CHARS = 32
 
 def dedup(
     run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
-    threshold: Annotated[float, typer.Option(help="Cosine of codes from which two samples are near-duplicates.")] = 0.95,
+    threshold: Annotated[
+        float, typer.Option(help="Cosine of codes from which two samples are near-duplicates.")
+    ] = 0.95,
     on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
     by: Annotated[str, typer.Option(help="Score column that says which of two duplicates is kept.")] = "similarity",
-    borderline: Annotated[int, typer.Option(help="List so many pairs closest to the threshold, on either side of it.", metavar="N")] = 0,
-    page: Annotated[Optional[Path], typer.Option(help="Also write the pairs of --borderline as an HTML page with pictures.", metavar="FILE")] = None,
+    borderline: Annotated[
+        int, typer.Option(help="List so many pairs closest to the threshold, on either side of it.", metavar="N")
+    ] = 0,
+    page: Annotated[
+        Optional[Path],
+        typer.Option(help="Also write the pairs of --borderline as an HTML page with pictures.", metavar="FILE"),
+    ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Search with faiss-gpu.")] = False,
     workers: Annotated[Optional[int], typer.Option(help="Threads (default: all cores).")] = None,
-    memory: Annotated[Optional[float], typer.Option(help="GiB that the index may take in memory (default: half of what is free).")] = None,
+    memory: Annotated[
+        Optional[float], typer.Option(help="GiB that the index may take in memory (default: half of what is free).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Find exact and near duplicates in a run.
@@ -52,8 +61,12 @@ def dedup(
         return
     display.show_funnel(summary.funnel)
     if summary.crowded:
-        display.note(f"{summary.crowded:,} samples have more close neighbours than are listed; they were compared with the kept ones directly")
-    display.note(f"{summary.pairs:,} pairs{' listed' if summary.crowded else ''}, {_search(summary.index)} -> {run}/dedup.parquet")
+        display.note(
+            f"{summary.crowded:,} samples have more close neighbours than are listed; they were compared with the kept ones directly"
+        )
+    display.note(
+        f"{summary.pairs:,} pairs{' listed' if summary.crowded else ''}, {_search(summary.index)} -> {run}/dedup.parquet"
+    )
     if borderline and not summary.borderline:
         display.note("no pair is near the threshold")
     for line in display.aligned(_rows(summary.borderline)):
@@ -93,7 +106,11 @@ def _rows(pairs: tuple[BorderlinePair, ...]) -> list[tuple[str, ...]]:
     """The table of pairs, headings first; nothing for none."""
     from mmfilter.core.run.previews import one_line
 
-    rows = [("similarity", "image", "text", "key", "other key", "caption", "other caption", "shard", "other shard")] if pairs else []
+    rows = (
+        [("similarity", "image", "text", "key", "other key", "caption", "other caption", "shard", "other shard")]
+        if pairs
+        else []
+    )
     for p in pairs:
         captions = (one_line(caption or "", CAPTION_CHARS) for caption in (p.caption, p.other_caption))
         closeness = (f"{p.similarity:.4f}", f"{p.image:.4f}", f"{p.text:.4f}")

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -94,7 +103,9 @@ def score_report(summary: ScoreSummary, columns: dict[str, np.ndarray]) -> dict[
         "new_samples": summary.n_new,
         "shards": summary.n_shards,
         "skipped_shards": summary.n_skipped,
-        "failed_shards": [{"shard": error.shard, "offset": error.offset, "problem": str(error)} for error in summary.failures],
+        "failed_shards": [
+            {"shard": error.shard, "offset": error.offset, "problem": str(error)} for error in summary.failures
+        ],
         "bad": dict(summary.reasons.most_common()),
         "seconds": round(summary.seconds, 3),
         "samples_per_second": round(summary.samples_per_second, 2),
@@ -108,7 +119,9 @@ def _statistics(values: np.ndarray) -> dict[str, float | int | None]:
     if not len(values):
         return {"n": 0, "mean": None} | dict.fromkeys(names)
     quantiles = np.quantile(values.astype(np.float64), (0, 0.1, 0.5, 0.9, 1))
-    return {"n": len(values), "mean": float(values.mean(dtype=np.float64))} | dict(zip(names, map(float, quantiles), strict=True))
+    return {"n": len(values), "mean": float(values.mean(dtype=np.float64))} | dict(
+        zip(names, map(float, quantiles), strict=True)
+    )
 
 
 def show_score(summary: ScoreSummary, columns: dict[str, np.ndarray], ranked_by: str) -> None:

@@ -14,7 +14,10 @@ from mmfilter.cli import options
 def init(
     shards: Annotated[
         list[str],
-        typer.Argument(help="WebDataset tars, parquet files with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs.", metavar="SHARDS"),
+        typer.Argument(
+            help="WebDataset tars, parquet files with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs.",
+            metavar="SHARDS",
+        ),
     ],
     output: Annotated[str, typer.Option("-o", "--output", help="File to write, or - for stdout.")] = "recipe.yaml",
     caption: options.Caption = "auto",

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-models_app = typer.Typer(help="Known models with their SAEs: the cards that --model takes.", rich_markup_mode=None, invoke_without_command=True)
+models_app = typer.Typer(
+    help="Known models with their SAEs: the cards that --model takes.",
+    rich_markup_mode=None,
+    invoke_without_command=True,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

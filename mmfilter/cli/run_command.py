@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 
 
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, or the manifest.json of what a recipe made.", metavar="RECIPE")],
-    changes: Annotated[Optional[list[str]], typer.Option("--set", help="Override a key, as select.top=30%; repeatable.", metavar="KEY.KEY=VALUE")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with the funnel once there are scores; write nothing.")] = False,
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe, or the manifest.json of what a recipe made.", metavar="RECIPE")
+    ],
+    changes: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="Override a key, as select.top=30%; repeatable.", metavar="KEY.KEY=VALUE"),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, with the funnel once there are scores; write nothing."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the steps as JSON on stdout.")] = False,
 ) -> None:
     """Go the whole way of a recipe: score, find duplicates, select, write.

@@ -35,7 +35,9 @@ sae_app.command("eval")(evaluate)
 
 @sae_app.command("list")
 def list_command(
-    word: Annotated[Optional[str], typer.Argument(help="Only those with this word in any column.", metavar="WORD")] = None,
+    word: Annotated[
+        Optional[str], typer.Argument(help="Only those with this word in any column.", metavar="WORD")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the SAEs of the cards and the published ones.
@@ -58,15 +60,27 @@ def list_command(
 @sae_app.command()
 def show(
     sae: options.SAEName,
-    on: Annotated[Optional[list[str]], typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")] = None,
-    model: Annotated[Optional[str], typer.Option(help="With --on: card name, local folder or hub id (default: the card called like the SAE).")] = None,
-    layer: Annotated[Optional[int], typer.Option(help="With --on: layer whose output the SAE reads (default: the card's, else what the SAE states).")] = None,
+    on: Annotated[
+        Optional[list[str]], typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="With --on: card name, local folder or hub id (default: the card called like the SAE)."),
+    ] = None,
+    layer: Annotated[
+        Optional[int],
+        typer.Option(
+            help="With --on: layer whose output the SAE reads (default: the card's, else what the SAE states)."
+        ),
+    ] = None,
     prompt: options.Prompt = None,
     text_context: options.TextContext = None,
     caption: options.Caption = "auto",
     images: options.Images = None,
     allow_pipe: options.AllowPipe = False,
-    sample: Annotated[int, typer.Option(help="With --on: pairs to measure on, from the heads of up to 10 shards.")] = 200,
+    sample: Annotated[
+        int, typer.Option(help="With --on: pairs to measure on, from the heads of up to 10 shards.")
+    ] = 200,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -94,7 +108,15 @@ def show(
         stated = layer if layer is not None else description.metadata.get("layer")
         card = options.card_of_sae(sae, "--on", model, stated, prompt, text_context, sae_option or ())
         how = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
-        settings = measure.MeasureSettings(card, sample=sample, device=how, batch_size=batch_size, caption=caption, images=images, allow_pipe=allow_pipe)
+        settings = measure.MeasureSettings(
+            card,
+            sample=sample,
+            device=how,
+            batch_size=batch_size,
+            caption=caption,
+            images=images,
+            allow_pipe=allow_pipe,
+        )
         with display.TerminalProgress() as progress:
             measurement = measure.measure(on, settings, progress)
         report["measured"] = check_display.measurement_json(measurement)
@@ -192,13 +214,19 @@ def _show_description(description: Description) -> None:
     lines += [("stated", f"{name}: {_flat(value)}") for name, value in said.items()]
     console = Console(markup=False, highlight=False)
     for name, value in lines:
-        first, *rest = textwrap.wrap(str(value), max(20, console.width - 16), break_long_words=False, break_on_hyphens=False) or [""]
+        first, *rest = textwrap.wrap(
+            str(value), max(20, console.width - 16), break_long_words=False, break_on_hyphens=False
+        ) or [""]
         console.print("\n".join([f"{name:<14} {first}", *(" " * 15 + line for line in rest)]), soft_wrap=True)
 
 
 def _flat(value: Any) -> str:
     """A mapping as words, the rest as it is."""
-    return ", ".join(f"{key} {item}" for key, item in value.items() if item not in (None, [])) if isinstance(value, dict) else str(value)
+    return (
+        ", ".join(f"{key} {item}" for key, item in value.items() if item not in (None, []))
+        if isinstance(value, dict)
+        else str(value)
+    )
 
 
 def _hook(said: dict[str, Any]) -> str:

@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 def evaluate(
     sae: options.SAEName,
     shards: options.Shards,
-    model: Annotated[Optional[str], typer.Option(help="Card name, local folder or hub id (default: the card called like the SAE).")] = None,
-    layer: Annotated[Optional[int], typer.Option(help="Layer whose output the SAE reads (default: the card's, else what the SAE states).")] = None,
-    text_only: Annotated[bool, typer.Option("--text-only", help="Evaluate on captions without an image too, through the language model alone.")] = False,
+    model: Annotated[
+        Optional[str], typer.Option(help="Card name, local folder or hub id (default: the card called like the SAE).")
+    ] = None,
+    layer: Annotated[
+        Optional[int],
+        typer.Option(help="Layer whose output the SAE reads (default: the card's, else what the SAE states)."),
+    ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only", help="Evaluate on captions without an image too, through the language model alone."
+        ),
+    ] = False,
     also: Annotated[
         Optional[list[str]],
         typer.Option(help="Evaluate on another checkpoint of the same architecture too; repeatable.", metavar="MODEL"),
@@ -88,4 +98,11 @@ def _another(name: str, card: Card, prompt: str | None) -> Card:
     if name not in card_names():
         return replace(card, name=name, model=name, revision=None)
     other = load_card(name)
-    return replace(card, name=name, model=other.model, revision=other.revision, prompt=prompt or other.prompt, cannot_score=other.cannot_score)
+    return replace(
+        card,
+        name=name,
+        model=other.model,
+        revision=other.revision,
+        prompt=prompt or other.prompt,
+        cannot_score=other.cannot_score,
+    )

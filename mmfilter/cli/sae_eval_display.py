@@ -50,12 +50,22 @@ def _show_trial(console: Console, trial: Trial, n_pairs: int) -> None:
     for which, fidelity in trial.fidelity.items():
         if not trial.text_only:
             console.print(_features(which, fidelity))
-    console.print(f"caption loss: {trial.no_loss}" if trial.loss is None else _loss(trial.loss), soft_wrap=not console.is_terminal)
+    console.print(
+        f"caption loss: {trial.no_loss}" if trial.loss is None else _loss(trial.loss), soft_wrap=not console.is_terminal
+    )
 
 
 def _side_row(fidelity: Fidelity, name: str, word: str, which: str) -> tuple[str, ...]:
     side = fidelity.sides[name]
-    figures = [number(value, form) for value, form in ((side.fvu, ".3f"), (side.explained_by_dimension, ".3f"), (side.cosine, ".3f"), (side.l0, ".1f"))]
+    figures = [
+        number(value, form)
+        for value, form in (
+            (side.fvu, ".3f"),
+            (side.explained_by_dimension, ".3f"),
+            (side.cosine, ".3f"),
+            (side.l0, ".1f"),
+        )
+    ]
     return word, f"{side.n_tokens:,}", which, *figures, _percent(fidelity.fraction_silent[name]), f"{side.n_dense:,}"
 
 
@@ -66,17 +76,27 @@ def _features(which: str, fidelity: Fidelity) -> str:
 
 
 def _loss(loss: SplicedLoss) -> str:
-    said = ", ".join([f"{loss.clean:.3f} as it is", *(f"{value:.3f} {name}" for name, value in loss.spliced.items()), f"{loss.zero:.3f} zeroed"])
+    said = ", ".join(
+        [
+            f"{loss.clean:.3f} as it is",
+            *(f"{value:.3f} {name}" for name, value in loss.spliced.items()),
+            f"{loss.zero:.3f} zeroed",
+        ]
+    )
     text = f"caption loss (nats a token, {loss.n_tokens:,} tokens): {said}\n"
     if loss.meaningless:
         return f"{text}CE recovered means nothing here: {loss.meaningless}"
     care = f"\n(with care: {loss.caution})" if loss.caution else ""
-    return f"{text}CE recovered: {', '.join(f'{_percent(share)} {name}' for name, share in loss.recovered.items())}{care}"
+    return (
+        f"{text}CE recovered: {', '.join(f'{_percent(share)} {name}' for name, share in loss.recovered.items())}{care}"
+    )
 
 
 def _spread_row(spread: WeightSpread) -> tuple[str, ...]:
     counts = (spread.n_weighted, spread.n_one_sided, spread.n_text_only, spread.n_image_only, spread.n_never)
-    return *(f"{count:,}" for count in counts), *(number(spread.quantiles.get(name, math.nan), ".3f") for name in SHOWN_QUANTILES)
+    return *(f"{count:,}" for count in counts), *(
+        number(spread.quantiles.get(name, math.nan), ".3f") for name in SHOWN_QUANTILES
+    )
 
 
 def _percent(share: float) -> str:

@@ -42,57 +42,120 @@ Text, Number, Fraction, Flag = Optional[str], Optional[int], Optional[float], Op
 def train(
     shards: options.Shards,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write, or to go on with.")],
-    config: Annotated[Optional[Path], typer.Option("--config", help="YAML file with any of the options below; what is given here goes first.")] = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option("--config", help="YAML file with any of the options below; what is given here goes first."),
+    ] = None,
     model: Annotated[Text, typer.Option(help="Card name, local folder or hub id.  [default: tiny]")] = None,
     layer: Annotated[
-        Number, typer.Option(help="Layer whose output is trained on, from 0; -1 for the shared space of CLIP and its kin (default: the card's).")
+        Number,
+        typer.Option(
+            help="Layer whose output is trained on, from 0; -1 for the shared space of CLIP and its kin (default: the card's)."
+        ),
     ] = None,
-    prompt: Annotated[Text, typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")] = None,
-    text_context: Annotated[Text, typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")] = None,
-    caption: Annotated[Text, typer.Option(help="Where captions are: txt, conversations, a JSON field, or auto.")] = None,
+    prompt: Annotated[
+        Text, typer.Option(help="Prompt with {caption} in it (default: the card's, or the model's chat template).")
+    ] = None,
+    text_context: Annotated[
+        Text, typer.Option(help="Text states with the 'image' in context, or 'none' (default: the card's).")
+    ] = None,
+    caption: Annotated[
+        Text, typer.Option(help="Where captions are: txt, conversations, a JSON field, or auto.")
+    ] = None,
     images: options.Images = None,
     allow_pipe: Annotated[Flag, options.ALLOW_PIPE] = None,
-    architecture: Annotated[Text, typer.Option(help="batchtopk, topk, jumprelu or relu (L1, the recipe of SAE-V).  [default: batchtopk]")] = None,
-    widths: Annotated[
-        Text, typer.Option(help="Features, or several numbers with commas to train several SAEs from one pass (default: 8 x the state's width).")
+    architecture: Annotated[
+        Text, typer.Option(help="batchtopk, topk, jumprelu or relu (L1, the recipe of SAE-V).  [default: batchtopk]")
     ] = None,
-    k: Annotated[Text, typer.Option(help="Active features a token, or several numbers with commas.  [default: 32]")] = None,
-    groups: Annotated[Text, typer.Option(help="Matryoshka prefixes with commas: counts of features, or fractions below 1; top-k kinds only.")] = None,
-    tokens: Annotated[Number, typer.Option(help="Training tokens (default: ten passes over the shards, at most 100 million).")] = None,
+    widths: Annotated[
+        Text,
+        typer.Option(
+            help="Features, or several numbers with commas to train several SAEs from one pass (default: 8 x the state's width)."
+        ),
+    ] = None,
+    k: Annotated[
+        Text, typer.Option(help="Active features a token, or several numbers with commas.  [default: 32]")
+    ] = None,
+    groups: Annotated[
+        Text,
+        typer.Option(
+            help="Matryoshka prefixes with commas: counts of features, or fractions below 1; top-k kinds only."
+        ),
+    ] = None,
+    tokens: Annotated[
+        Number, typer.Option(help="Training tokens (default: ten passes over the shards, at most 100 million).")
+    ] = None,
     batch_size: Annotated[Number, typer.Option(help="Tokens a step.  [default: 4096]")] = None,
     lr: Annotated[Fraction, typer.Option(help="Peak learning rate (default: by width).")] = None,
-    warm_up: Annotated[Fraction, typer.Option(help="Share of the tokens over which the rate rises.  [default: 0.02]")] = None,
-    decay: Annotated[Fraction, typer.Option(help="Share of the tokens over which it falls at the end.  [default: 0.2]")] = None,
+    warm_up: Annotated[
+        Fraction, typer.Option(help="Share of the tokens over which the rate rises.  [default: 0.02]")
+    ] = None,
+    decay: Annotated[
+        Fraction, typer.Option(help="Share of the tokens over which it falls at the end.  [default: 0.2]")
+    ] = None,
     clip: Annotated[Fraction, typer.Option(help="Largest norm of the gradient.  [default: 1]")] = None,
-    aux_k: Annotated[Number, typer.Option(help="Dead features that reconstruct what is left (AuxK) (default: half the state's width).")] = None,
+    aux_k: Annotated[
+        Number,
+        typer.Option(help="Dead features that reconstruct what is left (AuxK) (default: half the state's width)."),
+    ] = None,
     aux_coefficient: Annotated[Fraction, typer.Option(help="Weight of AuxK, 0 for none.  [default: 1/32]")] = None,
-    dead_tokens: Annotated[Number, typer.Option(help="Tokens without firing that make a feature dead (default: a tenth of all, at most 10 million).")] = None,
+    dead_tokens: Annotated[
+        Number,
+        typer.Option(
+            help="Tokens without firing that make a feature dead (default: a tenth of all, at most 10 million)."
+        ),
+    ] = None,
     l1_coefficient: Annotated[Fraction, typer.Option(help="relu: weight of the L1 term.  [default: 5]")] = None,
     l0_penalty: Annotated[Text, typer.Option(help="jumprelu: target or linear.  [default: target]")] = None,
     l0_coefficient: Annotated[Fraction, typer.Option(help="jumprelu: its weight.  [default: 1]")] = None,
-    target_l0: Annotated[Fraction, typer.Option(help="jumprelu: active features a token to aim at (default: k).")] = None,
-    bandwidth: Annotated[Fraction, typer.Option(help="jumprelu: width of the step's kernel.  [default: 0.001]")] = None,
-    sparsity_warm_up: Annotated[Fraction, typer.Option(help="Share of the tokens over which the sparsity term rises.  [default: 0.05]")] = None,
-    threshold_decay: Annotated[Fraction, typer.Option(help="batchtopk: decay of the running threshold.  [default: 0.99]")] = None,
-    subtract_b_dec: Annotated[Flag, typer.Option("--subtract-b-dec/--no-subtract-b-dec", help="Encode x - b_dec, or x.  [default: x - b_dec]")] = None,
-    precision: Annotated[Text, typer.Option(help="Of the large products: float32 or bfloat16; weights stay float32.  [default: float32]")] = None,
-    capacity: Annotated[Number, typer.Option(help="Tokens in the shuffle buffer.  [default: 131072]")] = None,
-    image_fraction: Annotated[Text, typer.Option(help="Share of image tokens in a batch, or none: as they come.  [default: 0.5]")] = None,
-    sink_factor: Annotated[
-        Text, typer.Option(help="Leave out states with a norm above so many times the median (attention sinks), or none.  [default: 10]")
+    target_l0: Annotated[
+        Fraction, typer.Option(help="jumprelu: active features a token to aim at (default: k).")
     ] = None,
-    cache: Annotated[Text, typer.Option(help="Folder for the states on disk: the model runs once, for later trainings too.")] = None,
+    bandwidth: Annotated[Fraction, typer.Option(help="jumprelu: width of the step's kernel.  [default: 0.001]")] = None,
+    sparsity_warm_up: Annotated[
+        Fraction, typer.Option(help="Share of the tokens over which the sparsity term rises.  [default: 0.05]")
+    ] = None,
+    threshold_decay: Annotated[
+        Fraction, typer.Option(help="batchtopk: decay of the running threshold.  [default: 0.99]")
+    ] = None,
+    subtract_b_dec: Annotated[
+        Flag, typer.Option("--subtract-b-dec/--no-subtract-b-dec", help="Encode x - b_dec, or x.  [default: x - b_dec]")
+    ] = None,
+    precision: Annotated[
+        Text, typer.Option(help="Of the large products: float32 or bfloat16; weights stay float32.  [default: float32]")
+    ] = None,
+    capacity: Annotated[Number, typer.Option(help="Tokens in the shuffle buffer.  [default: 131072]")] = None,
+    image_fraction: Annotated[
+        Text, typer.Option(help="Share of image tokens in a batch, or none: as they come.  [default: 0.5]")
+    ] = None,
+    sink_factor: Annotated[
+        Text,
+        typer.Option(
+            help="Leave out states with a norm above so many times the median (attention sinks), or none.  [default: 10]"
+        ),
+    ] = None,
+    cache: Annotated[
+        Text, typer.Option(help="Folder for the states on disk: the model runs once, for later trainings too.")
+    ] = None,
     device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = None,
     dtype: Annotated[Text, typer.Option(help="Of the model: float32, bfloat16, float16, or auto.")] = None,
-    device_map: Annotated[Text, typer.Option(help="'auto' spreads a model that is larger than one GPU over all of them.")] = None,
+    device_map: Annotated[
+        Text, typer.Option(help="'auto' spreads a model that is larger than one GPU over all of them.")
+    ] = None,
     attn: Annotated[Text, typer.Option(help="Attention implementation.  [default: sdpa]")] = None,
     compile_blocks: Annotated[Flag, typer.Option("--compile", help="Compile the model's blocks.")] = None,
-    trust_remote_code: Annotated[Flag, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings along.")] = None,
+    trust_remote_code: Annotated[
+        Flag, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings along.")
+    ] = None,
     pairs: Annotated[Number, typer.Option(help="Pairs that go through the model together.  [default: 32]")] = None,
     workers: Annotated[Number, typer.Option(help="Threads that decode and pre-process.  [default: 4]")] = None,
     checkpoint_every: Annotated[Fraction, typer.Option(help="Seconds between checkpoints.  [default: 600]")] = None,
-    weights: Annotated[Flag, typer.Option("--weights/--no-weights", help="Fit cross-modal weights at the end.  [default: yes]")] = None,
-    tensorboard: Annotated[Text, typer.Option(help="Folder for TensorBoard (pip install 'mmfilter[tensorboard]').")] = None,
+    weights: Annotated[
+        Flag, typer.Option("--weights/--no-weights", help="Fit cross-modal weights at the end.  [default: yes]")
+    ] = None,
+    tensorboard: Annotated[
+        Text, typer.Option(help="Folder for TensorBoard (pip install 'mmfilter[tensorboard]').")
+    ] = None,
     seed: Annotated[Number, typer.Option(help="Seed of everything.  [default: 0]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
@@ -103,7 +166,9 @@ def train(
 
     Example: mmfilter sae train 'examples/shards/*.tar' -o my-sae --tokens 100000 --widths 1024
     """
-    given = {name: value for name, value in locals().items() if value is not None and name in (*KINDS, "compile_blocks")}
+    given = {
+        name: value for name, value in locals().items() if value is not None and name in (*KINDS, "compile_blocks")
+    }
     if "compile_blocks" in given:
         given["compile"] = given.pop("compile_blocks")
     values = (read_config(config) if config else {}) | {name: parsed(name, value) for name, value in given.items()}

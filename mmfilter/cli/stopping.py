@@ -55,7 +55,9 @@ def stopping() -> Iterator[Stop]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in _WORDS if hasattr(signal, name)]
-        before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+        before = {
+            number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+        }
     for number in before:
         signal.signal(number, stop.take)
     try:

@@ -17,7 +17,11 @@ def available(root: Path = Path("/")) -> int:
     free = total // 2 if estimate is None else estimate * 1024
     for limit, used, cache in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "inactive_file"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes", "total_inactive_file"),
+        (
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
     ):
         most, now = _number(root / limit), _number(root / used)
         if most is not None and now is not None:
@@ -36,6 +40,8 @@ def _number(path: Path) -> int | None:
 def _line(path: Path, name: str) -> int | None:
     """The number after a name at the start of a line."""
     try:
-        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]), None)
+        return next(
+            (int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]), None
+        )
     except (OSError, ValueError, IndexError):
         return None

@@ -104,15 +104,27 @@ def check(patterns: Sequence[str], settings: CheckSettings, progress: Progress) 
     return compare(shards, backbone, sae, settings, progress)
 
 
-def compare(shards: list[str], backbone: Backbone, sae: SAE, settings: CheckSettings, progress: Progress) -> CheckReport:
+def compare(
+    shards: list[str], backbone: Backbone, sae: SAE, settings: CheckSettings, progress: Progress
+) -> CheckReport:
     """`check` with the model and the SAE at hand."""
     card = settings.card
     with PairSample() as sample:
         wanted = settings.sample + min(settings.sample, REFERENCE_PAIRS)
         decoding = DecodeSettings(settings.caption)
-        sample.gather(shards, wanted, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe)
+        sample.gather(
+            shards,
+            wanted,
+            decoding,
+            workers=settings.workers,
+            progress=progress,
+            images=settings.images,
+            allow_pipe=settings.allow_pipe,
+        )
         fitting, scored, source = deal(sample, settings)
-        with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+        with closing(
+            Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)
+        ) as feed:
             few = few_states(sample, fitting, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)
             twin = random_twin(sae, few, card.threshold, seed=settings.seed)
             given = card_weights(card, sae)
@@ -158,13 +170,19 @@ def require(n_pairs: int, sample: PairSample, reasons: Counter[str], n_left_out:
         said += f" ({', '.join(f'{count:,}: {reason}' for reason, count in reasons.most_common(3))})"
     if n_left_out:
         said += f", and {n_left_out:,} of those to compare share their caption or image with most others"
-    raise MMFilterError(f"{said}; a check needs at least {2 * FEWEST_PAIRS}, half of them to fit feature weights on: name more shards")
+    raise MMFilterError(
+        f"{said}; a check needs at least {2 * FEWEST_PAIRS}, half of them to fit feature weights on: name more shards"
+    )
 
 
-def fit(sample: PairSample, fitting: list[int], feed: Feed, backbone: Backbone, saes: list[SAE], progress: Progress) -> list[FeatureWeights]:
+def fit(
+    sample: PairSample, fitting: list[int], feed: Feed, backbone: Backbone, saes: list[SAE], progress: Progress
+) -> list[FeatureWeights]:
     """Feature weights of each SAE, on true pairs that are not scored."""
     progress.start("fitting feature weights", None)
-    return fit_all(["sample"], lambda _, n: sample.read(fitting[:n]), feed, backbone, saes, lambda n: progress.advance(n, 0))
+    return fit_all(
+        ["sample"], lambda _, n: sample.read(fitting[:n]), feed, backbone, saes, lambda n: progress.advance(n, 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,9 @@ class Comparison:
     Row 2i of the pass is pair i as it is, row 2i + 1 the same image with the other caption.
     """
 
-    def __init__(self, sample: PairSample, scored: list[int], source: np.ndarray, backbone: Backbone, ways: Sequence[Way]) -> None:
+    def __init__(
+        self, sample: PairSample, scored: list[int], source: np.ndarray, backbone: Backbone, ways: Sequence[Way]
+    ) -> None:
         kept = np.flatnonzero(source >= 0)
         self._sample, self._backbone = sample, backbone
         self._numbers = [scored[place] for place in kept for _ in (0, 1)]
@@ -252,12 +272,18 @@ def notes(sample: PairSample, comparison: Comparison, n_left_out: int, n_fitted:
     """What limits the report."""
     found = [f"{error}; the pairs before that are used" for error in sample.failures]
     if comparison.n_pairs < STEADY_PAIRS:
-        found.append(f"only {comparison.n_pairs:,} pairs are compared, so the intervals are wide; {STEADY_PAIRS:,} or more make them useful")
+        found.append(
+            f"only {comparison.n_pairs:,} pairs are compared, so the intervals are wide; {STEADY_PAIRS:,} or more make them useful"
+        )
     if n_left_out:
-        found.append(f"{n_left_out:,} pairs are left out: they share their caption or image with more than half of the pairs")
+        found.append(
+            f"{n_left_out:,} pairs are left out: they share their caption or image with more than half of the pairs"
+        )
     if n_fitted < STEADY_WEIGHTS:
         found.append(f"the feature weights come from only {n_fitted:,} pairs; about 1,000 make them steady")
     fidelity = comparison.fidelity
     if fidelity.fraction_dead > 0.5:
-        found.append(f"{fidelity.n_dead:,} of the SAE's {fidelity.n_features:,} features fire on no token of these pairs")
+        found.append(
+            f"{fidelity.n_dead:,} of the SAE's {fidelity.n_features:,} features fire on no token of these pairs"
+        )
     return found

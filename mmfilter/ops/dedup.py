@@ -108,7 +108,9 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
     scores = ScoreTables(RunDirectory(run))
     column = scores.column(settings.by)
     if not scores.run.writable:
-        raise RunError(f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup")
+        raise RunError(
+            f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+        )
     rule = Deduplicator(scores, settings.duplicates, progress)
     found = rule(column.values, column.present)
     close = rule.pairs.at_least(settings.duplicates.threshold)
@@ -122,7 +124,9 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
 
 def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: DedupSummary) -> None:
     duplicates = summary.settings.duplicates
-    decision = np.where(found.exact, Decision.EXACT_DUPLICATE, np.where(found.near, Decision.NEAR_DUPLICATE, Decision.KEPT)).astype(np.int8)
+    decision = np.where(
+        found.exact, Decision.EXACT_DUPLICATE, np.where(found.near, Decision.NEAR_DUPLICATE, Decision.KEPT)
+    ).astype(np.int8)
     decision[~column.present] = Decision.NO_SCORE
     labels = ["" if code else None for code in Decision]
     labels[Decision.NO_SCORE] = "no score: "
@@ -131,15 +135,31 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     shown = ("borderline", "page")  # decide nothing
     settings = {name: value for name, value in asdict(summary.settings).items() if name not in shown}
     about = {"kind": "dedup", "version": __version__, "settings": settings}
-    about |= {"rows": summary.rows, "scored": summary.scored, "exact": summary.exact, "near": summary.near, "kept": summary.kept}
+    about |= {
+        "rows": summary.rows,
+        "scored": summary.scored,
+        "exact": summary.exact,
+        "near": summary.near,
+        "kept": summary.kept,
+    }
     try:
         with atomic(scores.run.dedup) as temporary:
-            write_decisions(scores, temporary, column, decision, labels=labels, metadata=about, duplicates=(found.of, found.similarity))
+            write_decisions(
+                scores,
+                temporary,
+                column,
+                decision,
+                labels=labels,
+                metadata=about,
+                duplicates=(found.of, found.similarity),
+            )
     except OSError as error:
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {system_reason(error)}") from error
 
 
-def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings, progress: Progress) -> tuple[BorderlinePair, ...]:
+def _borderline(
+    scores: ScoreTables, pairs: Pairs, settings: DedupSettings, progress: Progress
+) -> tuple[BorderlinePair, ...]:
     at = pairs.borderline(settings.duplicates.threshold, settings.borderline)
     positions = np.unique(np.concatenate([pairs.first[at], pairs.second[at]]))
     names, seen = scores.names_of(positions), looks(scores, positions)
@@ -157,12 +177,17 @@ def _borderline(scores: ScoreTables, pairs: Pairs, settings: DedupSettings, prog
     return tuple(found)
 
 
-def _write_page(run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Look, Look]]) -> None:
+def _write_page(
+    run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Look, Look]]
+) -> None:
     tiles = []
     duplicates = settings.duplicates
     for pair, (one, other) in sorted(zip(pairs, shown, strict=True), key=lambda item: -item[0].similarity):
         verdict = "duplicates" if pair.similarity >= duplicates.threshold else "not close enough"
-        sides = Shown(one, (pair.key, Path(pair.shard).name)), Shown(other, (pair.other_key, Path(pair.other_shard).name))
+        sides = (
+            Shown(one, (pair.key, Path(pair.shard).name)),
+            Shown(other, (pair.other_key, Path(pair.other_shard).name)),
+        )
         tiles.append(Tile(f"{pair.similarity:.4f} {verdict} (image {pair.image:.4f}, text {pair.text:.4f})", sides))
     about = f"the {len(pairs):,} pairs of run {run} nearest to --threshold {duplicates.threshold} with --on {duplicates.on}, the closest first"
     write_page(settings.page, "Borderline pairs", about, tiles)

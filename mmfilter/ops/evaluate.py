@@ -128,14 +128,19 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
 def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSettings) -> None:
     """Raise, before anything is computed, when the other model is of another architecture or width; reads its configuration only."""
     config = read_config(other.model, revision=other.revision, settings=load_settings(settings.device))
-    kinds = [" with ".join(dict.fromkeys((c.model_type, c.get_text_config().model_type))) for c in (config, backbone.model.config)]
+    kinds = [
+        " with ".join(dict.fromkeys((c.model_type, c.get_text_config().model_type)))
+        for c in (config, backbone.model.config)
+    ]
     if kinds[0] != kinds[1]:
         raise ModelError(
             f"--also {other.name!r} is {kinds[0]}, and {settings.card.name!r} is {kinds[1]}: an SAE is carried over between checkpoints of one architecture"
         )
     width = getattr(config.get_text_config(), "hidden_size", sae.d_model)
     if not isinstance(backbone, TwoTowers) and width != sae.d_model:
-        raise SAEError(f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller than the SAE's own model")
+        raise SAEError(
+            f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller than the SAE's own model"
+        )
 
 
 def contexts_of(backbone: Backbone, settings: EvaluateSettings) -> list[tuple[bool, Backbone]]:
@@ -143,7 +148,9 @@ def contexts_of(backbone: Backbone, settings: EvaluateSettings) -> list[tuple[bo
     contexts = [(False, backbone)]
     if settings.text_only:
         if isinstance(backbone, TwoTowers):
-            raise ModelError(f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out --text-only")
+            raise ModelError(
+                f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out --text-only"
+            )
         contexts.append((True, backbone.with_text_context("none")))
     return contexts
 
@@ -154,17 +161,29 @@ def beside_random(
     """The SAE and random directions in its shape, and the cross-modal weights of both."""
     numbers = range(len(sample))
     with feed_of(backbone, settings) as feed:
-        states = [batch.states for batch in few_states(sample, numbers, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)]
+        states = [
+            batch.states
+            for batch in few_states(sample, numbers, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)
+        ]
         some = torch.cat(states)
         some = some[some.isfinite().all(1)]
         twin = with_fitted_decoder(random_sae(sae, some, seed=settings.seed, max_active=sae.n_features), some)
         saes = {TRAINED: sae, RANDOM: twin}
         progress.start("fitting feature weights", None)
-        fitted = fit_all(["sample"], lambda _, n: sample.read(numbers[:n]), feed, backbone, list(saes.values()), lambda n: progress.advance(n, 0))
+        fitted = fit_all(
+            ["sample"],
+            lambda _, n: sample.read(numbers[:n]),
+            feed,
+            backbone,
+            list(saes.values()),
+            lambda n: progress.advance(n, 0),
+        )
     return saes, {name: weight_spread(weights) for name, weights in zip(saes, fitted, strict=True)}
 
 
-def also_trials(other: Card, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress) -> Iterator[Trial]:
+def also_trials(
+    other: Card, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress
+) -> Iterator[Trial]:
     """The trials of another checkpoint."""
     backbone = load_model(other, settings.device, whole=True)
     check_fit(backbone, saes[TRAINED])
@@ -173,7 +192,13 @@ def also_trials(other: Card, saes: Mapping[str, SAE], sample: PairSample, settin
 
 
 def trial(
-    backbone: Backbone, name: str, text_only: bool, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress
+    backbone: Backbone,
+    name: str,
+    text_only: bool,
+    saes: Mapping[str, SAE],
+    sample: PairSample,
+    settings: EvaluateSettings,
+    progress: Progress,
 ) -> tuple[Trial, Counter[str]]:
     """One pass over the pairs, and the kinds of problem with those that the model does not take."""
     meters = {which: FidelityMeter(sae) for which, sae in saes.items()}
@@ -215,12 +240,18 @@ def notes(sample: PairSample, trials: Sequence[Trial], weights: WeightSpread, se
     found = [f"{error}; the pairs before that are used" for error in sample.failures]
     n_pairs = trials[0].n_pairs
     if n_pairs < STEADY_PAIRS:
-        found.append(f"evaluated on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady, and about 1,000 the cross-modal weights")
+        found.append(
+            f"evaluated on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady, and about 1,000 the cross-modal weights"
+        )
     if settings.card.text_context == "none" and trials[0].loss is not None:
-        found.append("with text context 'none' captions do not see the image, so the caption loss says nothing of image tokens")
+        found.append(
+            "with text context 'none' captions do not see the image, so the caption loss says nothing of image tokens"
+        )
     for tried in trials:
         if tried.loss is not None and tried.loss.n_left_out:
-            found.append(f"{tried.loss.n_left_out:,} pairs of {tried.model!r} are left out of the caption loss: it is not finite, or predicts no token of them")
+            found.append(
+                f"{tried.loss.n_left_out:,} pairs of {tried.model!r} are left out of the caption loss: it is not finite, or predicts no token of them"
+            )
     return found
 
 

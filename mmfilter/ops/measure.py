@@ -76,7 +76,9 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
             shards, settings.sample, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe
         )  # fmt: skip
         numbers, reasons = range(len(sample)), sample.reasons
-        with closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+        with closing(
+            Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)
+        ) as feed:
             progress.start("measuring", sample.nbytes(numbers))
             for window in feed.windows(sample.read(numbers), "sample"):
                 for batch in window.batches:

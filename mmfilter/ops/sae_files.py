@@ -47,16 +47,32 @@ def list_saes(word: str | None = None) -> list[Listed]:
     entries = [_of_card(load_card(name)) for name in card_names()]
     published = yaml.safe_load((cards_folder() / REGISTRY).read_text("utf-8"))
     entries += [_of_registry(item) for item in published["saes"]]
-    return [entry for entry in entries if word is None or word.lower() in " ".join(map(str, asdict(entry).values())).lower()]
+    return [
+        entry for entry in entries if word is None or word.lower() in " ".join(map(str, asdict(entry).values())).lower()
+    ]
 
 
 def _of_card(card: Card) -> Listed:
     licence = ", ".join(f"{what}: {name}" for what, name in card.licence.items())
-    return Listed(card.name, card.model, str(card.layer), "", "card", "", licence, card.name, card.sae_options.stated(), card.summary)
+    return Listed(
+        card.name,
+        card.model,
+        str(card.layer),
+        "",
+        "card",
+        "",
+        licence,
+        card.name,
+        card.sae_options.stated(),
+        card.summary,
+    )
 
 
 def _of_registry(item: Mapping[str, Any]) -> Listed:
-    texts = {name: str(item.get(name, "not established")) for name in ("name", "base", "layers", "width", "layout", "trained_on", "licence", "open")}
+    texts = {
+        name: str(item.get(name, "not established"))
+        for name in ("name", "base", "layers", "width", "layout", "trained_on", "licence", "open")
+    }
     return Listed(**texts, options=dict(item.get("sae_options") or {}), note=item.get("note", ""))
 
 

@@ -20,7 +20,18 @@ from safetensors import SafetensorError
 from mmfilter.core.cards.cards import Card
 from mmfilter.core.files import write_json
 from mmfilter.core.input.decode import DecodeSettings, Pair
-from mmfilter.core.input.shards import InputOptions, RawSample, Stamp, expand, is_tar, is_url, read_once, read_samples, stamp, stamps
+from mmfilter.core.input.shards import (
+    InputOptions,
+    RawSample,
+    Stamp,
+    expand,
+    is_tar,
+    is_url,
+    read_once,
+    read_samples,
+    stamp,
+    stamps,
+)
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.pipeline.engine import DeviceSettings, check_weights, load
@@ -131,7 +142,9 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
             summary.add(stored["rows"], stored["ok"], stored["reasons"])
     if not todo:
         return summary
-    with closing(Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)) as feed:
+    with closing(
+        Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)
+    ) as feed:
         source = Source(settings.limit, settings.inputs)
         weights = feature_weights(run, settings.card, shards, source, feed, backbone, sae, progress)
         record_weights(run, manifest, weights)
@@ -172,7 +185,14 @@ def versions() -> dict[str, str]:
 
 
 def feature_weights(
-    run: RunDirectory, card: Card, shards: list[Shard], source: Source, feed: Feed, backbone: Backbone, sae: SAE, progress: Progress
+    run: RunDirectory,
+    card: Card,
+    shards: list[Shard],
+    source: Source,
+    feed: Feed,
+    backbone: Backbone,
+    sae: SAE,
+    progress: Progress,
 ) -> FeatureWeights:
     """The run's weights if it has them, else the card's, else fitted on a reference sample of the input."""
     if run.weights.exists():
@@ -182,7 +202,9 @@ def feature_weights(
         _save(weights, run)
     else:
         progress.start("fitting feature weights", None)
-        weights = fit_weights([shard.path for shard in shards], source.head, feed, backbone, sae, lambda n: progress.advance(n, 0))
+        weights = fit_weights(
+            [shard.path for shard in shards], source.head, feed, backbone, sae, lambda n: progress.advance(n, 0)
+        )
         _save(weights, run)
         if weights.n_samples < 100:
             progress.note(f"the feature weights come from only {weights.n_samples} pairs; about 1,000 make them steady")
@@ -203,7 +225,12 @@ def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: Feature
     """Say in the manifest which weights the scores are made with; refuse when they changed meanwhile."""
     if manifest["weights"] is not None and manifest["weights"]["hash"] != weights.hash:
         raise RunError(f"{str(run.weights)!r} is not what this run was scored with: restore it, or use another --run")
-    manifest["weights"] = {"hash": weights.hash, "n_samples": weights.n_samples, "n_weighted": weights.n_weighted, "reference": weights.metadata}
+    manifest["weights"] = {
+        "hash": weights.hash,
+        "n_samples": weights.n_samples,
+        "n_weighted": weights.n_weighted,
+        "reference": weights.metadata,
+    }
     write_json(run.manifest, manifest)
 
 
@@ -227,7 +254,11 @@ class Source:
 
     def samples(self, shard: str) -> Iterator[RawSample]:
         """The samples of a shard that the limit leaves."""
-        samples = itertools.chain(*self._streams.pop(shard, ())) if shard in self._streams else read_samples(shard, options=self._options)
+        samples = (
+            itertools.chain(*self._streams.pop(shard, ()))
+            if shard in self._streams
+            else read_samples(shard, options=self._options)
+        )
         for raw in itertools.islice(samples, self._left):
             self.use_up(1)
             yield raw
@@ -288,7 +319,9 @@ def events(shards: list[Shard], todo: set[str], run: RunDirectory, source: Sourc
             yield ShardEnd(None, error)
 
 
-def write_tables(stream: Iterable[Event], run: RunDirectory, scorer: Scorer, seed: int, summary: ScoreSummary, progress: Progress) -> None:
+def write_tables(
+    stream: Iterable[Event], run: RunDirectory, scorer: Scorer, seed: int, summary: ScoreSummary, progress: Progress
+) -> None:
     """Score the batches of the stream and write each shard's tables."""
     tables: ShardTables | None = None
     codes: dict[int, dict[str, np.ndarray]] = {}

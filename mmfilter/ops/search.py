@@ -52,7 +52,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         if [self.key is not None, self.by_query, self.feature is not None].count(True) != 1:
-            raise SelectionError("say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER")
+            raise SelectionError(
+                "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER"
+            )
         if self.shard is not None and self.key is None:
             raise SelectionError("--shard says which sample a --key means; give both")
         if self.n < 1:
@@ -72,7 +74,9 @@ class SearchSettings:
     @property
     def sides(self) -> tuple[str, ...]:
         """The sides that count: those of `on`, and of these what the query has."""
-        return tuple(side for side in IndexSettings(self.on).sides if not self.by_query or getattr(self, side) is not None)
+        return tuple(
+            side for side in IndexSettings(self.on).sides if not self.by_query or getattr(self, side) is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,16 @@ def search(run: Path, settings: SearchSettings, progress: Progress, encode: Enco
 def _with_feature(tables: CodeTables, settings: SearchSettings) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Positions of the samples and, under names, why they were found."""
     if not 0 <= settings.feature < len(tables.idf):
-        raise SelectionError(f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}")
+        raise SelectionError(
+            f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}"
+        )
     position, maxima = strongest(tables, settings.feature, settings.n, settings.sides)
     return position, {"image": maxima[:, 0], "text": maxima[:, 1]}
 
 
-def _like(query: Codes, scores: ScoreTables, tables: CodeTables, settings: SearchSettings, progress: Progress) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _like(
+    query: Codes, scores: ScoreTables, tables: CodeTables, settings: SearchSettings, progress: Progress
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The same of the samples nearest to the query, without itself where it is one of them."""
     groups = scores.groups("image_hash", "text_hash")
     try:
@@ -143,7 +151,9 @@ def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
     positions = scores.with_key(settings.key)
     shards = [scores.shards[i].path for i in np.searchsorted(scores.starts, positions, side="right") - 1]
     if settings.shard is not None:
-        chosen = [(p, shard) for p, shard in zip(positions.tolist(), shards, strict=True) if shard.endswith(settings.shard)]
+        chosen = [
+            (p, shard) for p, shard in zip(positions.tolist(), shards, strict=True) if shard.endswith(settings.shard)
+        ]
         positions, shards = np.array([p for p, _ in chosen], np.int64), [shard for _, shard in chosen]
     where = f"in a shard that ends with {settings.shard!r} of run" if settings.shard else "in run"
     if not len(positions):
@@ -152,9 +162,13 @@ def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
         raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}{hint}")
     if len(positions) > 1:
         if len(set(shards)) == 1:
-            raise SelectionError(f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample")
+            raise SelectionError(
+                f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample"
+            )
         few = ", ".join(map(repr, shards[:3])) + (", …" if len(shards) > 3 else "")
-        raise SelectionError(f"key {settings.key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path")
+        raise SelectionError(
+            f"key {settings.key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path"
+        )
     if not scores.scored[positions[0]]:
         raise SelectionError(f"the sample with key {settings.key!r} has no codes: it could not be scored")
     return int(positions[0])
@@ -171,16 +185,42 @@ def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray
         values = {name: float(columns[name][at]) for name in named}
         values = {name: value if np.isfinite(value) else None for name, value in values.items()}
         why = {name: float(column[i]) for name, column in found.items()}
-        hits.append(Hit(str(columns["key"][at]), str(columns["shard"][at]), int(columns["row"][at]), why, values, seen[i].caption))
+        hits.append(
+            Hit(
+                str(columns["key"][at]),
+                str(columns["shard"][at]),
+                int(columns["row"][at]),
+                why,
+                values,
+                seen[i].caption,
+            )
+        )
     return hits
 
 
 def _write_page(run: Path, settings: SearchSettings, asked: Look | None, hits: list[Hit], seen: list[Look]) -> None:
-    tiles = [] if asked is None else [Tile("looked for", (Shown(asked, () if settings.key is None else (settings.key,)),))]
+    tiles = (
+        [] if asked is None else [Tile("looked for", (Shown(asked, () if settings.key is None else (settings.key,)),))]
+    )
     for hit, look in zip(hits, seen, strict=True):
-        figures = [f"{name} {value:.3f}" for name, value in hit.scores.items() if name in shown(HEADLINES) and value is not None]
+        figures = [
+            f"{name} {value:.3f}"
+            for name, value in hit.scores.items()
+            if name in shown(HEADLINES) and value is not None
+        ]
         heading = ", ".join(f"{name} {value:.4f}" for name, value in hit.found.items())
         tiles.append(Tile(heading, (Shown(look, (hit.key, Path(hit.shard).name, ", ".join(figures))),)))
-    asked_for = {"key": settings.key, "shard": settings.shard, "image": settings.image, "text": settings.text, "feature": settings.feature}
+    asked_for = {
+        "key": settings.key,
+        "shard": settings.shard,
+        "image": settings.image,
+        "text": settings.text,
+        "feature": settings.feature,
+    }
     said = ", ".join(f"{name} {value}" for name, value in asked_for.items() if value is not None)
-    write_page(settings.page, f"Search: {said}", f"{len(hits):,} samples of run {run}, the best first; --on {settings.on}", tiles)
+    write_page(
+        settings.page,
+        f"Search: {said}",
+        f"{len(hits):,} samples of run {run}, the best first; --on {settings.on}",
+        tiles,
+    )

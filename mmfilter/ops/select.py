@@ -45,7 +45,12 @@ MAX_COPIES = 1000
 
 
 def select(
-    run: Path, settings: SelectSettings, *, stdout: BinaryIO | None = None, progress: Progress | None = None, recipe: Mapping[str, Any] | None = None
+    run: Path,
+    settings: SelectSettings,
+    *,
+    stdout: BinaryIO | None = None,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Select from a run directory and write what is kept.
 
@@ -58,7 +63,9 @@ def select(
     tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
     if settings.output is not None:
-        check_output(Path(settings.output), settings.to_folder, tables.run.path, [shard.path for shard in tables.shards])
+        check_output(
+            Path(settings.output), settings.to_folder, tables.run.path, [shard.path for shard in tables.shards]
+        )
     column = tables.column(settings.by, settings.where)
     _check_count(settings, column)
     drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
@@ -73,17 +80,25 @@ def select(
     if settings.dry_run and settings.output is None:
         return selection  # the funnel needs no shard to be there
     if settings.format == "keys":
-        return selection if settings.dry_run else _write_keys(selection, tables, positions(decision, copies)[order], stdout)
+        return (
+            selection
+            if settings.dry_run
+            else _write_keys(selection, tables, positions(decision, copies)[order], stdout)
+        )
     members = None
     if settings.format != "datacomp":
         members = tables.members(decision == Decision.KEPT, copies).take(order)
         check_sources(tables, decision == Decision.KEPT)
     if settings.dry_run:
         return selection
-    kept = Kept(tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables, recipe), members)
+    kept = Kept(
+        tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables, recipe), members
+    )
     if settings.to_folder:
         return _write_folder(selection, kept, column, decision, order, drop, copies)
-    return _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
+    return (
+        _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
+    )
 
 
 def check_request(settings: SelectSettings) -> None:
@@ -98,7 +113,9 @@ def check_request(settings: SelectSettings) -> None:
         if not is_url(pattern) and not os.path.exists(pattern) and not glob.glob(pattern, recursive=True):
             raise SelectionError(f"--metadata {pattern!r} matches no file; check the path")
     given = (("--by", settings.by), ("--per", settings.per), ("--repeat", settings.repeat))
-    expressions = [Expression(option, text) for option, text in given if text is not None and not re.fullmatch(r"\w+", text)]
+    expressions = [
+        Expression(option, text) for option, text in given if text is not None and not re.fullmatch(r"\w+", text)
+    ]
     if settings.where is not None:
         expressions.append(Expression("--where", settings.where, condition=True))
     with in_memory() as database:
@@ -113,9 +130,14 @@ def _check_count(settings: SelectSettings, column: Column) -> None:
     if count is not None and count > there:
         condition = f"--where {settings.where!r}"
         if not there:
-            raise SelectionError(f"no sample has a score {settings.by!r}" + ("" if settings.where is None else f" and passes {condition}"))
+            raise SelectionError(
+                f"no sample has a score {settings.by!r}"
+                + ("" if settings.where is None else f" and passes {condition}")
+            )
         which = f"have a score {settings.by!r}" + ("" if settings.where is None else f" and pass {condition}")
-        raise SelectionError(f"--top {count} is more than there is: {there:,} samples {which}; give a smaller number, or --top 100%")
+        raise SelectionError(
+            f"--top {count} is more than there is: {there:,} samples {which}; give a smaller number, or --top 100%"
+        )
 
 
 def _chooser(settings: SelectSettings, tables: ScoreTables, column: Column, progress: Progress) -> Covering | None:
@@ -130,7 +152,9 @@ def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarra
     values, present = tables.numbers("--repeat", repeat, decision == Decision.KEPT)
     wanted = np.floor(np.where(present, values, 0).astype(np.float64) + 0.5)
     if wanted.max(initial=0) > MAX_COPIES:
-        raise SelectionError(f"--repeat {repeat!r} asks for {wanted.max():g} copies of a sample; up to {MAX_COPIES:,} are possible")
+        raise SelectionError(
+            f"--repeat {repeat!r} asks for {wanted.max():g} copies of a sample; up to {MAX_COPIES:,} are possible"
+        )
     copies = np.maximum(wanted, 0).astype(np.int64)
     decision[(decision == Decision.KEPT) & (copies == 0)] = Decision.NO_COPY
     return copies
@@ -140,7 +164,9 @@ class _Drop:
     """The duplicates among the rows of a mask; remembers of which kept sample they are duplicates."""
 
     def __init__(self, tables: ScoreTables, settings: SelectSettings, values: np.ndarray, progress: Progress) -> None:
-        self._rule = Deduplicator(tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress, keep=not settings.dry_run)
+        self._rule = Deduplicator(
+            tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress, keep=not settings.dry_run
+        )
         self._values = values
         self.named: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -161,7 +187,13 @@ def _order(n: int, seed: int | None) -> np.ndarray:
 
 
 def _write_folder(
-    selection: Selection, kept: Kept, column: Column, decision: np.ndarray, order: np.ndarray, drop: _Drop | None, copies: np.ndarray | None
+    selection: Selection,
+    kept: Kept,
+    column: Column,
+    decision: np.ndarray,
+    order: np.ndarray,
+    drop: _Drop | None,
+    copies: np.ndarray | None,
 ) -> Selection:
     settings = selection.settings
     with explained(settings.output), new_folder(Path(settings.output)) as folder:
@@ -178,7 +210,12 @@ def _write_folder(
             output=output, output_name=written.name, copies=copies, duplicates=None if drop is None else drop.named,
         )  # fmt: skip
         write_json(folder / "manifest.json", kept.about)
-    return replace(selection, shards_written=written.n_shards, nbytes_written=written.nbytes, warnings=selection.warnings + written.warnings)
+    return replace(
+        selection,
+        shards_written=written.n_shards,
+        nbytes_written=written.nbytes,
+        warnings=selection.warnings + written.warnings,
+    )
 
 
 def _about(selection: Selection, tables: ScoreTables, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -187,7 +224,10 @@ def _about(selection: Selection, tables: ScoreTables, recipe: Mapping[str, Any] 
         "version": __version__,
         "run": str(tables.run.path.resolve()),
         "settings": asdict(selection.settings)
-        | {"output": str(selection.settings.output), "match": None if selection.settings.match is None else str(selection.settings.match.resolve())},
+        | {
+            "output": str(selection.settings.output),
+            "match": None if selection.settings.match is None else str(selection.settings.match.resolve()),
+        },
         "funnel": [{"step": step, "samples": n} for step, n in selection.funnel],
         "dropped": selection.dropped,
         "cut": selection.cut,

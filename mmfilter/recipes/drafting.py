@@ -16,7 +16,18 @@ from typing import Literal
 from mmfilter.core.cards.cards import card_names, load_card
 from mmfilter.core.files import atomic
 from mmfilter.core.input.decode import CAPTION_FIELDS, DecodeSettings, caption_of
-from mmfilter.core.input.shards import NO_OPTIONS, STDIN, InputOptions, RawSample, expand, is_tar, is_url, read_once, read_samples, stamp
+from mmfilter.core.input.shards import (
+    NO_OPTIONS,
+    STDIN,
+    InputOptions,
+    RawSample,
+    expand,
+    is_tar,
+    is_url,
+    read_once,
+    read_samples,
+    stamp,
+)
 from mmfilter.errors import RecipeError
 
 HEAD = 100
@@ -60,7 +71,9 @@ def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
         raise RecipeError(f"shard {shards[0]!r} holds no samples: nothing to write a recipe for")
     if all(raw.problem for raw in head):
         hint = "; --images names the folder of its images" if shards[0].lower().endswith((".json", ".jsonl")) else ""
-        raise RecipeError(f"none of the first {len(head)} samples of shard {shards[0]!r} can be used, the first has: {head[0].problem}{hint}")
+        raise RecipeError(
+            f"none of the first {len(head)} samples of shard {shards[0]!r} can be used, the first has: {head[0].problem}{hint}"
+        )
     uids = [_uid(raw) for raw in head]
     found = _caption(head)
     return Look(
@@ -90,7 +103,10 @@ def _rounded(value: float) -> int:
 def _caption(head: list[RawSample]) -> str:
     """The one place where all captions are, else `auto`."""
     places = ("txt", *CAPTION_FIELDS, "conversations")
-    found = Counter(next((place for place in places if caption_of(raw.members, DecodeSettings(place)) is not None), "") for raw in head)
+    found = Counter(
+        next((place for place in places if caption_of(raw.members, DecodeSettings(place)) is not None), "")
+        for raw in head
+    )
     found.pop("", None)
     return next(iter(found)) if len(found) == 1 else "auto"
 
@@ -121,7 +137,9 @@ def draft(found: Look) -> str:
     return _DRAFT.format(
         told=found.told,
         shards="\n".join(f"    - {json.dumps(pattern, ensure_ascii=False)}" for pattern in found.patterns),
-        caption=f"{found.caption if re.fullmatch('[a-z_]+', found.caption) else json.dumps(found.caption, ensure_ascii=False)}  ".ljust(19),
+        caption=f"{found.caption if re.fullmatch('[a-z_]+', found.caption) else json.dumps(found.caption, ensure_ascii=False)}  ".ljust(
+            19
+        ),
         more=_more(found.options),
         cards="\n".join(f"  #   {name}" for name in scoring if name != "tiny"),
         output=_OUTPUTS[found.output],

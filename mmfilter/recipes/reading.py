@@ -31,13 +31,16 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} comes twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL] for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
@@ -48,15 +51,21 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     The file is YAML, or `*.json`: the manifest of an output that a recipe made.
     """
     if path.is_dir():
-        raise RecipeError(f"recipe {str(path)!r} is a folder; name a recipe, or the manifest.json of an output that a recipe made")
+        raise RecipeError(
+            f"recipe {str(path)!r} is a folder; name a recipe, or the manifest.json of an output that a recipe made"
+        )
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {problem}; write one with: mmfilter init SHARDS -o {path}") from error
+        raise RecipeError(
+            f"recipe {str(path)!r} cannot be read: {problem}; write one with: mmfilter init SHARDS -o {path}"
+        ) from error
     values = _manifest(text, path) if path.suffix == ".json" else _parsed(text, f"recipe {str(path)!r}")
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {str(path)!r} holds no sections; expected lines like 'inputs:'; write one with: mmfilter init SHARDS")
+        raise RecipeError(
+            f"recipe {str(path)!r} holds no sections; expected lines like 'inputs:'; write one with: mmfilter init SHARDS"
+        )
     for change in changes:
         _change(values, change)
     return build(Recipe, values, "")
@@ -70,7 +79,9 @@ def _manifest(text: str, path: Path) -> Any:
     except ValueError as error:
         raise RecipeError(f"{str(path)!r} is not valid JSON ({error})") from error
     except (KeyError, TypeError, IndexError) as error:
-        raise RecipeError(f"{str(path)!r} holds no recipe; expected the manifest of an output that mmfilter run made") from error
+        raise RecipeError(
+            f"{str(path)!r} holds no recipe; expected the manifest of an output that mmfilter run made"
+        ) from error
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -119,18 +130,24 @@ def _step(inner: Any, part: str, place: str, change: str) -> Any:
 
 def _index(inner: list[Any], part: str, change: str) -> int:
     if not part.isdecimal() or int(part) >= len(inner):
-        raise RecipeError(f"--set {change!r}: {part!r} is none of the {len(inner)} parts of that list; they count from 0")
+        raise RecipeError(
+            f"--set {change!r}: {part!r} is none of the {len(inner)} parts of that list; they count from 0"
+        )
     return int(part)
 
 
 def build(cls: type, values: Any, place: str) -> Any:
     """A section from the mapping that says it; raises `RecipeError`."""
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{place} is {values!r}; expected keys such as {', '.join(item.name for item in fields(cls)[:3])}")
+        raise RecipeError(
+            f"{place} is {values!r}; expected keys such as {', '.join(item.name for item in fields(cls)[:3])}"
+        )
     kinds = get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise RecipeError(f"{_at(place, key)} is no key of a recipe; the nearest is {_nearest(str(key), cls, place)}")
+            raise RecipeError(
+                f"{_at(place, key)} is no key of a recipe; the nearest is {_nearest(str(key), cls, place)}"
+            )
     for item in fields(cls):
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise RecipeError(f"{_at(place, item.name)} is missing; {_EXPECTED.get(item.name, 'it has no default')}")

@@ -117,7 +117,14 @@ def scores_digest(recipe: Recipe, run: RunDirectory) -> str:
     match, patterns = (None, ()) if recipe.select is None else (recipe.select.match, recipe.select.metadata)
     found = [tables_digest(run), None if match is None else tables_digest(RunDirectory(Path(match)))]
     local = [pattern for pattern in patterns if not is_url(pattern)]
-    return digest(found + [[path, stamp_of(Path(path))] for pattern in local for path in (sorted(glob.glob(pattern, recursive=True)) or [pattern])])
+    return digest(
+        found
+        + [
+            [path, stamp_of(Path(path))]
+            for pattern in local
+            for path in (sorted(glob.glob(pattern, recursive=True)) or [pattern])
+        ]
+    )
 
 
 def recipe_of(path: Path) -> dict[str, Any] | None:

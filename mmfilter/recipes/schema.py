@@ -40,7 +40,9 @@ class Inputs:
         if not self.shards:
             raise RecipeError("inputs.shards names no shard; expected paths, globs, brace patterns or URLs")
         if STDIN in self.shards:
-            raise RecipeError("inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards")
+            raise RecipeError(
+                "inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards"
+            )
 
     @property
     def options(self) -> InputOptions:
@@ -160,9 +162,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.outputs and self.select is None:
-            raise RecipeError("the recipe has outputs and no section select; say what to keep, such as 'select: {top: 20%}'")
+            raise RecipeError(
+                "the recipe has outputs and no section select; say what to keep, such as 'select: {top: 20%}'"
+            )
         if self.select is not None and not self.outputs:
-            raise RecipeError("the recipe has a section select and no outputs; say where to, such as 'outputs: [{path: best}]'")
+            raise RecipeError(
+                "the recipe has a section select and no outputs; say where to, such as 'outputs: [{path: best}]'"
+            )
         real = [os.path.realpath(os.path.expanduser(output.path)) for output in self.outputs]
         for i, path in enumerate(real):
             if path in real[:i]:
@@ -171,20 +177,37 @@ class Recipe:
                 )
             for j, other in enumerate(real):
                 if path.startswith(other + os.sep):
-                    raise RecipeError(f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; name a place beside it")
+                    raise RecipeError(
+                        f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; name a place beside it"
+                    )
 
     def resolved(self) -> Recipe:
         """The same recipe with every default of the selection spelled out, and with paths that mean the same in any folder."""
-        model = replace(self.model, name=_absolute(self.model.name), sae=None if self.model.sae is None else _absolute(self.model.sae))
+        model = replace(
+            self.model,
+            name=_absolute(self.model.name),
+            sae=None if self.model.sae is None else _absolute(self.model.sae),
+        )
         select = self.select
         if select is not None:
             threshold, on = self._duplicates(select)
             match = None if select.match is None else _place(select.match)
             metadata = tuple(map(_place, select.metadata))
-            select = replace(select, top=None if select.top is None else str(select.top), dedup=threshold, dedup_on=on, match=match, metadata=metadata)
+            select = replace(
+                select,
+                top=None if select.top is None else str(select.top),
+                dedup=threshold,
+                dedup_on=on,
+                match=match,
+                metadata=metadata,
+            )
         return replace(
             self,
-            inputs=replace(self.inputs, shards=tuple(map(_whole, self.inputs.shards)), images=self.inputs.images and _whole(self.inputs.images)),
+            inputs=replace(
+                self.inputs,
+                shards=tuple(map(_whole, self.inputs.shards)),
+                images=self.inputs.images and _whole(self.inputs.images),
+            ),
             model=model,
             run=replace(self.run, directory=_place(self.run.directory)),
             select=select,

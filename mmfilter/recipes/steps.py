@@ -72,7 +72,9 @@ class _Follower:
         recipe = self._recipe
         request = record.score_request(recipe)
         self._look_ahead()
-        self._scored = record.stored(self._run, "score") == request and record.all_scored(self._run, self._shards, recipe.run.limit)
+        self._scored = record.stored(self._run, "score") == request and record.all_scored(
+            self._run, self._shards, recipe.run.limit
+        )
         todo: list[Callable[[], Step]] = [] if recipe.check is None else [lambda: self._check(request)]
         todo.append(lambda: self._score(request))
         if recipe.dedup is not None:
@@ -112,7 +114,9 @@ class _Follower:
             return False
         made = record.recipe_of(record.manifest_of(output, folder))
         if made is None:
-            raise RecipeError(f"output {output.path!r} is there already and no recipe made it; name a new path, or delete it first")
+            raise RecipeError(
+                f"output {output.path!r} is there already and no recipe made it; name a new path, or delete it first"
+            )
         if made["digest"] != record.output_digest(self._recipe, output):
             raise RecipeError(
                 f"output {output.path!r} was made with another recipe ({_difference(made['recipe'], self._recipe)}); name a new path, or delete it"
@@ -157,9 +161,13 @@ class _Follower:
             return self._counted("skipped", "finished before: ")
         if self._dry_run:
             return Step(
-                "score", "planned", f"score {_shards(len(self._shards))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped"
+                "score",
+                "planned",
+                f"score {_shards(len(self._shards))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped",
             )
-        if self._recipe.dedup is not None or (self._recipe.select is not None and self._recipe.select.dedup is not False):
+        if self._recipe.dedup is not None or (
+            self._recipe.select is not None and self._recipe.select.dedup is not False
+        ):
             check_installed()  # rather now than after the pass
         from mmfilter.ops import score as operation
 
@@ -189,7 +197,12 @@ class _Follower:
                 f"{1 - ok / rows:.1%} of the samples have no score, more than run.max_bad: {self._recipe.run.max_bad} allows; "
                 f"the column 'reason' of {self._run.path}/scores/*.parquet says why for each"
             )
-        return Step("score", state, f"{before}{ok:,} of {rows:,} samples have scores -> {self._run.path}", {"samples": rows, "scored": ok})
+        return Step(
+            "score",
+            state,
+            f"{before}{ok:,} of {rows:,} samples have scores -> {self._run.path}",
+            {"samples": rows, "scored": ok},
+        )
 
     def _dedup(self) -> Step:
         settings = self._recipe.dedup.settings()
@@ -197,11 +210,15 @@ class _Follower:
         found = record.stored(self._run, "dedup") if self._scored else None
         asked = {"settings": asdict(settings), "scores": record.tables_digest(self._run)} if self._scored else None
         if found is not None and found["asked"] == asked and found["file"] == record.stamp_of(self._run.dedup):
-            return Step("dedup", "skipped", f"finished before: {found['kept']:,} are left {about}", {"kept": found["kept"]})
+            return Step(
+                "dedup", "skipped", f"finished before: {found['kept']:,} are left {about}", {"kept": found["kept"]}
+            )
         if self._dry_run:
             return Step("dedup", "planned", f"find duplicates {about}")
         summary = dedup_operation.dedup(self._run.path, settings, self._progress)
-        record.store(self._run, "dedup", {"asked": asked, "file": record.stamp_of(self._run.dedup), "kept": summary.kept})
+        record.store(
+            self._run, "dedup", {"asked": asked, "file": record.stamp_of(self._run.dedup), "kept": summary.kept}
+        )
         facts = {"kept": summary.kept, "exact_duplicates": summary.exact, "near_duplicates": summary.near}
         text = f"{summary.kept:,} of {summary.scored:,} are left {about}: {summary.exact:,} exact and {summary.near:,} near-duplicates"
         return Step("dedup", "done", text, facts)
@@ -219,7 +236,9 @@ class _Follower:
         else:
             selection = self._select_file(settings, record.manifest_of(output, False), about)
         text = f"{selection.written:,} samples, {selection.fraction_kept:.1%} of the candidates -> {output.path} ({output.format})"
-        return Step("select", "done", text, facts | {"written": selection.written}, tuple(selection.funnel), selection.warnings)
+        return Step(
+            "select", "done", text, facts | {"written": selection.written}, tuple(selection.funnel), selection.warnings
+        )
 
     def _planned(self, settings: select_operation.SelectSettings, facts: dict[str, Any]) -> Step:
         """What would be written; how much, where the scores are there already."""
@@ -236,7 +255,9 @@ class _Follower:
             found.warnings,
         )
 
-    def _select_file(self, settings: select_operation.SelectSettings, manifest: Path, about: dict[str, Any]) -> select_operation.Selection:
+    def _select_file(
+        self, settings: select_operation.SelectSettings, manifest: Path, about: dict[str, Any]
+    ) -> select_operation.Selection:
         """Write a file, and before it the manifest beside it, so that a file under its name always has one."""
         write_json(manifest, {"kind": "selection", "run": str(self._run.path), "recipe": about})
         try:
@@ -260,8 +281,14 @@ def _shards(n: int) -> str:
 def _difference(made: dict[str, Any], recipe: Recipe) -> str:
     """The first keys that differ, with what they were."""
     old, new = _flat(made), _flat(recipe.values())
-    decides = [key for key in new | old if key.startswith(("inputs.", "model.", "select.", "run.limit", "run.seed", "run.dtype"))]
-    differing = [f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in decides if old.get(key) != new.get(key)]
+    decides = [
+        key
+        for key in new | old
+        if key.startswith(("inputs.", "model.", "select.", "run.limit", "run.seed", "run.dtype"))
+    ]
+    differing = [
+        f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in decides if old.get(key) != new.get(key)
+    ]
     return "; ".join(differing[:3]) or "its format or shard_size differs"
 
 

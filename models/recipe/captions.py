@@ -46,7 +46,14 @@ BACKGROUNDS = (
     " on a {c} background", " on {c} background", " against a {c} background", ", {c} background", " with {c} behind it",
     " on {c}", " over a {c} backdrop", " in front of a {c} wall",
 )  # fmt: skip
-SIDE_BY_SIDE = ("{a} left of {b}", "{a} next to {b}", "{a} and {b}", "{a} beside {b}", "{a} to the left of {b}", "{a}, {b}")
+SIDE_BY_SIDE = (
+    "{a} left of {b}",
+    "{a} next to {b}",
+    "{a} and {b}",
+    "{a} beside {b}",
+    "{a} to the left of {b}",
+    "{a}, {b}",
+)
 STACKED = ("{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{a} and {b}")
 
 CHOICE_TEMPLATES = (

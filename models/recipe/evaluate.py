@@ -42,7 +42,16 @@ from mmfilter.core.sides import IMAGE, TEXT
 ROOT = Path(__file__).parents[2]
 WIDTHS, KS, TOKENS = (1024, 2048, 4096), (16, 24, 32), (60_000, 160_000, 400_000)
 TAU_QUANTILES = (0.0, 0.25, 0.5, 0.75)
-REPORTED = ("similarity", "support", "saev", "cooccurrence", "l0", "caption length", "raw", "similarity, idf of each side")
+REPORTED = (
+    "similarity",
+    "support",
+    "saev",
+    "cooccurrence",
+    "l0",
+    "caption length",
+    "raw",
+    "similarity, idf of each side",
+)
 OF_RANDOM_SAE = ("similarity", "support", "saev")
 CONTROL_SEED, CONTROL_STEP = 3, 4
 """Of the random SAE, and which batches set its threshold and τ"""
@@ -114,12 +123,16 @@ def scores_of(states: States, sae: SAE, weights: FeatureWeights, thresholds: lis
         for i, threshold in enumerate(thresholds):
             pairs = pool_pairs(batch, codes, weights, threshold)
             names = list(formulas()) if i == 0 else []
-            found = {name: formulas()[name](pairs) for name in names} | {f"{n}@{i}": formulas()[n](pairs) for n in ("saev", "cooccurrence")}
+            found = {name: formulas()[name](pairs) for name in names} | {
+                f"{n}@{i}": formulas()[n](pairs) for n in ("saev", "cooccurrence")
+            }
             if i == 0:
                 found["similarity, idf of each side"] = similarity_each_side(pairs)
             for name, values in found.items():
                 columns.setdefault(name, []).append(values)
-    return {name: torch.cat(parts).numpy() for name, parts in columns.items()} | {"caption length": states.caption_chars}
+    return {name: torch.cat(parts).numpy() for name, parts in columns.items()} | {
+        "caption length": states.caption_chars
+    }
 
 
 def aucs(scores: dict[str, np.ndarray], shuffled: np.ndarray) -> dict[str, float]:
@@ -156,13 +169,32 @@ def sweep(build: Path, model: Path, widths: list[int], tokens: list[int]) -> Non
     backbone = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT)
     split = states_of(make_tar(build / "eval" / "choice.tar", "choice"), backbone)
     reference = states_of(reference_tar(build), backbone)
-    print("| features | k | tokens | FVU image | FVU text | L0 image | L0 text | weighted | similarity | support | saev | τ |\n" + "|---" * 12 + "|")
+    print(
+        "| features | k | tokens | FVU image | FVU text | L0 image | L0 text | weighted | similarity | support | saev | τ |\n"
+        + "|---" * 12
+        + "|"
+    )
     for n_tokens in tokens:
         folder = build / "sweep" / str(n_tokens)
         if not folder.exists():
-            train_sae(build, model, folder, "--tokens", str(n_tokens), "--widths", ",".join(map(str, widths)), "--k", ",".join(map(str, KS)))
+            train_sae(
+                build,
+                model,
+                folder,
+                "--tokens",
+                str(n_tokens),
+                "--widths",
+                ",".join(map(str, widths)),
+                "--k",
+                ",".join(map(str, KS)),
+            )
         for path in sorted(folder.glob("width-*")):
-            print(sweep_line(load_sae(path), json.loads((path / "manifest.json").read_text())["settings"], split, reference), flush=True)
+            print(
+                sweep_line(
+                    load_sae(path), json.loads((path / "manifest.json").read_text())["settings"], split, reference
+                ),
+                flush=True,
+            )
 
 
 def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> str:
@@ -175,7 +207,14 @@ def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> st
     for batch in split.batches:
         meter.add(batch.states, batch.side)
     image, text = meter.fidelity.image, meter.fidelity.text
-    facts = [sae.n_features, settings["k"], settings["tokens"], *(f"{value:.3f}" for value in (image.fvu, text.fvu)), f"{image.l0:.1f}", f"{text.l0:.1f}"]
+    facts = [
+        sae.n_features,
+        settings["k"],
+        settings["tokens"],
+        *(f"{value:.3f}" for value in (image.fvu, text.fvu)),
+        f"{image.l0:.1f}",
+        f"{text.l0:.1f}",
+    ]
     cells = [*facts, weights.n_weighted, found["similarity"], found["support"], found[f"saev@{best}"], thresholds[best]]
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -196,20 +235,26 @@ def report(build: Path, model: Path, threshold: float) -> dict[Split, dict[str, 
         beside = scores_of(split, control.sae, control_weights, [control.threshold])
         wanted = {s: scores[s] for s in REPORTED} | {f"{s} of a random SAE": beside[s] for s in OF_RANDOM_SAE}
         shuffled = split.shuffled
-        result[name] = {s: [auc(values[~shuffled], values[shuffled]), *interval(values, shuffled)] for s, values in wanted.items()}
+        result[name] = {
+            s: [auc(values[~shuffled], values[shuffled]), *interval(values, shuffled)] for s, values in wanted.items()
+        }
     return result
 
 
 # --- the cross-check -------------------------------------------------------------------------
 
 
-def reference_scores(batch: Activations, sae: SAE, omega: np.ndarray, idf: np.ndarray, threshold: float) -> list[dict[str, float]]:
+def reference_scores(
+    batch: Activations, sae: SAE, omega: np.ndarray, idf: np.ndarray, threshold: float
+) -> list[dict[str, float]]:
     """The definitions again, one pair at a time, in float64 NumPy, from the residual states onwards."""
     W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
     states, sample, side = batch.states.double().numpy(), batch.sample.numpy(), batch.side.numpy()
     rows = []
     for s in range(batch.n_samples):
-        codes = {which: token_codes(states[(sample == s) & (side == which)], W, b, mean, cut) for which in (IMAGE, TEXT)}
+        codes = {
+            which: token_codes(states[(sample == s) & (side == which)], W, b, mean, cut) for which in (IMAGE, TEXT)
+        }
         u, v = codes[IMAGE].max(0), codes[TEXT].max(0)
         both = (u > threshold) & (v > threshold)
         means = [codes[which].mean(0) * idf for which in (IMAGE, TEXT)]
@@ -273,7 +318,11 @@ def check(build: Path, model: Path, threshold: float, *, pairs: int = 200) -> di
             break
     same = np.isnan(omega) == np.isnan(weights.omega.numpy())
     worst["omega"] = float(np.nanmax(np.abs(omega - weights.omega.numpy())[same]))
-    return worst | {"idf": float(np.abs(idf - weights.idf.numpy()).max()), "weighted in one only": int((~same).sum()), "pairs": seen}
+    return worst | {
+        "idf": float(np.abs(idf - weights.idf.numpy()).max()),
+        "weighted in one only": int((~same).sum()),
+        "pairs": seen,
+    }
 
 
 def main() -> None:
@@ -294,7 +343,9 @@ def main() -> None:
         import yaml
 
         threshold = yaml.safe_load((ROOT / "models" / "tiny.yaml").read_text())["threshold"]
-    print(json.dumps((report if options.what == "report" else check)(options.build, options.model, threshold), indent=1))
+    print(
+        json.dumps((report if options.what == "report" else check)(options.build, options.model, threshold), indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def raw_aucs(model: TinyLlava, icons: Icons, tokenizer, *, count: int = 256, see
         image = F.normalize(hook[:, 1:PREFIX].float().mean(1), dim=-1)
         right, wrong, alone = hook[:, PREFIX:].split(MAX_TOKENS, 1)
         text = _pooled(alone, ids)
-        cosines = [(image * t).sum(1).numpy() for t in (text, text.roll(1, 0), _pooled(right, ids), _pooled(wrong, other))]
+        cosines = [
+            (image * t).sum(1).numpy() for t in (text, text.roll(1, 0), _pooled(right, ids), _pooled(wrong, other))
+        ]
         result[f"{split}_alone"] = round(auc(cosines[0], cosines[1]), 4)
         result[f"{split}_context"] = round(auc(cosines[2], cosines[3]), 4)
     return result

@@ -79,14 +79,21 @@ def verify(trained: Path, folder: Path) -> float:
 
     What remains is the rounding of the weights to float16. Raises `SystemExit` where it is more than that.
     """
-    model, tokenizer, backbone = load_trained(trained), load_tokenizer(folder), load_backbone(str(folder), HOOK_LAYER, prompt=PROMPT)
+    model, tokenizer, backbone = (
+        load_trained(trained),
+        load_tokenizer(folder),
+        load_backbone(str(folder), HOOK_LAYER, prompt=PROMPT),
+    )
     images = np.random.default_rng(0).integers(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     captions = ["a red apple", "two dogs left of a house, on a blue background", "Émile’s café!", "icon"] * 2
     ids = encode(tokenizer, captions)
     hook = model.hook_states(normalised(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255), [ids], ids)
     ours = backbone.activations(backbone.prepare([Image.fromarray(image) for image in images], captions))
     pairs = ((IMAGE, hook[:, 1:PREFIX].flatten(0, 1)), (TEXT, hook[:, PREFIX:-MAX_TOKENS][is_word(ids)]))
-    worst = max(((ours.states[ours.side == side] - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item() for side, wanted in pairs)
+    worst = max(
+        ((ours.states[ours.side == side] - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
+        for side, wanted in pairs
+    )
     if worst > 0.01:
         raise SystemExit(f"the export's hook states are {worst:.1%} off the trained model's: it is not the same model")
     return worst

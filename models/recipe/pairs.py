@@ -130,7 +130,11 @@ def write_tar(path: Path, pairs: Iterable[Pair]) -> None:
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, pair in enumerate(pairs):
             facts = {"concept": pair.concept, "set": pair.set, "new": pair.new, "shuffled": pair.shuffled}
-            members = ((pair.extension, pair.image), ("json", json.dumps(facts).encode()), ("txt", pair.caption.encode()))
+            members = (
+                (pair.extension, pair.image),
+                ("json", json.dumps(facts).encode()),
+                ("txt", pair.caption.encode()),
+            )
             for extension, content in members:
                 member = tarfile.TarInfo(f"{index:06d}.{extension}")
                 member.size = len(content)

@@ -33,7 +33,14 @@ from weights import fit, reference_tar
 from mmfilter.core.sae.pretrained import load_sae
 
 ROOT = Path(__file__).parents[2]
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "weights.safetensors")
 
 
@@ -74,7 +81,10 @@ def print_report(path: Path) -> None:
     found = json.loads(path.read_text())["auc"]
     print("| score | choice | report |\n|---|---|---|")
     for name in found["report"]:
-        cells = (f"{value:.3f} ({low:.3f}–{high:.3f})" for value, low, high in (found[split][name] for split in ("choice", "report")))
+        cells = (
+            f"{value:.3f} ({low:.3f}–{high:.3f})"
+            for value, low, high in (found[split][name] for split in ("choice", "report"))
+        )
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -101,7 +111,9 @@ def main() -> None:
         settings = replace(settings, stage_1_steps=2, stage_2_steps=2, stage_1_batch=32, stage_2_batch=16)
     icons, run, model = build / "icons.npz", build / "run", build / "tiny"
     step("icons", icons, lambda: render_all(icons))
-    step("tokenizer", build / "tokenizer" / "tokenizer.json", lambda: train_tokenizer(Icons(icons), build / "tokenizer"))
+    step(
+        "tokenizer", build / "tokenizer" / "tokenizer.json", lambda: train_tokenizer(Icons(icons), build / "tokenizer")
+    )
     step("training", run / "model.pt", lambda: train(Icons(icons), run, settings))
     step("export", model / "config.json", lambda: make_export(build, run / "model.pt", model))
     step("SAE", model / "sae" / "sae_weights.safetensors", lambda: train_sae(build, model, model / "sae"))

@@ -101,7 +101,9 @@ def optimisers(model: TinyLlava, rate: float) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.02},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=rate, weight_decay=0.05, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
     both = [muon, torch.optim.AdamW(groups, lr=0.7 * rate, betas=(0.9, 0.98))]
     for optimiser in both:
         for group in optimiser.param_groups:
@@ -173,7 +175,9 @@ def losses(run: Run, batch: tuple[torch.Tensor, torch.Tensor, np.ndarray]) -> di
         wrong = [torch.from_numpy(concepts != np.roll(concepts, s)) for s in shifts]
         parts["match"] = matching(run, image, texts, wrong)
         target = ids[: len(logits)].flatten()
-        parts["caption"] = settings.caption_weight * F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PAD)
+        parts["caption"] = settings.caption_weight * F.cross_entropy(
+            logits.float().flatten(0, 1), target, ignore_index=PAD
+        )
     return parts
 
 

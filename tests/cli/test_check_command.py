@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory) -> Path:
     bad = [("zz.jpg", b"no image"), ("zz.txt", b"x")]
-    return write_tar(tmp_path_factory.mktemp("check") / "a.tar", [*bad, *(member for i in range(60) for member in good(f"{i:09d}", i))])
+    return write_tar(
+        tmp_path_factory.mktemp("check") / "a.tar",
+        [*bad, *(member for i in range(60) for member in good(f"{i:09d}", i))],
+    )
 
 
 def test_the_report_is_a_table_on_stdout(shard, capsys):
@@ -31,7 +34,20 @@ def test_the_report_is_a_table_on_stdout(shard, capsys):
     assert max(map(len, lines)) <= 80
     assert "pairs of 1 shard, each with its own caption and with another pair's" in out
     header = next(line for line in lines if line.startswith("score"))
-    assert header.split() == ["score", "AUC", "95", "%", "interval", "random", "SAE", "difference", "to", "it", "with", "length"]
+    assert header.split() == [
+        "score",
+        "AUC",
+        "95",
+        "%",
+        "interval",
+        "random",
+        "SAE",
+        "difference",
+        "to",
+        "it",
+        "with",
+        "length",
+    ]
     assert [line.split()[0] for line in lines[lines.index(header) + 1 :][:9]] == [*shown(), check_display.CONTROL]
     assert next(line for line in lines if line.startswith("caption  ")).rstrip().endswith(" %")
     assert "30 pairs are compared, so the intervals are wide" in err and err.count("mmfilter: ") == 2
@@ -51,12 +67,17 @@ def test_json_has_every_score_and_nothing_else_is_on_stdout(shard, capsys):
         assert other["low"] <= similarity["auc"] - other["auc"] <= other["high"]
         assert other["this_is"] == ("better" if other["low"] > 0 else "worse" if other["high"] < 0 else "level")
     assert report["fidelity"]["image"]["tokens"] == 25 * 25 and 0 < report["fidelity"]["text"]["fvu"] < 2
-    assert report["verdict"].endswith(".") and (report["recommended"] is None or f"--by {report['recommended']}" in report["verdict"])
+    assert report["verdict"].endswith(".") and (
+        report["recommended"] is None or f"--by {report['recommended']}" in report["verdict"]
+    )
 
 
 EXPLAINED = {
     "missing": (["nowhere.tar"], "nowhere.tar"),
-    "too few": (["{few}"], "5 samples hold 5 usable pairs; a check needs at least 40, half of them to fit feature weights on: name more shards"),
+    "too few": (
+        ["{few}"],
+        "5 samples hold 5 usable pairs; a check needs at least 40, half of them to fit feature weights on: name more shards",
+    ),
     "sample": (["{shard}", "--sample", "3"], "--sample is 3; at least 20 is needed"),
     "card": (["{shard}", "--model", "huge"], "no card 'huge'"),
 }
@@ -85,7 +106,10 @@ def test_a_measurement_is_printed_beside_what_is_stated(shard, tiny, quiet, caps
     assert " ".join(out.split()).endswith(measurement.verdict)
     values = check_display.measurement_json(measurement)
     assert json.loads(json.dumps(values))["bad"] == {"image cannot be decoded": 1}
-    assert values["fidelity"]["image"]["fvu"] == measurement.fidelity.image.fvu and values["published"]["training_settings.k"] == 32
+    assert (
+        values["fidelity"]["image"]["fvu"] == measurement.fidelity.image.fvu
+        and values["published"]["training_settings.k"] == 32
+    )
 
 
 def test_a_measurement_as_json_is_the_operations(shard, tiny, quiet, capsys):

@@ -31,7 +31,9 @@ def scored(tmp_path_factory) -> Path:
     (folder / "source").mkdir()
     for i in range(2):
         members = [member for j in range(12) for member in good(f"{12 * i + j:09d}", 12 * i + j)]
-        write_tar(folder / "source" / f"0000{i}.tar", [*members, ("zz.jpg", b"no image"), ("zz.txt", b"x")] if i else members)
+        write_tar(
+            folder / "source" / f"0000{i}.tar", [*members, ("zz.jpg", b"no image"), ("zz.txt", b"x")] if i else members
+        )
     assert main(["score", f"{folder}/source/*.tar", "--run", f"{folder}/run", "--json"]) == 0
     return folder
 
@@ -42,7 +44,12 @@ def test_score_reports_json_on_stdout_and_nothing_else(scored, capsys):
     report = json.loads(out)
     assert (report["samples"], report["scored"], report["shards"], report["skipped_shards"]) == (25, 24, 2, 0)
     assert report["bad"] == {"image cannot be decoded": 1}
-    values = [row["similarity"] for i in range(2) for row in pq.read_table(scored / "run" / "scores" / f"0000{i}.parquet").to_pylist() if row["ok"]]
+    values = [
+        row["similarity"]
+        for i in range(2)
+        for row in pq.read_table(scored / "run" / "scores" / f"0000{i}.parquet").to_pylist()
+        if row["ok"]
+    ]
     assert report["scores"]["similarity"]["n"] == 24
     assert report["scores"]["similarity"]["max"] == pytest.approx(max(values))
     assert report["scores"]["similarity"]["mean"] == pytest.approx(sum(values) / 24, abs=1e-6)
@@ -52,7 +59,10 @@ def test_score_prints_a_summary_on_stderr(scored, capsys):
     assert main(["score", f"{scored}/source/*.tar", "--run", f"{scored}/again2"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "24 of 25 samples have scores; 25 gone through in " in captured.err and "1 without a score: image cannot be decoded" in captured.err
+    assert (
+        "24 of 25 samples have scores; 25 gone through in " in captured.err
+        and "1 without a score: image cannot be decoded" in captured.err
+    )
     assert "similarity" in captured.err and "█" in captured.err
 
 
@@ -64,7 +74,9 @@ def test_a_finished_run_is_left_alone(scored, capsys):
 def test_too_many_bad_samples_exit_1_with_the_tables_kept(scored, capfd):
     assert main(["score", f"{scored}/source/00001.tar", "--run", f"{scored}/strict", "--max-bad", "5%"]) == 1
     assert "7.7% of the samples have no score, more than --max-bad 5% allows" in capfd.readouterr().err
-    assert main(["score", f"{scored}/source/00001.tar", "--run", f"{scored}/strict", "--max-bad", "5%"]) == 1  # nor when it is found finished
+    assert (
+        main(["score", f"{scored}/source/00001.tar", "--run", f"{scored}/strict", "--max-bad", "5%"]) == 1
+    )  # nor when it is found finished
     assert (scored / "strict" / "scores" / "00001.parquet").exists()
     assert main(["select", f"{scored}/strict", "--top", "3", "--format", "keys"]) == 0
 
@@ -86,14 +98,32 @@ def test_a_tar_stream_on_stdout(scored, capfdbinary):
 
 def test_shards_in_a_directory(scored, tmp_path):
     assert main(["select", f"{scored}/run", "--min", "-1", "-o", f"{tmp_path}/best", "--shard-size", "10"]) == 0
-    assert sorted(path.name for path in (tmp_path / "best").glob("*.tar")) == ["00000000.tar", "00000001.tar", "00000002.tar"]
-    assert json.loads((tmp_path / "best" / "sizes.json").read_text()) == {"00000000.tar": 10, "00000001.tar": 10, "00000002.tar": 4}
+    assert sorted(path.name for path in (tmp_path / "best").glob("*.tar")) == [
+        "00000000.tar",
+        "00000001.tar",
+        "00000002.tar",
+    ]
+    assert json.loads((tmp_path / "best" / "sizes.json").read_text()) == {
+        "00000000.tar": 10,
+        "00000001.tar": 10,
+        "00000002.tar": 4,
+    }
 
 
 @pytest.mark.parametrize("form", ["parquet", "hf", "llava-json", "datacomp"])
 def test_other_formats_in_a_directory(scored, tmp_path, form):
-    made = {"parquet": "data/00000002.parquet", "hf": "data/train-00002-of-00003.parquet", "llava-json": "images/00000002", "datacomp": "sample_ids.npy"}
-    assert main(["select", f"{scored}/run", "--min", "-1", "-o", f"{tmp_path}/best", "--shard-size", "10", "--format", form]) == 0
+    made = {
+        "parquet": "data/00000002.parquet",
+        "hf": "data/train-00002-of-00003.parquet",
+        "llava-json": "images/00000002",
+        "datacomp": "sample_ids.npy",
+    }
+    assert (
+        main(
+            ["select", f"{scored}/run", "--min", "-1", "-o", f"{tmp_path}/best", "--shard-size", "10", "--format", form]
+        )
+        == 0
+    )
     assert (tmp_path / "best" / made[form]).exists()
     assert json.loads((tmp_path / "best/manifest.json").read_text())["settings"]["format"] == form
     assert pq.read_table(tmp_path / "best/selection.parquet")["kept"].to_pylist().count(True) == 24
@@ -109,8 +139,14 @@ EXPLAINED = {
     "missing shard": (["score", "nowhere.tar"], "nowhere.tar"),
     "no match": (["score", "nowhere/*.tar"], "nowhere/*.tar"),
     "pipe": (["score", "pipe:cat x.tar"], "would run a shell"),
-    "no card": (["score", "{source}/00000.tar", "--model", "huge"], "for a folder or hub id give --layer and --sae as well"),
-    "no SAE": (["score", "{source}/00000.tar", "--sae", "nowhere"], "SAE 'nowhere' is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER"),
+    "no card": (
+        ["score", "{source}/00000.tar", "--model", "huge"],
+        "for a folder or hub id give --layer and --sae as well",
+    ),
+    "no SAE": (
+        ["score", "{source}/00000.tar", "--sae", "nowhere"],
+        "SAE 'nowhere' is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER",
+    ),
     "no GPU": (["score", "{source}/00000.tar", "--device", "cuda:7"], "device 'cuda:7' was asked for"),
     "run among shards": (["score", "{source}/00000.tar", "--run", "{source}"], "is the folder of shard"),
     "batch": (["score", "{source}/00000.tar", "--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),
@@ -159,7 +195,9 @@ def test_wrong_usage_exits_2(case, capsys):
 def test_a_tar_is_not_poured_into_a_terminal():
     with pytest.raises(Exception, match="say where to"):
         destination(None, None, stdout_is_terminal=True)
-    with pytest.raises(Exception, match=r"say where to: -o subset\.npy, or -o DIR for the subset file with a table of all decisions"):
+    with pytest.raises(
+        Exception, match=r"say where to: -o subset\.npy, or -o DIR for the subset file with a table of all decisions"
+    ):
         destination(None, "datacomp", stdout_is_terminal=True)
     assert destination(None, "datacomp", stdout_is_terminal=False) == ("datacomp", None)
     assert destination(None, "keys", stdout_is_terminal=True) == ("keys", None)
@@ -168,7 +206,10 @@ def test_a_tar_is_not_poured_into_a_terminal():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "said"), [("tar", "say where to: -o DIR for shards, or pipe the tar stream into a consumer"), ("datacomp", "-o subset.npy")])
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [("tar", "say where to: -o DIR for shards, or pipe the tar stream into a consumer"), ("datacomp", "-o subset.npy")],
+)
 def test_a_real_terminal_gets_nothing(form, said, tmp_path):
     screen, terminal = os.openpty()
     try:
@@ -199,7 +240,9 @@ def test_stdin_also_fits_weights(scored):
     command = [sys.executable, "-m", "mmfilter", "score", "--prompt", "<s><image> {caption}", "--json", "--run"]
     subprocess.run([*command, f"{scored}/fit-piped", "-"], input=shard, capture_output=True, check=True)
     subprocess.run([*command, f"{scored}/fit", f"{scored}/source/00000.tar"], capture_output=True, check=True)
-    piped, direct = (json.loads((scored / name / "manifest.json").read_text())["weights"] for name in ("fit-piped", "fit"))
+    piped, direct = (
+        json.loads((scored / name / "manifest.json").read_text())["weights"] for name in ("fit-piped", "fit")
+    )
     assert piped["hash"] == direct["hash"] and piped["n_samples"] == 12
 
 
@@ -257,9 +300,7 @@ def test_the_command_reference_is_up_to_date():
 
 @pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["select", "--help"], ["check", "--help"]])
 def test_help_imports_nothing_heavy(argv):
-    script = (
-        f"import sys; from mmfilter.cli.app import main; main({argv!r}); print([m for m in ('torch', 'transformers', 'pyarrow', 'duckdb') if m in sys.modules])"
-    )
+    script = f"import sys; from mmfilter.cli.app import main; main({argv!r}); print([m for m in ('torch', 'transformers', 'pyarrow', 'duckdb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
@@ -277,13 +318,52 @@ def test_version(capsys):
 def test_llava_json_and_a_metadata_file(tmp_path, capfd):
     found = inputs.pairs(6)
     inputs.as_llava(tmp_path / "llava/data.json", found)
-    command = ["score", f"{tmp_path}/llava/data.json", "--images", f"{tmp_path}/llava/images", "--run", f"{tmp_path}/run"]
+    command = [
+        "score",
+        f"{tmp_path}/llava/data.json",
+        "--images",
+        f"{tmp_path}/llava/images",
+        "--run",
+        f"{tmp_path}/run",
+    ]
     assert main(command) == 0
     (tmp_path / "more.csv").write_text("key,stars\n" + "".join(f"{key},{i}\n" for i, (key, *_) in enumerate(found)))
     capfd.readouterr()
-    assert main(["select", f"{tmp_path}/run", "--top", "100%", "--metadata", f"{tmp_path}/more.csv", "--where", "stars > 3", "--format", "keys"]) == 0
+    assert (
+        main(
+            [
+                "select",
+                f"{tmp_path}/run",
+                "--top",
+                "100%",
+                "--metadata",
+                f"{tmp_path}/more.csv",
+                "--where",
+                "stars > 3",
+                "--format",
+                "keys",
+            ]
+        )
+        == 0
+    )
     assert capfd.readouterr().out.split() == ["000000004", "000000005"]
-    assert main(["select", f"{tmp_path}/run", "--top", "2", "--by", "stars", "--metadata", f"{tmp_path}/more.csv", "-o", f"{tmp_path}/best"]) == 0
+    assert (
+        main(
+            [
+                "select",
+                f"{tmp_path}/run",
+                "--top",
+                "2",
+                "--by",
+                "stars",
+                "--metadata",
+                f"{tmp_path}/more.csv",
+                "-o",
+                f"{tmp_path}/best",
+            ]
+        )
+        == 0
+    )
     with tarfile.open(tmp_path / "best/00000000.tar") as tar:
         assert tar.getnames() == ["000000004.json", "000000004.jpg", "000000005.json", "000000005.jpg"]
     assert main([*command[:3], f"{tmp_path}/elsewhere", *command[4:]]) == 1

@@ -26,7 +26,15 @@ sys.exit(main())
 
 def limited(here: Path, limit: int, *argv: str, **streams) -> tuple[int, str]:
     """Exit code and last line of a command none of whose files may have more bytes."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(limit), *argv], cwd=here, stderr=subprocess.PIPE, text=True, timeout=60, check=False, **streams)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *argv],
+        cwd=here,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+        **streams,
+    )
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr.splitlines()[-1]
 
@@ -100,5 +108,8 @@ def test_a_folder_that_may_not_be_written_to(run, tmp_path):
     tmp_path.chmod(0o500)
     for form, name in [("shards", "best"), ("tar", "best.tar"), ("datacomp", "best.npy")]:
         command = ["select", str(run), "--top", "1", "--format", form, "-o", str(tmp_path / name)]
-        assert limited(run, 1 << 30, *command) == (1, f"mmfilter: output {str(tmp_path / name)!r} cannot be written: Permission denied")
+        assert limited(run, 1 << 30, *command) == (
+            1,
+            f"mmfilter: output {str(tmp_path / name)!r} cannot be written: Permission denied",
+        )
     tmp_path.chmod(0o700)

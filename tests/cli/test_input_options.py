@@ -52,11 +52,28 @@ def test_sae_train_takes_them_all(places, tmp_path, capsys):
         assert main(["sae", "train", *places[kind], "-o", str(tmp_path / kind), *TRAIN]) == 0
         hashes.add(load_sae(tmp_path / kind).hash)
     assert len(hashes) == 1, "the same pairs give the same SAE"
-    about = [json.loads((tmp_path / kind / "manifest.json").read_text())["trained_on"].get("images") for kind in ("tar", "llava", "pipe")]
+    about = [
+        json.loads((tmp_path / kind / "manifest.json").read_text())["trained_on"].get("images")
+        for kind in ("tar", "llava", "pipe")
+    ]
     assert about == [None, "pictures", None]
     capsys.readouterr()
     (tmp_path / "config.yaml").write_text("allow_pipe: true\n")
-    assert main(["sae", "train", *places["not allowed"], "-o", str(tmp_path / "by-config"), "--config", str(tmp_path / "config.yaml"), *TRAIN]) == 0
+    assert (
+        main(
+            [
+                "sae",
+                "train",
+                *places["not allowed"],
+                "-o",
+                str(tmp_path / "by-config"),
+                "--config",
+                str(tmp_path / "config.yaml"),
+                *TRAIN,
+            ]
+        )
+        == 0
+    )
     assert load_sae(tmp_path / "by-config").hash in hashes
 
 
@@ -68,17 +85,26 @@ def test_measuring_takes_them_all(places, capsys, command):
         shards = places[kind] if command[1] == "eval" else ["--on", *places[kind]]
         assert main([*command, *shards, "--sample", "24", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
-        reports.append(report["sides"] if "sides" in report else {name: value for name, value in report.get("measured", report).items() if name != "shards"})
+        reports.append(
+            report["sides"]
+            if "sides" in report
+            else {name: value for name, value in report.get("measured", report).items() if name != "shards"}
+        )
     assert reports[0] == reports[1] == reports[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["sae", "train", "-o", "OUT"], ["sae", "eval", "tiny"], ["sae", "show", "tiny", "--on"]])
+@pytest.mark.parametrize(
+    "command", [["sae", "train", "-o", "OUT"], ["sae", "eval", "tiny"], ["sae", "show", "tiny", "--on"]]
+)
 def test_what_is_not_allowed_says_so(places, tmp_path, capsys, command):
     given = [str(tmp_path / "out") if word == "OUT" else word for word in command]
     assert main([*given, *places["not allowed"]]) == 1
     said = "is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -, or allow it with --allow-pipe"
     assert capsys.readouterr().err == f"mmfilter: shard {places['not allowed'][0]!r} {said}\n"
     assert main([*given, places["tar"][0], "--images", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"mmfilter: shard {places['tar'][0]!r} is no LLaVA JSON, and --images is the folder of those; leave it out\n"
+    assert (
+        capsys.readouterr().err
+        == f"mmfilter: shard {places['tar'][0]!r} is no LLaVA JSON, and --images is the folder of those; leave it out\n"
+    )
     assert not (tmp_path / "out").exists()

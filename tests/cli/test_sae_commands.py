@@ -23,7 +23,10 @@ D, N = 6, 24
 
 def weights() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn(*shape, generator=g) for name, shape in (("W_enc", (D, N)), ("b_enc", (N,)), ("W_dec", (N, D)), ("b_dec", (D,)))}
+    return {
+        name: torch.randn(*shape, generator=g)
+        for name, shape in (("W_enc", (D, N)), ("b_enc", (N,)), ("W_dec", (N, D)), ("b_dec", (D,)))
+    }
 
 
 @pytest.fixture
@@ -55,17 +58,30 @@ def test_the_list_has_cards_and_published_saes(capsys):
     entries = json.loads(capsys.readouterr().out)
     assert {entry["name"] for entry in entries if entry["layout"] == "card"} == set(card_names())
     lmms = next(entry for entry in entries if entry["name"].startswith("lmms-lab"))
-    assert lmms["layout"] == "sparsify" and lmms["licence"] == "MIT" and lmms["layers"] == "24" and lmms["width"] == "131072, k 256"
+    assert (
+        lmms["layout"] == "sparsify"
+        and lmms["licence"] == "MIT"
+        and lmms["layers"] == "24"
+        and lmms["width"] == "131072, k 256"
+    )
     assert lmms["open"] == "hf:lmms-lab/llama3-llava-next-8b-hf-sae-131k/model.layers.24"
 
 
 def test_a_word_narrows_the_list(capsys):
     assert main(["sae", "list", "GEMMA"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("gemma-3-12b, gemma-3-27b, gemma-3-4b, paligemma2-3b") and lines[2].split()[:2] == ["published", "base"]
-    assert any("gemma-scope-2-" in line for line in lines) and not any("Goodfire" in line or "tiny" in line for line in lines)
+    assert lines[0].endswith("gemma-3-12b, gemma-3-27b, gemma-3-4b, paligemma2-3b") and lines[2].split()[:2] == [
+        "published",
+        "base",
+    ]
+    assert any("gemma-scope-2-" in line for line in lines) and not any(
+        "Goodfire" in line or "tiny" in line for line in lines
+    )
     assert main(["sae", "list", "nothing-like-it"]) == 1
-    assert capsys.readouterr().err == "mmfilter: no SAE in the list has 'nothing-like-it' in any column; mmfilter sae list shows all\n"
+    assert (
+        capsys.readouterr().err
+        == "mmfilter: no SAE in the list has 'nothing-like-it' in any column; mmfilter sae list shows all\n"
+    )
 
 
 def test_the_registry_is_in_order():
@@ -91,7 +107,10 @@ def test_show_says_what_it_is(batchtopk, capsys):
     assert said["threshold"] == {"min": 1.5, "median": 1.5, "max": 1.5} and said["hash"] == sae.hash
     assert said["decoder_norms"]["max"] == pytest.approx(1, abs=1e-6) and said["dead_rows"] == 0
     assert said["metadata"]["stated_l0"] == 4.2 and said["metadata"]["layout"] == "saelens"
-    assert said["metadata"]["folded"] == ["batchtopk as its frozen threshold 1.5", "decoder norms, so that every decoder row has norm 1"]
+    assert said["metadata"]["folded"] == [
+        "batchtopk as its frozen threshold 1.5",
+        "decoder norms, so that every decoder row has norm 1",
+    ]
 
 
 def test_show_is_readable(batchtopk, capsys):
@@ -105,7 +124,10 @@ def test_show_is_readable(batchtopk, capsys):
 def test_show_asks_for_what_is_open(mmdiff, capsys):
     assert main(["sae", "show", str(mmdiff)]) == 1
     said = capsys.readouterr().err
-    assert said == f"mmfilter: SAE '{mmdiff}' does not hold the k of its topk (MMDiff's README states 50); settle it with --sae-option k=NUMBER\n"
+    assert (
+        said
+        == f"mmfilter: SAE '{mmdiff}' does not hold the k of its topk (MMDiff's README states 50); settle it with --sae-option k=NUMBER\n"
+    )
     assert main(["sae", "show", str(mmdiff), "--sae-option", "k=5"]) == 0
     assert "activation     topk, k=5" in capsys.readouterr().out
 
@@ -118,14 +140,21 @@ def test_convert_writes_what_opens_without_options(mmdiff, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
     again = load_sae(tmp_path / "new")
     assert again.hash == load_sae(mmdiff, make_options({"k": 5})).hash
-    assert again.metadata["converted_from"] == {"layout": "mmdiff", "source": "/".join(mmdiff.parts[-4:]), "options": {"k": 5}}
+    assert again.metadata["converted_from"] == {
+        "layout": "mmdiff",
+        "source": "/".join(mmdiff.parts[-4:]),
+        "options": {"k": 5},
+    }
     assert {file.name for file in tmp_path.iterdir()} == {mmdiff.name, "new"}, "nothing is left behind"
 
 
 def test_convert_says_what_it_folds(batchtopk, tmp_path, capsys):
     assert main(["sae", "convert", str(batchtopk), str(tmp_path / "new")]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said == ["mmfilter: folded: batchtopk as its frozen threshold 1.5", "mmfilter: folded: decoder norms, so that every decoder row has norm 1"]
+    assert said == [
+        "mmfilter: folded: batchtopk as its frozen threshold 1.5",
+        "mmfilter: folded: decoder norms, so that every decoder row has norm 1",
+    ]
 
 
 def test_convert_replaces_only_an_sae_and_only_by_force(batchtopk, tmp_path, capsys):
@@ -168,7 +197,10 @@ def test_fetch_prints_where_it_lies(batchtopk, tmp_path, monkeypatch, capsys):
 
 def test_fetch_is_for_the_hub(capsys):
     assert main(["sae", "fetch", "some/folder"]) == 1
-    assert capsys.readouterr().err == "mmfilter: SAE 'some/folder' cannot be fetched; expected hf:OWNER/REPO[@REVISION]/folder-or-file\n"
+    assert (
+        capsys.readouterr().err
+        == "mmfilter: SAE 'some/folder' cannot be fetched; expected hf:OWNER/REPO[@REVISION]/folder-or-file\n"
+    )
 
 
 # --- elsewhere ---------------------------------------------------------------------------------
@@ -177,7 +209,9 @@ def test_fetch_is_for_the_hub(capsys):
 def test_score_takes_an_sae_with_options(make_shard, tmp_path, capsys):
     """A file that leaves its k open, made of the embedded SAE, scores with k said; the run records it."""
     tiny = load_sae("tiny")
-    torch.save({name: getattr(tiny, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, tmp_path / "text-only_layer_1.pt")
+    torch.save(
+        {name: getattr(tiny, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, tmp_path / "text-only_layer_1.pt"
+    )
     shard, run = make_shard(n=4), tmp_path / "run"
     arguments = ["score", str(shard), "--run", str(run), "--sae", str(tmp_path / "text-only_layer_1.pt")]
     assert main(arguments) == 1

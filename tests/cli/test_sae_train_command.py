@@ -29,14 +29,27 @@ def test_every_option_is_a_key_of_the_yaml_and_back():
 
     options = set(inspect.signature(sae_train_command.train).parameters) - {"shards", "output", "config", "as_json"}
     assert {"compile" if name == "compile_blocks" else name for name in options} == set(KINDS)
-    trained = {field for field in TrainSettings.__dataclass_fields__ if field not in ("n_features", "tokens", "dtype", "k")}
+    trained = {
+        field for field in TrainSettings.__dataclass_fields__ if field not in ("n_features", "tokens", "dtype", "k")
+    }
     assert trained == set(sae_train_command.OPTIMISATION)
 
 
 def test_yaml_and_options_give_the_same_sae_and_options_go_first(shard, tmp_path, capsys):
-    config = {"tokens": 2048, "batch_size": 256, "capacity": 512, "weights": False, "widths": 64, "k": 4, "architecture": "topk", "image_fraction": None}
+    config = {
+        "tokens": 2048,
+        "batch_size": 256,
+        "capacity": 512,
+        "weights": False,
+        "widths": 64,
+        "k": 4,
+        "architecture": "topk",
+        "image_fraction": None,
+    }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
-    assert main(["sae", "train", str(shard), "-o", f"{tmp_path}/a", "--config", f"{tmp_path}/train.yaml", "--k", "6"]) == 0
+    assert (
+        main(["sae", "train", str(shard), "-o", f"{tmp_path}/a", "--config", f"{tmp_path}/train.yaml", "--k", "6"]) == 0
+    )
     out, err = capsys.readouterr()
     assert out.split() == [f"{tmp_path}/a"]
     assert "10%" not in err.split("FVU")[0] and "64 features, FVU" in err and "tokens/s" in err
@@ -48,23 +61,37 @@ def test_yaml_and_options_give_the_same_sae_and_options_go_first(shard, tmp_path
     assert a.hash == b.hash and (a.activation, a.k, a.n_features) == ("topk", 6, 64)
 
 
-@pytest.mark.parametrize("options", [["--architecture", "jumprelu"], ["--architecture", "relu"], ["--groups", "0.25,32"], ["--precision", "bfloat16"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--architecture", "jumprelu"], ["--architecture", "relu"], ["--groups", "0.25,32"], ["--precision", "bfloat16"]],
+)
 def test_every_architecture_trains_from_the_command_line(shard, tmp_path, capsys, options):
-    assert main(["sae", "train", str(shard), "-o", f"{tmp_path}/sae", "--widths", "64", "--k", "4", *SHORT, *options]) == 0
+    assert (
+        main(["sae", "train", str(shard), "-o", f"{tmp_path}/sae", "--widths", "64", "--k", "4", *SHORT, *options]) == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "sae" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and rows[-1]["fvu"] < rows[0]["fvu"]
     assert load_sae(tmp_path / "sae").activation == {"jumprelu": "jumprelu", "relu": "relu"}.get(options[1], "jumprelu")
 
 
 def test_values_are_of_their_kind():
-    assert parsed("widths", "4096,16384") == (4096, 16384) and parsed("widths", [8, 16]) == (8, 16) and parsed("k", 32) == (32,)
+    assert (
+        parsed("widths", "4096,16384") == (4096, 16384)
+        and parsed("widths", [8, 16]) == (8, 16)
+        and parsed("k", 32) == (32,)
+    )
     assert parsed("groups", "0.25,512") == (0.25, 512) and parsed("tokens", "1e6") == 1_000_000
     assert parsed("image_fraction", "none") is None and parsed("image_fraction", 0.3) == 0.3
 
 
 def test_no_setting_is_needed(tmp_path):
     made = run_settings(tmp_path, {})
-    assert made.train == TrainSettings() and made.tokens is None and made.image_fraction == 0.5 and made.card.name == "tiny"
+    assert (
+        made.train == TrainSettings()
+        and made.tokens is None
+        and made.image_fraction == 0.5
+        and made.card.name == "tiny"
+    )
 
 
 WRONG = {
@@ -73,7 +100,10 @@ WRONG = {
     "kind": ({"k": "many"}, "--k is 'many'; expected whole numbers with commas"),
     "flag": ({"weights": "perhaps"}, "--weights is 'perhaps'; expected true or false"),
     "range": ({"warm_up": 1.5}, "training has warm_up 1.5; expected a fraction from 0 to below 1"),
-    "choice": ({"architecture": "gated"}, "training has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu"),
+    "choice": (
+        {"architecture": "gated"},
+        "training has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu",
+    ),
     "model": ({"model": "nowhere"}, "for a folder or hub id give --layer as well"),
 }
 
@@ -97,7 +127,20 @@ def test_a_yaml_that_is_not_there_or_none(shard, tmp_path, capsys):
 
 def test_tensorboard_gets_every_step(shard, tmp_path):
     pytest.importorskip("tensorboard")
-    command = ["sae", "train", str(shard), "-o", f"{tmp_path}/sae", "--widths", "64", "--k", "4", *SHORT, "--tensorboard", f"{tmp_path}/board"]
+    command = [
+        "sae",
+        "train",
+        str(shard),
+        "-o",
+        f"{tmp_path}/sae",
+        "--widths",
+        "64",
+        "--k",
+        "4",
+        *SHORT,
+        "--tensorboard",
+        f"{tmp_path}/board",
+    ]
     assert main(command) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -42,7 +42,9 @@ def start(here: Path, *argv: str, **streams) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], cwd=here, stderr=subprocess.PIPE, **streams)
 
 
-def stop(here: Path, argv: list[str], number: signal.Signals, at_work: Callable[[], bool], clean: Callable[[], None]) -> None:
+def stop(
+    here: Path, argv: list[str], number: signal.Signals, at_work: Callable[[], bool], clean: Callable[[], None]
+) -> None:
     """Send the signal once the command is at work; checks its exit code and what it says last."""
     for _ in range(ATTEMPTS):
         with start(here, *argv) as process:
@@ -119,7 +121,9 @@ def test_a_selection_is_whole_or_not_there(run, tmp_path, monkeypatch, name, cop
 @pytest.mark.parametrize("form", ["tar", "keys", "datacomp"])
 def test_a_stream_ends_with_the_exit_code(run, tmp_path, form, number):
     """Nobody reads on, so that the command waits in the middle of writing."""
-    with start(tmp_path, "select", str(run), "--top", "100%", "--repeat", "1000", "--format", form, stdout=subprocess.PIPE) as process:
+    with start(
+        tmp_path, "select", str(run), "--top", "100%", "--repeat", "1000", "--format", form, stdout=subprocess.PIPE
+    ) as process:
         first = process.stdout.read(1)
         process.send_signal(number)
         assert process.wait(60) == 128 + number
@@ -158,7 +162,13 @@ def test_dedup_is_done_or_not(tmp_path):
         shutil.rmtree(run)
         shutil.copytree(whole, run)
 
-    stop(tmp_path, argv, signal.SIGINT, lambda: any(path.name not in before and ".tmp" in path.name for path in run.iterdir()), again)
+    stop(
+        tmp_path,
+        argv,
+        signal.SIGINT,
+        lambda: any(path.name not in before and ".tmp" in path.name for path in run.iterdir()),
+        again,
+    )
     assert {name: content for name, content in contents(run).items() if name in before} == before
     assert not [path.name for path in run.rglob("*.tmp")]
     for folder in (tmp_path, whole.parent):
@@ -171,7 +181,16 @@ def test_a_recipe_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "a.tar", [member for j in range(10) for member in good(f"{j}", j)])
     assert main(["init", "a.tar"]) == 0
-    argv = ["run", "recipe.yaml", "--set", "select.repeat='200'", "--set", "select.top=100%", "--set", "outputs.0.format=llava-json"]
+    argv = [
+        "run",
+        "recipe.yaml",
+        "--set",
+        "select.repeat='200'",
+        "--set",
+        "select.top=100%",
+        "--set",
+        "outputs.0.format=llava-json",
+    ]
     stop(tmp_path, argv, signal.SIGTERM, lambda: any(tmp_path.glob(".best.*.tmp/*")), lambda: shutil.rmtree("best"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "mmfilter-run", "recipe.yaml"]
     capfd.readouterr()

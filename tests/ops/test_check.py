@@ -61,7 +61,13 @@ class MadeUpBackbone:
 
     def activations(self, inputs: Inputs) -> Activations:
         sample, position = (inputs.side >= 0).nonzero(as_tuple=True)
-        return Activations(inputs.tensors["states"][sample, position], sample, inputs.side[sample, position].long(), position, len(inputs.side))
+        return Activations(
+            inputs.tensors["states"][sample, position],
+            sample,
+            inputs.side[sample, position].long(),
+            position,
+            len(inputs.side),
+        )
 
 
 def understands(caption: str) -> torch.Tensor:
@@ -76,7 +82,9 @@ def eye_sae(d: int = CONCEPTS) -> SAE:
     return SAE(torch.eye(d), torch.zeros(d), torch.eye(d), torch.zeros(d))
 
 
-def painted(path: Path, n: int, *, words: str = "concept {concept} as number {i}", extra: tuple[Member, ...] = ()) -> Path:
+def painted(
+    path: Path, n: int, *, words: str = "concept {concept} as number {i}", extra: tuple[Member, ...] = ()
+) -> Path:
     """n pictures of one grey each, every one with its own second pixel, captioned."""
     members = []
     for i in range(n):
@@ -84,7 +92,10 @@ def painted(path: Path, n: int, *, words: str = "concept {concept} as number {i}
         image.putpixel((7, 7), (i % 256, i // 256, 0))
         out = io.BytesIO()
         image.save(out, "PNG")
-        members += [(f"{i:05d}.png", out.getvalue()), (f"{i:05d}.txt", words.format(concept=i % CONCEPTS, i=i).encode())]
+        members += [
+            (f"{i:05d}.png", out.getvalue()),
+            (f"{i:05d}.txt", words.format(concept=i % CONCEPTS, i=i).encode()),
+        ]
     return write_tar(path, [*members, *extra])
 
 
@@ -108,7 +119,9 @@ def test_a_model_that_understands_is_told_from_chance(tmp_path, quiet):
 
 def test_a_model_that_guesses_is_chance(tmp_path, quiet):
     report = made_up(painted(tmp_path / "a.tar", 600), MadeUpBackbone(guesses), quiet, sample=300)
-    assert report.recommended is None and report.verdict.startswith("No score tells true captions from shuffled ones here")
+    assert report.recommended is None and report.verdict.startswith(
+        "No score tells true captions from shuffled ones here"
+    )
     for name in ("similarity", "support", "cooccurrence", "raw", "random"):
         low, high = report.scores[name].interval
         assert low < 0.5 < high and 0.45 < report.scores[name].auc < 0.55
@@ -116,8 +129,15 @@ def test_a_model_that_guesses_is_chance(tmp_path, quiet):
 
 def test_true_and_shuffled_pairs_hold_the_same_captions(tmp_path, quiet):
     report = made_up(painted(tmp_path / "a.tar", 100), MadeUpBackbone(guesses), quiet, sample=50)
-    assert report.scores["caption_chars"].auc == report.scores["caption_tokens"].auc == report.scores["l0_image"].auc == 0.5
-    assert report.scores["caption_tokens"].length_correlation != report.scores["caption_tokens"].length_correlation  # all are as long
+    assert (
+        report.scores["caption_chars"].auc
+        == report.scores["caption_tokens"].auc
+        == report.scores["l0_image"].auc
+        == 0.5
+    )
+    assert (
+        report.scores["caption_tokens"].length_correlation != report.scores["caption_tokens"].length_correlation
+    )  # all are as long
     assert report.notes == ["only 50 pairs are compared, so the intervals are wide; 200 or more make them useful",
                             "the feature weights come from only 50 pairs; about 1,000 make them steady"]  # fmt: skip
 
@@ -126,7 +146,10 @@ def test_an_sae_of_another_layer_hardly_reconstructs(tmp_path, quiet):
     silent = SAE(torch.eye(CONCEPTS), torch.full((CONCEPTS,), -5.0), torch.eye(CONCEPTS), torch.ones(CONCEPTS))
     report = made_up(painted(tmp_path / "a.tar", 100), MadeUpBackbone(understands), quiet, sae=silent, sample=50)
     assert report.recommended == "raw" and report.fidelity.hardly_reconstructed == ["image", "text"]
-    assert "the SAE hardly reconstructs image and text tokens (FVU" in report.verdict and "while no score through the SAE does" in report.verdict
+    assert (
+        "the SAE hardly reconstructs image and text tokens (FVU" in report.verdict
+        and "while no score through the SAE does" in report.verdict
+    )
     assert "16 of the SAE's 16 features fire on no token of these pairs" in report.notes
 
 
@@ -154,10 +177,15 @@ def _grey(i: int) -> bytes:
 def test_captions_that_most_pairs_share_are_left_out(tmp_path, quiet):
     same = painted(tmp_path / "a.tar", 60, words="concept 3")
     with pytest.raises(
-        MMFilterError, match="60 samples hold 60 usable pairs, and 30 of those to compare share their caption or image with most others; a check needs"
+        MMFilterError,
+        match="60 samples hold 60 usable pairs, and 30 of those to compare share their caption or image with most others; a check needs",
     ):
         made_up(same, MadeUpBackbone(understands), quiet)
-    extra = [member for i in range(100, 160) for member in ((f"z{i}.png", _grey(i)), (f"z{i}.txt", b"concept 1 and the same"))]
+    extra = [
+        member
+        for i in range(100, 160)
+        for member in ((f"z{i}.png", _grey(i)), (f"z{i}.txt", b"concept 1 and the same"))
+    ]
     report = made_up(painted(tmp_path / "b.tar", 60, extra=tuple(extra[:80])), MadeUpBackbone(understands), quiet)
     assert report.n_left_out == 0 and report.n_pairs == 50
 
@@ -175,7 +203,9 @@ def test_a_shard_that_breaks_is_a_note(tmp_path, quiet):
     shard = painted(tmp_path / "a.tar", 200)
     shard.write_bytes(shard.read_bytes()[:200_000])
     report = made_up(shard, MadeUpBackbone(understands), quiet)
-    assert report.notes[0].startswith(f"shard {str(shard)!r} is truncated") and report.notes[0].endswith("; the pairs before that are used")
+    assert report.notes[0].startswith(f"shard {str(shard)!r} is truncated") and report.notes[0].endswith(
+        "; the pairs before that are used"
+    )
 
 
 @pytest.mark.parametrize(("option", "least"), [("sample", 20), ("bootstrap", 100), ("batch_size", 1), ("workers", 1)])
@@ -185,9 +215,15 @@ def test_settings_are_checked(option, least):
 
 
 def test_fitting_and_scored_pairs_have_no_image_in_common(tmp_path, quiet):
-    shown_again = tuple(member for i in range(40) for member in ((f"z{i}.png", _grey(i % 8)), (f"z{i}.txt", f"concept 1 seen {i}".encode())))
+    shown_again = tuple(
+        member
+        for i in range(40)
+        for member in ((f"z{i}.png", _grey(i % 8)), (f"z{i}.txt", f"concept 1 seen {i}".encode()))
+    )
     with PairSample() as sample:
-        sample.gather([str(painted(tmp_path / "a.tar", 101, extra=shown_again))], 141, DecodeSettings(), workers=1, progress=quiet)
+        sample.gather(
+            [str(painted(tmp_path / "a.tar", 101, extra=shown_again))], 141, DecodeSettings(), workers=1, progress=quiet
+        )
         fitting, scored, source = deal(sample, CheckSettings(CARD))
         assert len(deal(sample, CheckSettings(CARD, sample=30))[1]) == 30
         images = [{sample.pairs[number].image_hash for number in part} for part in (fitting, scored)]
@@ -197,7 +233,10 @@ def test_fitting_and_scored_pairs_have_no_image_in_common(tmp_path, quiet):
 
 def test_the_seed_decides_and_nothing_else(tmp_path, quiet):
     shard = painted(tmp_path / "a.tar", 120)
-    once, again, other = (made_up(shard, MadeUpBackbone(guesses), quiet, seed=seed, batch_size=size) for seed, size in ((0, 32), (0, 5), (1, 32)))
+    once, again, other = (
+        made_up(shard, MadeUpBackbone(guesses), quiet, seed=seed, batch_size=size)
+        for seed, size in ((0, 32), (0, 5), (1, 32))
+    )
     aucs = [[score.auc for score in report.scores.values()] for report in (once, again, other)]
     assert aucs[0] == aucs[1] != aucs[2]
     np.testing.assert_array_equal(once.scores["support"].draws, again.scores["support"].draws)
@@ -241,7 +280,9 @@ def test_aucs_of_the_embedded_model_equal_a_float64_computation(tiny, tmp_path, 
                 got = backbone.activations(backbone.prepare([image], [sample.pairs[scored[owner]].caption]))
                 sides = [got.states[got.side == side].double().numpy() for side in (IMAGE, TEXT)]
                 codes = [reference.dense_codes(side, tensors, k=None, subtract=True) for side in sides]
-                found = reference.pair_scores(*sides, *codes, weights.omega.numpy(), weights.idf.double().numpy(), card.threshold)
+                found = reference.pair_scores(
+                    *sides, *codes, weights.omega.numpy(), weights.idf.double().numpy(), card.threshold
+                )
                 for name, value in found.items():
                     wanted.setdefault(name, ([], []))[other].append(np.float32(value))
                 if not other:
@@ -250,7 +291,11 @@ def test_aucs_of_the_embedded_model_equal_a_float64_computation(tiny, tmp_path, 
     for name in formulas():
         expected = mannwhitneyu(*wanted[name]).statistic / 80**2
         assert report.scores[name].auc == pytest.approx(expected, abs=2e-3), name
-    assert report.scores["raw"].auc > 0.85 and report.scores["similarity"].auc > 0.8 and report.scores["support"].auc > 0.75
+    assert (
+        report.scores["raw"].auc > 0.85
+        and report.scores["similarity"].auc > 0.8
+        and report.scores["support"].auc > 0.75
+    )
     assert 0.4 < report.scores["l0"].auc < 0.6 < report.scores["saev"].auc < report.scores["similarity"].auc
     for side, parts in zip(("image", "text"), states, strict=True):
         assert report.fidelity.sides[side].fvu == pytest.approx(fvu(np.concatenate(parts), sae), rel=1e-4)
@@ -258,7 +303,9 @@ def test_aucs_of_the_embedded_model_equal_a_float64_computation(tiny, tmp_path, 
 
 def fvu(x: np.ndarray, sae: SAE) -> float:
     """Every active feature takes part."""
-    W, b, back, centre, threshold = (getattr(sae, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
+    W, b, back, centre, threshold = (
+        getattr(sae, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    )
     pre = (x - centre) @ W + b
     again = np.where(pre > threshold, pre, 0) @ back + centre
     return ((x - again) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
@@ -267,9 +314,15 @@ def fvu(x: np.ndarray, sae: SAE) -> float:
 @pytest.mark.slow
 def test_weights_are_fitted_where_the_card_has_none(tiny, tmp_path, quiet):
     shard = clean(tmp_path / "clean.tar")
-    fitted, given = (check([str(shard)], CheckSettings(card, sample=150), quiet) for card in (replace(tiny[0], weights=None), tiny[0]))
+    fitted, given = (
+        check([str(shard)], CheckSettings(card, sample=150), quiet)
+        for card in (replace(tiny[0], weights=None), tiny[0])
+    )
     assert (fitted.card_weights, given.card_weights, fitted.n_fitted) == (False, True, 150)
-    assert fitted.scores["raw"].auc == given.scores["raw"].auc and fitted.scores["support"].auc == given.scores["support"].auc
+    assert (
+        fitted.scores["raw"].auc == given.scores["raw"].auc
+        and fitted.scores["support"].auc == given.scores["support"].auc
+    )
     assert fitted.scores["similarity"].auc != given.scores["similarity"].auc
     assert fitted.scores["similarity"].auc == pytest.approx(given.scores["similarity"].auc, abs=0.05)
     assert fitted.scores["similarity"].random.auc == given.scores["similarity"].random.auc

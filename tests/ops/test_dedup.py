@@ -84,20 +84,28 @@ def test_the_stored_pairs_are_all_and_exact(tmp_path, quiet, on):
     samples = clustered(600, seed=3)
     run = write_run(tmp_path / "run", samples)
     run_dedup(run, quiet, 0.9, on)
-    found = {((r["shard"], r["row"]), (r["other_shard"], r["other_row"])): r for r in pq.read_table(run / "duplicates.parquet").to_pylist()}
+    found = {
+        ((r["shard"], r["row"]), (r["other_shard"], r["other_row"])): r
+        for r in pq.read_table(run / "duplicates.parquet").to_pylist()
+    }
     similarity, first = similarities(samples, on), first_of_group(samples, on)
     scored = [i for i, sample in enumerate(samples) if sample.score is not None and first[i] == i]
     wanted = {}
     for i in scored:
         for j in scored:
             if i < j and similarity[i, j] >= np.float32(0.88):
-                wanted[frozenset([(samples[i].shard, samples[i].row), (samples[j].shard, samples[j].row)])] = float(similarity[i, j])
+                wanted[frozenset([(samples[i].shard, samples[i].row), (samples[j].shard, samples[j].row)])] = float(
+                    similarity[i, j]
+                )
     assert {frozenset(pair) for pair in found} <= wanted.keys()
     missed = [value for pair, value in wanted.items() if pair not in {frozenset(pair) for pair in found}]
     assert len(missed) <= 0.005 * len(wanted) and all(value < 0.9 for value in missed) and len(wanted) > 50
     for pair, row in found.items():
         assert row["similarity"] == pytest.approx(wanted[frozenset(pair)], abs=1e-6)
-        assert row["similarity"] == {"both": min(row["image"], row["text"]), "image": row["image"], "text": row["text"]}[on]
+        assert (
+            row["similarity"]
+            == {"both": min(row["image"], row["text"]), "image": row["image"], "text": row["text"]}[on]
+        )
 
 
 def small_clusters(monkeypatch) -> None:
@@ -110,7 +118,10 @@ def test_clusters_find_what_brute_force_finds(tmp_path, quiet, monkeypatch):
     samples = clustered(3000, seed=4)
     run = write_run(tmp_path / "run", samples, group=500)
     summary = run_dedup(run, quiet, 0.9)
-    assert summary.index["clusters"] == round(4 * summary.index["samples"] ** 0.5) and summary.index["clusters_searched"] >= 8
+    assert (
+        summary.index["clusters"] == round(4 * summary.index["samples"] ** 0.5)
+        and summary.index["clusters_searched"] >= 8
+    )
     assert summary.index["found"] >= 0.999 and summary.index["true_neighbours"] > 100
     first, similarity = np.array(first_of_group(samples, "both")), similarities(samples, "both")
     own = np.array([i == f and samples[i].score is not None for i, f in enumerate(first)])
@@ -139,11 +150,18 @@ def test_nothing_depends_on_order_shards_or_workers(tmp_path, quiet, monkeypatch
 def test_samples_in_other_rows_and_shards_are_decided_alike(tmp_path, quiet):
     samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(500, seed=6))]
     order = np.random.default_rng(0).permutation(len(samples))
-    moved = [dataclasses.replace(samples[i], shard=f"/data/s{n % 4}.tar", row=n // 4) for n, i in enumerate(order.tolist())]
+    moved = [
+        dataclasses.replace(samples[i], shard=f"/data/s{n % 4}.tar", row=n // 4) for n, i in enumerate(order.tolist())
+    ]
     kept = []
     for name, some in (("one", samples), ("other", moved)):
         run_dedup(write_run(tmp_path / name, some), quiet, 0.9)
-        kept.append({row["key"]: (row["kept"], row["duplicate_of"]) for row in pq.read_table(tmp_path / name / "dedup.parquet").to_pylist()})
+        kept.append(
+            {
+                row["key"]: (row["kept"], row["duplicate_of"])
+                for row in pq.read_table(tmp_path / name / "dedup.parquet").to_pylist()
+            }
+        )
     assert kept[0] == kept[1]
 
 
@@ -152,12 +170,20 @@ def test_clusters_in_another_order_with_other_threads_and_less_memory_decide_the
     monkeypatch.setattr(index_module, "LEAST_AT_ONCE", 0)
     samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(2000, seed=41))]
     order = np.random.default_rng(1).permutation(len(samples))
-    moved = [dataclasses.replace(samples[i], shard=f"/data/m{n % 7}.tar", row=n // 7) for n, i in enumerate(order.tolist())]
+    moved = [
+        dataclasses.replace(samples[i], shard=f"/data/m{n % 7}.tar", row=n // 7) for n, i in enumerate(order.tolist())
+    ]
     decisions, pairs = [], []
-    for name, some, settings in (("a", samples, {"workers": 1}), ("b", moved, {"workers": 3}), ("c", moved, {"memory": 300 * 520 / 2**30})):
+    for name, some, settings in (
+        ("a", samples, {"workers": 1}),
+        ("b", moved, {"workers": 3}),
+        ("c", moved, {"memory": 300 * 520 / 2**30}),
+    ):
         run = write_run(tmp_path / name, some, group=50 if name == "a" else 333)
         run_dedup(run, quiet, 0.9, **settings)
-        table = pq.read_table(run / "dedup.parquet").select(["key", "score", "kept", "reason", "duplicate_of", "similarity"])
+        table = pq.read_table(run / "dedup.parquet").select(
+            ["key", "score", "kept", "reason", "duplicate_of", "similarity"]
+        )
         decisions.append(table.sort_by("key"))
         rows = pq.read_table(run / "duplicates.parquet").to_pylist()
         pairs.append({(*sorted([r["key"], r["other_key"]]), r["image"], r["text"], r["similarity"]) for r in rows})
@@ -179,9 +205,16 @@ def test_every_kind_of_index_finds_995_of_1000_pairs_at_the_threshold(tmp_path, 
     first, similarity = np.array(first_of_group(samples, "both")), similarities(samples, "both")
     own = np.array([i == f and samples[i].score is not None for i, f in enumerate(first)])
     where = [(sample.shard, sample.row) for sample in samples]
-    wanted = {frozenset([where[i], where[j]]) for i, j in np.argwhere(np.triu(similarity >= np.float32(0.9), 1) & own & own[:, None]).tolist()}
+    wanted = {
+        frozenset([where[i], where[j]])
+        for i, j in np.argwhere(np.triu(similarity >= np.float32(0.9), 1) & own & own[:, None]).tolist()
+    }
     rows = pq.read_table(run / "duplicates.parquet").to_pylist()
-    found = {frozenset([(r["shard"], r["row"]), (r["other_shard"], r["other_row"])]) for r in rows if r["similarity"] >= np.float32(0.9)}
+    found = {
+        frozenset([(r["shard"], r["row"]), (r["other_shard"], r["other_row"])])
+        for r in rows
+        if r["similarity"] >= np.float32(0.9)
+    }
     assert found <= wanted and len(found) >= 0.995 * len(wanted) and len(wanted) > 1000
 
 
@@ -190,7 +223,9 @@ def test_a_crowd_with_the_same_codes_keeps_one_at_threshold_1(tmp_path, quiet):
     image, text = side(rng), side(rng)
     samples = [Sample(f"{i:05d}", "/data/s.tar", i, image, text, i % 7 / 7, f"i{i}", f"t{i}") for i in range(400)]
     samples += [
-        dataclasses.replace(sample, key=f"far{sample.key}", row=400 + i, image=near(rng, image, 0.3), image_hash=f"far{i}")
+        dataclasses.replace(
+            sample, key=f"far{sample.key}", row=400 + i, image=near(rng, image, 0.3), image_hash=f"far{i}"
+        )
         for i, sample in enumerate(samples[:20])
     ]
     run = write_run(tmp_path / "run", samples)
@@ -216,20 +251,39 @@ def test_a_chain_keeps_its_ends(tmp_path, quiet):
     idf = np.log((1 + 1000) / (1 + SAMPLES))
     one, other = (int(j) for j in np.argsort(-idf)[:2])
     angles = (0, 15, 30)  # cosines of 0.966 from one to the next, 0.866 end to end
-    images = [{one: 4 * np.cos(np.radians(a)) / idf[one], other: 4 * np.sin(np.radians(a)) / idf[other] + 1e-7} for a in angles]
-    samples = [Sample(name, "/data/s.tar", i, image, {5: 1.0}, 0.9 - i / 10, name, f"t{i}") for i, (name, image) in enumerate(zip("abc", images, strict=True))]
+    images = [
+        {one: 4 * np.cos(np.radians(a)) / idf[one], other: 4 * np.sin(np.radians(a)) / idf[other] + 1e-7}
+        for a in angles
+    ]
+    samples = [
+        Sample(name, "/data/s.tar", i, image, {5: 1.0}, 0.9 - i / 10, name, f"t{i}")
+        for i, (name, image) in enumerate(zip("abc", images, strict=True))
+    ]
     run = write_run(tmp_path / "run", samples)
     run_dedup(run, quiet, 0.95)
     rows = {row["key"]: row for row in pq.read_table(run / "dedup.parquet").to_pylist()}
     assert [rows[key]["kept"] for key in "abc"] == [True, False, True]
-    assert rows["b"]["duplicate_of"] == "a" and rows["b"]["similarity"] == pytest.approx(np.cos(np.radians(15)), abs=1e-3)
+    assert rows["b"]["duplicate_of"] == "a" and rows["b"]["similarity"] == pytest.approx(
+        np.cos(np.radians(15)), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_small_runs_of_any_kind_are_decided_as_by_the_loop(tmp_path, quiet, seed):
     rng = np.random.default_rng(100 + seed)
-    samples = clustered(int(rng.integers(2, 120)), seed=seed, share=rng.uniform(0, 1), shards=int(rng.integers(1, 6)), ties=bool(seed % 2))
-    some = [dataclasses.replace(sample, image={} if rng.random() < 0.1 else sample.image, text={} if rng.random() < 0.1 else sample.text) for sample in samples]
+    samples = clustered(
+        int(rng.integers(2, 120)),
+        seed=seed,
+        share=rng.uniform(0, 1),
+        shards=int(rng.integers(1, 6)),
+        ties=bool(seed % 2),
+    )
+    some = [
+        dataclasses.replace(
+            sample, image={} if rng.random() < 0.1 else sample.image, text={} if rng.random() < 0.1 else sample.text
+        )
+        for sample in samples
+    ]
     run = write_run(tmp_path / "run", some, group=int(rng.integers(1, 60)))
     for on in ("both", "image", "text"):
         threshold = float(np.round(rng.uniform(0.05, 1), 3))
@@ -239,11 +293,18 @@ def test_small_runs_of_any_kind_are_decided_as_by_the_loop(tmp_path, quiet, seed
 
 def test_scores_that_are_nan_are_no_scores(tmp_path, quiet):
     samples = clustered(60, seed=44)
-    wrong = [dataclasses.replace(sample, score=float("nan") if i % 5 == 0 and sample.score is not None else sample.score) for i, sample in enumerate(samples)]
+    wrong = [
+        dataclasses.replace(sample, score=float("nan") if i % 5 == 0 and sample.score is not None else sample.score)
+        for i, sample in enumerate(samples)
+    ]
     run = write_run(tmp_path / "run", wrong)
     summary = run_dedup(run, quiet, 0.9)
     present = [sample for sample in wrong if sample.score is not None and sample.score == sample.score]
-    assert summary.scored == len(present) == sum(row["kept"] or "duplicate" in row["reason"] for row in pq.read_table(run / "dedup.parquet").to_pylist())
+    assert (
+        summary.scored
+        == len(present)
+        == sum(row["kept"] or "duplicate" in row["reason"] for row in pq.read_table(run / "dedup.parquet").to_pylist())
+    )
     check_same(decided(run / "dedup.parquet"), greedy(wrong, "both", 0.9, lambda sample: sample.score == sample.score))
 
 
@@ -251,7 +312,10 @@ def test_a_formula_ranks(tmp_path, quiet):
     samples = clustered(200, seed=45)
     run = write_run(tmp_path / "run", samples)
     run_dedup(run, quiet, 0.9, by="1 - similarity")
-    turned = [dataclasses.replace(sample, score=None if sample.score is None else 1 - np.float32(sample.score)) for sample in samples]
+    turned = [
+        dataclasses.replace(sample, score=None if sample.score is None else 1 - np.float32(sample.score))
+        for sample in samples
+    ]
     check_same(decided(run / "dedup.parquet"), greedy(turned, "both", 0.9))
 
 
@@ -293,7 +357,10 @@ def test_a_run_that_grew_is_searched_again(tmp_path, quiet):
 def test_a_shard_that_is_scored_again_with_other_codes_is_searched_again(tmp_path, quiet):
     samples = clustered(200, seed=46)
     lost = next(i for i, sample in enumerate(samples) if sample.score is not None)
-    run = write_run(tmp_path / "run", [dataclasses.replace(sample, score=None) if i == lost else sample for i, sample in enumerate(samples)])
+    run = write_run(
+        tmp_path / "run",
+        [dataclasses.replace(sample, score=None) if i == lost else sample for i, sample in enumerate(samples)],
+    )
     run_dedup(run, quiet, 0.9)
     write_run(run, samples)
     run_dedup(run, quiet, 0.9)
@@ -309,7 +376,18 @@ def crowd(n: int) -> list[Sample]:
     for i in range(2 * n + 40):
         image, text = centres[i % 2] if i < 2 * n else (side(rng), side(rng))
         image, text = near(rng, image, rng.choice([0.02, 0.15, 0.25])), near(rng, text, 0.05)
-        samples.append(Sample(f"{i:05d}", f"/data/s{i % 3}.tar", i // 3, image, text, float(np.float32(rng.random())), f"i{i}", f"t{i}"))
+        samples.append(
+            Sample(
+                f"{i:05d}",
+                f"/data/s{i % 3}.tar",
+                i // 3,
+                image,
+                text,
+                float(np.float32(rng.random())),
+                f"i{i}",
+                f"t{i}",
+            )
+        )
     return samples
 
 
@@ -350,7 +428,9 @@ def test_borderline_pairs_are_the_closest_on_either_side(tmp_path, quiet):
 def test_a_side_without_features_is_near_to_nothing(tmp_path, quiet):
     rng = np.random.default_rng(0)
     image = side(rng)
-    samples = [Sample(f"{i}", "/data/s.tar", i, image, {} if i < 3 else {5: 1.0}, i / 10, f"i{i}", f"t{i}") for i in range(5)]
+    samples = [
+        Sample(f"{i}", "/data/s.tar", i, image, {} if i < 3 else {5: 1.0}, i / 10, f"i{i}", f"t{i}") for i in range(5)
+    ]
     run = write_run(tmp_path / "run", samples)
     assert run_dedup(run, quiet, 0.9).near == 1  # only the two with a text
     assert run_dedup(run, quiet, 1.0, "image").near == 4  # the same codes, though their hashes differ
@@ -360,10 +440,15 @@ def test_a_run_that_cannot_be_written_is_searched_and_nothing_is_kept(tmp_path, 
     samples = [dataclasses.replace(sample, key=f"{i:05d}") for i, sample in enumerate(clustered(200, seed=47))]
     run = write_run(tmp_path / "run", samples)
     before = sorted(path.name for path in run.iterdir())
-    monkeypatch.setattr("os.access", lambda path, _: run not in (Path(path), *Path(path).parents))  # root may write everywhere
+    monkeypatch.setattr(
+        "os.access", lambda path, _: run not in (Path(path), *Path(path).parents)
+    )  # root may write everywhere
     with pytest.raises(RunError) as caught:
         run_dedup(run, quiet, 0.9)
-    assert str(caught.value) == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+    assert (
+        str(caught.value)
+        == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+    )
     kept = [sample.key for sample in samples if greedy(samples, "both", 0.9).get((sample.shard, sample.row), 0) is None]
     assert sorted(keys_of(run, tmp_path, top="100%", dedup=0.9)) == kept
     assert len(search(run, SearchSettings(key=kept[0], n=3), quiet)) == 3
@@ -374,7 +459,9 @@ def test_a_run_that_cannot_be_written_is_searched_and_nothing_is_kept(tmp_path, 
 
 def test_a_run_without_duplicates_and_one_without_a_scored_sample(tmp_path, quiet):
     samples = clustered(50, seed=13, share=0)
-    assert run_dedup(write_run(tmp_path / "a", samples), quiet).kept == sum(sample.score is not None for sample in samples)
+    assert run_dedup(write_run(tmp_path / "a", samples), quiet).kept == sum(
+        sample.score is not None for sample in samples
+    )
     nothing = [dataclasses.replace(sample, score=None) for sample in samples]
     summary = run_dedup(write_run(tmp_path / "b", nothing), quiet)
     assert (summary.rows, summary.scored, summary.kept, summary.pairs) == (50, 0, 0, 0)
@@ -397,12 +484,19 @@ def test_select_drops_duplicates_among_the_candidates_and_counts_them(tmp_path, 
     run = write_run(tmp_path / "run", samples)
     candidates = [sample for sample in samples if where is None or len(sample.text) >= 15]
     wanted = greedy(samples, on, 0.9, lambda sample: where is None or len(sample.text) >= 15)
-    left = sorted((sample for sample in candidates if wanted.get((sample.shard, sample.row), 0) is None), key=lambda sample: (-sample.score, sample.key))
+    left = sorted(
+        (sample for sample in candidates if wanted.get((sample.shard, sample.row), 0) is None),
+        key=lambda sample: (-sample.score, sample.key),
+    )
     quota = int(len(candidates) * 0.3 + 0.5)
     assert len(left) > quota
-    assert sorted(keys_of(run, tmp_path, top="30%", where=where, dedup=0.9, dedup_on=on)) == sorted(sample.key for sample in left[:quota])
+    assert sorted(keys_of(run, tmp_path, top="30%", where=where, dedup=0.9, dedup_on=on)) == sorted(
+        sample.key for sample in left[:quota]
+    )
     (tmp_path / "keys.txt").unlink()
-    selection = select(run, SelectSettings(top="30%", where=where, dedup=0.9, dedup_on=on, format="keys", output=tmp_path / "keys.txt"))
+    selection = select(
+        run, SelectSettings(top="30%", where=where, dedup=0.9, dedup_on=on, format="keys", output=tmp_path / "keys.txt")
+    )
     same = "same text" if on == "text" else "same image and text"
     funnel = dict(selection.funnel)
     assert funnel["without near-duplicates (--dedup 0.9)"] == len(left)
@@ -423,7 +517,9 @@ def test_select_uses_the_pairs_of_dedup(tmp_path, quiet, monkeypatch):
 
 @pytest.mark.parametrize("threshold", [0, 1.01, -1, float("nan")])
 def test_a_threshold_that_is_no_cosine(threshold):
-    with pytest.raises(SelectionError, match=r"the similarity threshold is .*; give one above 0 and up to 1, such as 0\.95"):
+    with pytest.raises(
+        SelectionError, match=r"the similarity threshold is .*; give one above 0 and up to 1, such as 0\.95"
+    ):
         DuplicateSettings(threshold)
     with pytest.raises(SelectionError, match="the similarity threshold is"):
         SelectSettings(top="5", dedup=threshold, format="keys")
@@ -432,7 +528,9 @@ def test_a_threshold_that_is_no_cosine(threshold):
 def test_settings_that_cannot_be():
     with pytest.raises(SelectionError, match="--on 'sound' is unknown; choose from both, image, text"):
         DuplicateSettings(on="sound")
-    with pytest.raises(SelectionError, match="--memory is 0; give GiB above 0, or leave it out to use half of what is free"):
+    with pytest.raises(
+        SelectionError, match="--memory is 0; give GiB above 0, or leave it out to use half of what is free"
+    ):
         DuplicateSettings(memory=0)
     with pytest.raises(SelectionError, match="--workers is 0; at least 1 is needed"):
         DuplicateSettings(workers=0)
@@ -445,17 +543,24 @@ def test_a_run_without_codes_is_one_line(tmp_path, quiet):
     RunDirectory(run).codes("s1").unlink()
     with pytest.raises(RunError) as caught:
         run_dedup(run, quiet)
-    assert str(caught.value) == f"run {str(run)!r} has no codes of shard '/data/s1.tar': delete scores/s1.parquet in it and run mmfilter score again"
+    assert (
+        str(caught.value)
+        == f"run {str(run)!r} has no codes of shard '/data/s1.tar': delete scores/s1.parquet in it and run mmfilter score again"
+    )
 
 
 def test_damage_is_named(tmp_path, quiet):
     run = write_run(tmp_path / "run", clustered(30))
     RunDirectory(run).codes("s1").write_bytes(b"PAR1 no more")
-    with pytest.raises(RunError, match=r"code table '.*s1\.parquet' cannot be read \(.*\); delete it and score the shard again"):
+    with pytest.raises(
+        RunError, match=r"code table '.*s1\.parquet' cannot be read \(.*\); delete it and score the shard again"
+    ):
         run_dedup(run, quiet)
     write_run(run, clustered(30))
     RunDirectory(run).weights.write_bytes(b"nothing")
-    with pytest.raises(RunError, match=r"feature weights '.*' cannot be read \(.*\); score into another --run to fit them again"):
+    with pytest.raises(
+        RunError, match=r"feature weights '.*' cannot be read \(.*\); score into another --run to fit them again"
+    ):
         run_dedup(run, quiet)
     write_run(run, clustered(30))
     run_dedup(run, quiet)
@@ -472,15 +577,21 @@ def test_damaged_pairs_are_named(tmp_path, quiet):
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"'.*duplicates\.parquet' is not a readable parquet file: .*; delete the file and run again"):
+        with pytest.raises(
+            RunError, match=r"'.*duplicates\.parquet' is not a readable parquet file: .*; delete the file and run again"
+        ):
             run_dedup(run, quiet)
     path.write_bytes((run / "dedup.parquet").read_bytes())
-    with pytest.raises(RunError, match=r"'.*duplicates\.parquet' is no table of close pairs; move it away and run again"):
+    with pytest.raises(
+        RunError, match=r"'.*duplicates\.parquet' is no table of close pairs; move it away and run again"
+    ):
         run_dedup(run, quiet)
     start = whole.rindex(b"\x28\xb5\x2f\xfd")  # where the last compressed page begins
     path.write_bytes(whole[: start + 4] + b"\xff" * 20 + whole[start + 24 :])
     before = (run / "dedup.parquet").read_bytes()
-    with pytest.raises(RunError, match=r"the stored duplicates '.*' cannot be read \(.*\); delete the file and run again"):
+    with pytest.raises(
+        RunError, match=r"the stored duplicates '.*' cannot be read \(.*\); delete the file and run again"
+    ):
         run_dedup(run, quiet)
     assert (run / "dedup.parquet").read_bytes() == before
 
@@ -489,7 +600,9 @@ def test_codes_of_another_sae_and_codes_that_lack_samples(tmp_path, quiet):
     samples = clustered(30)
     strange = dataclasses.replace(samples[0], image={100_000: 1.0}, score=0.5)
     run = write_run(tmp_path / "a", [strange, *samples[1:]])
-    with pytest.raises(RunError, match=r"code table '.*' has features that '.*weights.safetensors' lacks: it belongs to another SAE"):
+    with pytest.raises(
+        RunError, match=r"code table '.*' has features that '.*weights.safetensors' lacks: it belongs to another SAE"
+    ):
         run_dedup(run, quiet)
     run = write_run(tmp_path / "b", samples)
     fewer = [dataclasses.replace(sample, score=None) if i == 2 else sample for i, sample in enumerate(samples)]
@@ -497,7 +610,9 @@ def test_codes_of_another_sae_and_codes_that_lack_samples(tmp_path, quiet):
     name = Path(samples[2].shard).stem
     RunDirectory(other).codes(name).rename(RunDirectory(run).codes(name))
     n = sum(sample.score is not None for sample in samples)
-    with pytest.raises(RunError, match=f"the code tables hold {n - 1} of {n} samples that have scores; score the shards again"):
+    with pytest.raises(
+        RunError, match=f"the code tables hold {n - 1} of {n} samples that have scores; score the shards again"
+    ):
         run_dedup(run, quiet)
 
 

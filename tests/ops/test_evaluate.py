@@ -76,10 +76,15 @@ def test_the_figures_are_those_of_measure_and_the_random_sae_is_as_sparse(tiny, 
         return sum(side.l0 * side.n_tokens for side in fidelity.sides.values())
 
     assert active(found.trials[0].fidelity[RANDOM]) == pytest.approx(active(wanted), rel=1e-3)
-    assert found.notes == ["evaluated on only 25 pairs; 50 or more make the figures steady, and about 1,000 the cross-modal weights"]
+    assert found.notes == [
+        "evaluated on only 25 pairs; 50 or more make the figures steady, and about 1,000 the cross-modal weights"
+    ]
     spread = found.weights[TRAINED]
     assert spread.n_weighted + spread.n_one_sided + spread.n_text_only + spread.n_image_only + spread.n_never == 2048
-    assert spread.n_pairs == 25 and -1 <= spread.quantiles["min"] <= spread.quantiles["median"] <= spread.quantiles["max"] <= 1
+    assert (
+        spread.n_pairs == 25
+        and -1 <= spread.quantiles["min"] <= spread.quantiles["median"] <= spread.quantiles["max"] <= 1
+    )
 
 
 def test_captions_alone_are_those_of_text_context_none(tiny, make_shard, quiet):
@@ -90,13 +95,18 @@ def test_captions_alone_are_those_of_text_context_none(tiny, make_shard, quiet):
     assert alone.fidelity[TRAINED].image.n_tokens == 0 and math.isnan(alone.fidelity[TRAINED].image.fvu)
     none = run(replace(tiny[0], text_context="none"), shard, quiet)
     assert none.trials[0].loss.clean == pytest.approx(alone.loss.clean, rel=1e-6)
-    assert "with text context 'none' captions do not see the image, so the caption loss says nothing of image tokens" in none.notes
+    assert (
+        "with text context 'none' captions do not see the image, so the caption loss says nothing of image tokens"
+        in none.notes
+    )
 
 
 def test_another_checkpoint(tiny, make_shard, quiet, other):
     card, shard = tiny[0], make_shard(n=10)
     found = run(card, shard, quiet, also=(replace(card, name="other", model=other), card), text_only=True)
-    assert [(trial.model, trial.text_only) for trial in found.trials] == [(name, alone) for name in ("tiny", "other", "tiny") for alone in (False, True)]
+    assert [(trial.model, trial.text_only) for trial in found.trials] == [
+        (name, alone) for name in ("tiny", "other", "tiny") for alone in (False, True)
+    ]
     own, own_alone, moved, _, again, again_alone = found.trials
     assert again == own and again_alone.loss == own_alone.loss
     wanted = measure([str(shard)], MeasureSettings(replace(card, model=other), workers=2), quiet).fidelity
@@ -107,21 +117,31 @@ def test_another_checkpoint(tiny, make_shard, quiet, other):
 def test_models_without_such_a_loss_say_why(make_shard, quiet, tmp_path):
     shard = make_shard(n=4)
     tried = run(zoo_card("paligemma", tmp_path / "p"), shard, quiet).trials[0]
-    assert (tried.loss, tried.no_loss) == (None, "the model reads captions in both directions and sees the token that it should predict")
+    assert (tried.loss, tried.no_loss) == (
+        None,
+        "the model reads captions in both directions and sees the token that it should predict",
+    )
     assert tried.fidelity[TRAINED].text.fvu == pytest.approx(0, abs=1e-9)
     tried = run(zoo_card("blip2_t5", tmp_path / "b"), shard, quiet).trials[0]
-    assert (tried.loss, tried.no_loss) == (None, "'blip-2' is an encoder-decoder: captions go through its encoder, which predicts no tokens")
+    assert (tried.loss, tried.no_loss) == (
+        None,
+        "'blip-2' is an encoder-decoder: captions go through its encoder, which predicts no tokens",
+    )
     card = replace(zoo_card("clip", tmp_path / "c", width=24), layer=-1)
     tried = run(card, shard, quiet, also=(card,)).trials[1]
     assert (tried.loss, tried.no_loss) == (None, "'clip' is a dual encoder and predicts no tokens")
-    with pytest.raises(ModelError, match="'clip' is a dual encoder, whose captions never see an image: leave out --text-only"):
+    with pytest.raises(
+        ModelError, match="'clip' is a dual encoder, whose captions never see an image: leave out --text-only"
+    ):
         run(card, shard, quiet, text_only=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_an_untrained_model_is_no_language_model(make_shard, quiet, tmp_path):
     tried = run(zoo_card("llava", tmp_path / "l"), make_shard(n=4), quiet).trials[0]
-    assert tried.loss.meaningless.endswith("is no better than guessing evenly among 600 tokens (6.40): it is no language model of them")
+    assert tried.loss.meaningless.endswith(
+        "is no better than guessing evenly among 600 tokens (6.40): it is no language model of them"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -134,7 +154,10 @@ def test_what_does_not_fit_is_an_error_before_anything_is_computed(tiny, make_sh
             run(card, shard, quiet, also=tuple(replace(card, name="X", model=model) for model in also))
         return str(caught.value)
 
-    assert error(llava.model) == "SAE takes states of width 192, --also 'X' gives 32: it is larger or smaller than the SAE's own model"
+    assert (
+        error(llava.model)
+        == "SAE takes states of width 192, --also 'X' gives 32: it is larger or smaller than the SAE's own model"
+    )
     assert error(qwen.model) == (
         "--also 'X' is qwen2_vl with qwen2_vl_text, and 'tiny' is llava with llama: an SAE is carried over between checkpoints of one architecture"
     )

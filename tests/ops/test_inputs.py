@@ -30,7 +30,9 @@ def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     for path in sorted(folder.glob("*.tar")):
         with open(path, "rb") as file:
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
-                found[sample["__key__"]] = {name: content for name, content in sample.items() if not name.startswith("__")}
+                found[sample["__key__"]] = {
+                    name: content for name, content in sample.items() if not name.startswith("__")
+                }
     return found
 
 
@@ -51,7 +53,9 @@ def scored(tiny, tmp_path_factory) -> Path:
     }
     for kind, shard in kinds.items():
         images = str(shard.parent / "images") if kind in ("json", "jsonl") else None
-        settings = ScoreSettings(card=tiny[0], run=base / "runs" / kind, batch_size=8, workers=2, images=images, allow_pipe=kind == "pipe")
+        settings = ScoreSettings(
+            card=tiny[0], run=base / "runs" / kind, batch_size=8, workers=2, images=images, allow_pipe=kind == "pipe"
+        )
         summary = score([str(shard)], settings, Quiet())
         assert (summary.n_samples, summary.n_scored, summary.n_shards) == (N, N, 1), kind
     return base
@@ -61,7 +65,9 @@ def scored(tiny, tmp_path_factory) -> Path:
 def test_scores_are_those_of_the_tar(scored, kind):
     wanted, found = rows_of(scored / "runs/tar"), rows_of(scored / "runs" / kind)
     for row, same in zip(wanted, found, strict=True):
-        assert {k: v for k, v in row.items() if k not in PER_PLACE} == {k: v for k, v in same.items() if k not in PER_PLACE}
+        assert {k: v for k, v in row.items() if k not in PER_PLACE} == {
+            k: v for k, v in same.items() if k not in PER_PLACE
+        }
     if kind != "pipe":
         assert {(row["offset"], row["nbytes"]) for row in found} == {(None, None)}
 
@@ -87,10 +93,16 @@ def test_selected_samples_have_the_bytes_of_the_input(scored, tmp_path, kind, sh
 @pytest.mark.parametrize("kind", ["folder", "parquet", "json"])
 def test_a_selection_of_everything_scores_the_same_again(scored, tiny, tmp_path, quiet, kind):
     select(scored / "runs" / kind, SelectSettings(top="100%", output=tmp_path / "all"))
-    score([str(tmp_path / "all/00000000.tar")], ScoreSettings(card=tiny[0], run=tmp_path / "again", batch_size=8, workers=2), quiet)
+    score(
+        [str(tmp_path / "all/00000000.tar")],
+        ScoreSettings(card=tiny[0], run=tmp_path / "again", batch_size=8, workers=2),
+        quiet,
+    )
     keep = {"key", "similarity", "support", "image_hash", "text_hash"}
     again, before = rows_of(tmp_path / "again"), rows_of(scored / "runs" / kind)
-    assert [{name: row[name] for name in keep} for row in again] == [{name: row[name] for name in keep} for row in before]
+    assert [{name: row[name] for name in keep} for row in again] == [
+        {name: row[name] for name in keep} for row in before
+    ]
 
 
 def test_the_same_selection_is_the_same_bytes(scored, tmp_path):
@@ -109,7 +121,10 @@ def test_a_finished_run_is_skipped_and_a_changed_file_is_not(tiny, tmp_path, qui
     (folder / "000000001.txt").write_text("a red apple")
     with pytest.raises(SelectionError) as caught:
         select(tmp_path / "run", SelectSettings(top="2", output=tmp_path / "best"))
-    assert str(caught.value) == f"shard '{folder}/' has changed since it was scored, its byte ranges may be wrong; score it again"
+    assert (
+        str(caught.value)
+        == f"shard '{folder}/' has changed since it was scored, its byte ranges may be wrong; score it again"
+    )
     assert score([str(folder)], settings, quiet).n_new == 4
     select(tmp_path / "run", SelectSettings(top="2", output=tmp_path / "best"))
 
@@ -121,7 +136,12 @@ def test_nothing_is_written_into_a_folder_that_is_input(scored, tiny, tmp_path, 
             score([str(folder)], ScoreSettings(card=tiny[0], run=run, workers=1), quiet)
     with pytest.raises(SelectionError, match="holds shards of the input; name a new folder"):
         select(scored / "runs/folder", SelectSettings(top="2", output=scored / "folder/best"))
-    assert sorted(path.name for path in folder.iterdir()) == ["000000000.jpg", "000000000.txt", "000000001.jpg", "000000001.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "000000000.jpg",
+        "000000000.txt",
+        "000000001.jpg",
+        "000000001.txt",
+    ]
 
 
 def test_a_run_of_a_command_gives_keys_only(scored, tmp_path):
@@ -130,7 +150,10 @@ def test_a_run_of_a_command_gives_keys_only(scored, tmp_path):
     with pytest.raises(SelectionError) as caught:
         select(run, SelectSettings(top="2", output=tmp_path / "best"))
     command = f"pipe:cat {scored}/data/00000.tar"
-    assert str(caught.value) == f"run {str(run)!r} was scored from the command {command!r}, so there is no shard to copy from; use --format keys"
+    assert (
+        str(caught.value)
+        == f"run {str(run)!r} was scored from the command {command!r}, so there is no shard to copy from; use --format keys"
+    )
     assert select(run, SelectSettings(top="2", format="keys", output=tmp_path / "keys")).kept == 2
 
 
@@ -139,7 +162,9 @@ def test_a_command_is_run_once_also_when_weights_are_fitted(scored, tiny, tmp_pa
 
     log = tmp_path / "log"
     shards = [f"pipe:echo {i} >> {log}; cat {scored}/data/00000.tar" for i in range(2)]
-    settings = ScoreSettings(card=replace(tiny[0], weights=None), run=tmp_path / "run", batch_size=8, workers=2, allow_pipe=True)
+    settings = ScoreSettings(
+        card=replace(tiny[0], weights=None), run=tmp_path / "run", batch_size=8, workers=2, allow_pipe=True
+    )
     summary = score(shards, settings, quiet)
     assert (summary.n_samples, summary.n_scored, log.read_text()) == (2 * N, 2 * N, "0\n1\n")
     assert score(shards, settings, quiet).n_skipped == 2 and log.read_text() == "0\n1\n"
@@ -147,19 +172,28 @@ def test_a_command_is_run_once_also_when_weights_are_fitted(scored, tiny, tmp_pa
 
 def test_a_command_that_fails_is_a_shard_that_failed(scored, tiny, tmp_path, quiet):
     good, bad = f"pipe:cat {scored}/data/00000.tar", "pipe:echo no luck >&2; exit 3"
-    summary = score([bad, good], ScoreSettings(card=tiny[0], run=tmp_path / "run", workers=1, batch_size=8, allow_pipe=True), quiet)
-    assert [str(error) for error in summary.failures] == [f"shard {bad!r} failed with exit status 3 (no luck); run the command by itself to see why"]
+    summary = score(
+        [bad, good], ScoreSettings(card=tiny[0], run=tmp_path / "run", workers=1, batch_size=8, allow_pipe=True), quiet
+    )
+    assert [str(error) for error in summary.failures] == [
+        f"shard {bad!r} failed with exit status 3 (no luck); run the command by itself to see why"
+    ]
     assert summary.n_scored == N
 
 
 def test_images_has_no_meaning_without_json(scored, tiny, tmp_path, quiet):
     with pytest.raises(ShardError) as caught:
         score([f"{scored}/data/00000.tar"], ScoreSettings(card=tiny[0], run=tmp_path / "run", images="x"), quiet)
-    assert str(caught.value) == f"shard '{scored}/data/00000.tar' is no LLaVA JSON, and --images is the folder of those; leave it out"
+    assert (
+        str(caught.value)
+        == f"shard '{scored}/data/00000.tar' is no LLaVA JSON, and --images is the folder of those; leave it out"
+    )
 
 
 def test_check_takes_them_too(scored, tiny, quiet):
-    settings = check_operation.CheckSettings(card=tiny[0], sample=N, bootstrap=100, workers=1, images=str(scored / "llava/images"))
+    settings = check_operation.CheckSettings(
+        card=tiny[0], sample=N, bootstrap=100, workers=1, images=str(scored / "llava/images")
+    )
     report = check_operation.check([str(scored / "llava/data.json")], settings, quiet)
     settings = check_operation.CheckSettings(card=tiny[0], sample=N, bootstrap=100, workers=1)
     assert repr(report.scores) == repr(check_operation.check([str(scored / "data/00000.tar")], settings, quiet).scores)

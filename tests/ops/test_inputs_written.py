@@ -48,9 +48,16 @@ def mixed(tmp_path_factory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("mixed")
     parts = [PAIRS[:10], PAIRS[10:20], PAIRS[20:]]
     tars = [inputs.as_tar(base / f"tars/{i}.tar", part) for i, part in enumerate(parts)]
-    kinds = [inputs.as_tar(base / "data/0.tar", parts[0]), f"{inputs.as_folder(base / 'folder', parts[1])}/", inputs.as_parquet(base / "2.parquet", parts[2])]
+    kinds = [
+        inputs.as_tar(base / "data/0.tar", parts[0]),
+        f"{inputs.as_folder(base / 'folder', parts[1])}/",
+        inputs.as_parquet(base / "2.parquet", parts[2]),
+    ]
     scores = [COLUMNS[:10], COLUMNS[10:20], COLUMNS[20:]]
-    return tuple(make_run(base / name, {str(path): part for path, part in zip(paths, scores, strict=True)}) for name, paths in (("a", kinds), ("b", tars)))
+    return tuple(
+        make_run(base / name, {str(path): part for path, part in zip(paths, scores, strict=True)})
+        for name, paths in (("a", kinds), ("b", tars))
+    )
 
 
 def out(run: Path, tmp_path: Path, form: str, name: str, **settings: Any) -> Path:
@@ -63,7 +70,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def decisions(folder: Path) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "shard"} for row in pq.read_table(folder / "selection.parquet").to_pylist()]
+    return [
+        {name: value for name, value in row.items() if name != "shard"}
+        for row in pq.read_table(folder / "selection.parquet").to_pylist()
+    ]
 
 
 @pytest.mark.parametrize("form", ["parquet", "hf"])
@@ -74,21 +84,34 @@ def test_tables_are_equal(runs, tmp_path, form, settings):
     texts = {key: text for key, _, text in PAIRS}
     images = {key: image for key, image, _ in PAIRS}
     assert len(rows["tar"]) >= 12
-    assert all(row["caption"] == texts[row["key"]] and row["image"] == {"bytes": images[row["key"]], "path": f"{row['key']}.jpg"} for row in rows["tar"])
+    assert all(
+        row["caption"] == texts[row["key"]]
+        and row["image"] == {"bytes": images[row["key"]], "path": f"{row['key']}.jpg"}
+        for row in rows["tar"]
+    )
     for kind in OTHERS:
         same = [{name: value for name, value in row.items() if name not in ("shard", "json")} for row in rows[kind]]
-        assert same == [{name: value for name, value in row.items() if name not in ("shard", "json")} for row in rows["tar"]]
+        assert same == [
+            {name: value for name, value in row.items() if name not in ("shard", "json")} for row in rows["tar"]
+        ]
         assert decisions(found[kind]) == decisions(found["tar"])
     assert {row["json"] for kind in ("tar", "folder") for row in rows[kind]} == {None}
-    assert [json.loads(row["json"]) for row in rows["parquet"]] == [{"id": row["key"], "caption": row["caption"]} for row in rows["tar"]]
-    assert [json.loads(row["json"]) for row in rows["json"]] == [inputs.record(row["key"], row["caption"], f"{row['key']}.jpg") for row in rows["tar"]]
+    assert [json.loads(row["json"]) for row in rows["parquet"]] == [
+        {"id": row["key"], "caption": row["caption"]} for row in rows["tar"]
+    ]
+    assert [json.loads(row["json"]) for row in rows["json"]] == [
+        inputs.record(row["key"], row["caption"], f"{row['key']}.jpg") for row in rows["tar"]
+    ]
 
 
 @pytest.mark.parametrize("settings", [{}, {"repeat": "width + 1", "shuffle": 1}], ids=str)
 def test_llava_folders_are_equal(runs, tmp_path, settings):
     found = {kind: out(run, tmp_path, "llava-json", kind, **settings) for kind, run in runs.items()}
     entries = {kind: json.loads((folder / "llava.json").read_text()) for kind, folder in found.items()}
-    files = {kind: {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("images/*/*")} for kind, folder in found.items()}
+    files = {
+        kind: {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("images/*/*")}
+        for kind, folder in found.items()
+    }
     assert entries["tar"] == entries["folder"] == entries["parquet"] and len(entries["tar"]) >= 12
     assert files["tar"] == files["folder"] == files["parquet"] == files["json"]
     turns = {key: inputs.record(key, text, "")["conversations"] for key, _, text in PAIRS}
@@ -118,7 +141,9 @@ def test_copies_of_samples_that_are_in_no_tar(mixed, tmp_path, form, shuffle):
     copies = [key for key in mine if key not in images]
     assert {key.rpartition("-")[2] for key in copies} == {"2", "3", "4"}
     assert all(mine[key]["jpg"] == images[key.rpartition("-")[0]] for key in copies)
-    assert any(key.rpartition("-")[0] in KEYS[10:20] for key in copies) and any(key.rpartition("-")[0] in KEYS[20:] for key in copies)
+    assert any(key.rpartition("-")[0] in KEYS[10:20] for key in copies) and any(
+        key.rpartition("-")[0] in KEYS[20:] for key in copies
+    )
 
 
 def test_captions_of_a_column_are_written_as_they_were_scored(tmp_path):
@@ -137,7 +162,10 @@ def test_an_image_that_is_gone_is_named(tmp_path, form):
     (tmp_path / f"llava/images/{KEYS[1]}.jpg").unlink()
     with pytest.raises(ShardError) as caught:
         out(run, tmp_path, form, "best", top="100%")
-    assert str(caught.value) == f"shard {str(path)!r} has changed since it was scored, score it again: row 1: no such file: '{KEYS[1]}.jpg'"
+    assert (
+        str(caught.value)
+        == f"shard {str(path)!r} has changed since it was scored, score it again: row 1: no such file: '{KEYS[1]}.jpg'"
+    )
     assert not (tmp_path / "best").exists()
 
 
@@ -146,7 +174,9 @@ def test_a_file_that_has_changed_is_refused_before_anything_is_written(tmp_path,
     path = inputs.as_parquet(tmp_path / "0.parquet", PAIRS)
     run = make_run(tmp_path / "run", {str(path): COLUMNS})
     inputs.as_parquet(path, PAIRS[:20])
-    with pytest.raises(SelectionError, match="has changed since it was scored, its byte ranges may be wrong; score it again"):
+    with pytest.raises(
+        SelectionError, match="has changed since it was scored, its byte ranges may be wrong; score it again"
+    ):
         out(run, tmp_path, form, "best")
     assert not (tmp_path / "best").exists()
 
@@ -156,8 +186,14 @@ def test_another_sample_than_was_scored_is_named_by_its_row(tmp_path):
     run = make_run(tmp_path / "run", {str(path): COLUMNS[:3]})
     table = pq.read_table(run / "scores/0-0.parquet")
     pq.write_table(
-        table.set_column(0, "key", [["x", "y", "z"]]).replace_schema_metadata(pq.read_metadata(run / "scores/0-0.parquet").metadata), run / "scores/0-0.parquet"
+        table.set_column(0, "key", [["x", "y", "z"]]).replace_schema_metadata(
+            pq.read_metadata(run / "scores/0-0.parquet").metadata
+        ),
+        run / "scores/0-0.parquet",
     )
     with pytest.raises(ShardError) as caught:
         out(run, tmp_path, "parquet", "best", top="100%")
-    assert str(caught.value) == f"shard {str(path)!r} does not hold sample 'x' where it was scored: score it again; it is row 0"
+    assert (
+        str(caught.value)
+        == f"shard {str(path)!r} does not hold sample 'x' where it was scored: score it again; it is row 0"
+    )

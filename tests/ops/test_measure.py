@@ -29,7 +29,9 @@ def test_figures_equal_a_float64_computation(tiny, make_shard, quiet):
         got = backbone.activations(backbone.prepare([image], [caption(i)]))
         for side, states in zip((IMAGE, TEXT), sides, strict=True):
             states.append(got.states[got.side == side].double().numpy())
-    W, b, back, centre, threshold = (getattr(sae, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
+    W, b, back, centre, threshold = (
+        getattr(sae, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    )
     for name, parts in zip(("image", "text"), sides, strict=True):
         x = np.concatenate(parts)
         pre = (x - centre) @ W + b
@@ -39,7 +41,9 @@ def test_figures_equal_a_float64_computation(tiny, make_shard, quiet):
         assert side.n_tokens == len(x) and side.n_active == (f > 0).any(0).sum()
         assert side.fvu == pytest.approx(((x - again) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
         assert side.l0 == pytest.approx((f > 0).sum(1).mean(), rel=1e-4)
-    assert found.n_pairs == 25 and found.published["training_settings.k"] == 32 and found.published["model_name"] == "tiny"
+    assert (
+        found.n_pairs == 25 and found.published["training_settings.k"] == 32 and found.published["model_name"] == "tiny"
+    )
     assert found.notes == ["measured on only 25 pairs; 50 or more make the figures steady"]
     assert found.verdict == (
         f"The SAE explains {100 * (1 - found.fidelity.image.fvu):.0f} % of the variance of image tokens "
@@ -53,7 +57,10 @@ def test_an_sae_that_fires_on_nothing(tiny, make_shard, quiet, tmp_path):
     found = run(replace(card, sae=str(tmp_path / "sae")), make_shard(n=5), quiet)
     assert found.fidelity.n_dead == sae.n_features and found.published.keys() <= {"sae_lens_version"}
     levels = f"FVU {found.fidelity.image.fvu:.2f}, {found.fidelity.text.fvu:.2f}"
-    assert found.verdict == f"The SAE hardly reconstructs image and text tokens ({levels}; 1 is no better than their mean): scores through it mean little."
+    assert (
+        found.verdict
+        == f"The SAE hardly reconstructs image and text tokens ({levels}; 1 is no better than their mean): scores through it mean little."
+    )
 
 
 def test_bad_samples_are_counted_and_nothing_usable_is_an_error(tiny, make_shard, quiet, tmp_path):
@@ -74,4 +81,8 @@ def test_what_does_not_fit_is_an_error(tiny, make_shard, quiet, tmp_path):
 
 
 def test_metadata_is_flattened():
-    assert flat({"k": 3, "stats": {"fvu": 0.2, "by": {"side": "image"}}, "list": [1]}) == {"k": 3, "stats.fvu": 0.2, "stats.by.side": "image"}
+    assert flat({"k": 3, "stats": {"fvu": 0.2, "by": {"side": "image"}}, "list": [1]}) == {
+        "k": 3,
+        "stats.fvu": 0.2,
+        "stats.by.side": "image",
+    }

@@ -41,7 +41,11 @@ def states_and_codes(backbone, sae, shard: Path, n: int):
     """Per pair the float64 states and dense codes of (image, text), each pair run alone."""
     import tarfile
 
-    tensors = {name: getattr(sae, name).double().numpy() for name in ("W_enc", "b_enc", "b_dec", "threshold") if getattr(sae, name) is not None}
+    tensors = {
+        name: getattr(sae, name).double().numpy()
+        for name in ("W_enc", "b_enc", "b_dec", "threshold")
+        if getattr(sae, name) is not None
+    }
     states, codes = [], []
     with tarfile.open(shard) as tar:
         for i in range(n):
@@ -50,11 +54,19 @@ def states_and_codes(backbone, sae, shard: Path, n: int):
             got = backbone.activations(backbone.prepare([image], [caption]))
             sides = tuple(got.states[got.side == side].double().numpy() for side in (IMAGE, TEXT))
             states.append(sides)
-            codes.append(tuple(reference.dense_codes(side, tensors, k=sae.k, subtract=sae.subtract_b_dec) for side in sides))
+            codes.append(
+                tuple(reference.dense_codes(side, tensors, k=sae.k, subtract=sae.subtract_b_dec) for side in sides)
+            )
     return states, codes
 
 
-@pytest.mark.parametrize("fitted", [pytest.param(False, id="card's weights"), pytest.param(True, id="weights fitted on the input", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fitted",
+    [
+        pytest.param(False, id="card's weights"),
+        pytest.param(True, id="weights fitted on the input", marks=pytest.mark.slow),
+    ],
+)
 def test_scores_equal_the_float64_reference(tiny, make_shard, tmp_path, quiet, fitted):
     card, backbone, sae = tiny
     n = 130 if fitted else 40
@@ -82,7 +94,13 @@ def test_rows_say_where_the_sample_is(tiny, make_shard, tmp_path, quiet):
     run_score(tiny[0], [shard], tmp_path / "run", quiet)
     content = shard.read_bytes()
     for i, row in enumerate(rows_of(tmp_path / "run")):
-        assert (row["key"], row["shard"], row["row"], row["ok"], row["reason"]) == (f"{i:09d}", str(shard), i, True, None)
+        assert (row["key"], row["shard"], row["row"], row["ok"], row["reason"]) == (
+            f"{i:09d}",
+            str(shard),
+            i,
+            True,
+            None,
+        )
         assert (row["uid"], row["width"], row["height"]) == (f"{i:032x}", 96, 80)
         piece = content[row["offset"] : row["offset"] + row["nbytes"]]
         assert piece[:100].rstrip(b"\0").decode() == f"{i:09d}.jpg"
@@ -104,7 +122,9 @@ def test_codes_are_the_strongest_features(tiny, make_shard, tmp_path, quiet):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workers": 1}, {"workers": 4, "batch_size": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1}, {"batch_size": 7}, {"workers": 1}, {"workers": 4, "batch_size": 32}], ids=str
+)
 def test_batch_size_and_workers_change_nothing(tiny, make_shard, tmp_path, quiet, options):
     shard = make_shard(n=60)
     run_score(tiny[0], [shard], tmp_path / "default", quiet)
@@ -143,7 +163,9 @@ def test_other_settings_are_refused(tiny, make_shard, tmp_path, quiet):
     run_score(tiny[0], [shard], tmp_path / "run", quiet)
     with pytest.raises(RunError) as error:
         run_score(replace(tiny[0], threshold=9.0), [shard], tmp_path / "run", quiet)
-    assert f"threshold was {tiny[0].threshold}, is now 9.0" in str(error.value) and "use another --run" in str(error.value)
+    assert f"threshold was {tiny[0].threshold}, is now 9.0" in str(error.value) and "use another --run" in str(
+        error.value
+    )
 
 
 def test_shards_of_the_same_name_keep_apart(tiny, make_shard, tmp_path, quiet):
@@ -167,13 +189,22 @@ BAD = {
     "not an image": ([("b.jpg", b"hello"), ("b.txt", b"x")], "image cannot be decoded: it is no JPEG, PNG or WebP"),
     "cut": ([("b.jpg", picture(1)[:900]), ("b.txt", b"x")], "image cannot be decoded"),
     "1x1": ([("b.png", picture(1, size=(1, 1), kind="PNG")), ("b.txt", b"x")], "image is 1×1 pixels"),
-    "bomb": ([("b.png", picture(1, size=(9000, 9000), kind="PNG", mode="1")), ("b.txt", b"x")], "image has 9000×9000 pixels, more than 64,000,000"),
+    "bomb": (
+        [("b.png", picture(1, size=(9000, 9000), kind="PNG", mode="1")), ("b.txt", b"x")],
+        "image has 9000×9000 pixels, more than 64,000,000",
+    ),
     "no caption": ([("b.jpg", picture(1))], "no caption"),
     "no image": ([("b.txt", b"x")], "no image"),
     "empty caption": ([("b.jpg", picture(1)), ("b.txt", b" \n ")], "empty caption"),
-    "latin-1": ([("b.jpg", picture(1)), ("b.txt", "caf\xe9".encode("latin-1"))], "caption is not UTF-8: byte 3 of the txt is 0xe9"),
+    "latin-1": (
+        [("b.jpg", picture(1)), ("b.txt", "caf\xe9".encode("latin-1"))],
+        "caption is not UTF-8: byte 3 of the txt is 0xe9",
+    ),
     "long": ([("b.jpg", picture(1)), ("b.txt", b"word " * 20_000)], "caption has 99,999 characters, more than 20,000"),
-    "many tokens": ([("b.jpg", picture(1)), ("b.txt", b"apple " * 600)], "caption has 600 tokens; the model has positions for 512"),
+    "many tokens": (
+        [("b.jpg", picture(1)), ("b.txt", b"apple " * 600)],
+        "caption has 600 tokens; the model has positions for 512",
+    ),
     "two images": ([("b.jpg", picture(1)), ("b.png", picture(2, kind="PNG")), ("b.txt", b"x")], "2 images (jpg, png)"),
     "broken json": ([("b.jpg", picture(1)), ("b.json", b"{")], "no caption: unreadable json"),
 }
@@ -198,10 +229,19 @@ def test_a_bad_sample_changes_no_other(tiny, tmp_path, quiet):
     run_score(tiny[0], [clean, dirty], tmp_path / "run", quiet)
     with_bad = [row for row in rows_of(tmp_path / "run", "dirty") if row["ok"]]
     for one, other in zip(rows_of(tmp_path / "run", "clean"), with_bad, strict=True):
-        assert {k: one[k] for k in SCORES if k != "random"} == pytest.approx({k: other[k] for k in SCORES if k != "random"}, abs=1e-5)
+        assert {k: one[k] for k in SCORES if k != "random"} == pytest.approx(
+            {k: other[k] for k in SCORES if k != "random"}, abs=1e-5
+        )
 
 
-@pytest.mark.parametrize("record", [{"caption": "red apple"}, {"text": "red apple"}, {"conversations": [{"from": "human", "value": "<image>\nred apple"}]}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"caption": "red apple"},
+        {"text": "red apple"},
+        {"conversations": [{"from": "human", "value": "<image>\nred apple"}]},
+    ],
+)
 @pytest.mark.parametrize(("ext", "kind"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 def test_images_and_captions_of_all_kinds(tiny, tmp_path, quiet, record, ext, kind):
     by_txt = [(f"a.{ext}", picture(3, kind=kind)), ("a.txt", b"red apple")]
@@ -214,7 +254,9 @@ def test_images_and_captions_of_all_kinds(tiny, tmp_path, quiet, record, ext, ki
 
 
 def test_the_caption_can_be_chosen(tiny, tmp_path, quiet):
-    shard = write_tar(tmp_path / "00000.tar", [("a.jpg", picture(3)), ("a.txt", b"one"), ("a.json", b'{"alt": "another thing"}')])
+    shard = write_tar(
+        tmp_path / "00000.tar", [("a.jpg", picture(3)), ("a.txt", b"one"), ("a.json", b'{"alt": "another thing"}')]
+    )
     run_score(tiny[0], [shard], tmp_path / "run", quiet, caption="alt")
     assert rows_of(tmp_path / "run")[0]["caption_chars"] == len("another thing")
 

@@ -28,7 +28,9 @@ def test_raw_and_support_are_those_of_each_pair_alone(family, make_shard, quiet,
     folder, shard = save(specimen, tmp_path / "model"), make_shard(n=7)
     prompt = None if LAYERS[family] < 0 else specimen.prompt
     backbone = load_backbone(str(folder), LAYERS[family], prompt=prompt)
-    rows = torch.nn.functional.normalize(torch.randn(64, backbone.d_model, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(64, backbone.d_model, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     SAE(rows.T.contiguous(), torch.zeros(64), rows, torch.zeros(backbone.d_model)).save(tmp_path / "sae")
     card = Card(name="t", model=str(folder), layer=LAYERS[family], sae=str(tmp_path / "sae"), prompt=prompt)
     summary = score([str(shard)], ScoreSettings(card, tmp_path / "run", batch_size=3), quiet)

@@ -66,7 +66,11 @@ def brute_force(rows: list[dict], by: str, top: str | None, minimum: float | Non
     scored = [row for row in candidates if row["ok"] and row[by] is not None and not math.isnan(row[by])]
     left = [row for row in scored if minimum is None or row[by] >= minimum]
     if top is not None:
-        n = int(top) if top[-1] != "%" else int((Decimal(len(candidates)) * Decimal(top[:-1]) / 100).quantize(Decimal(1), ROUND_HALF_UP))
+        n = (
+            int(top)
+            if top[-1] != "%"
+            else int((Decimal(len(candidates)) * Decimal(top[:-1]) / 100).quantize(Decimal(1), ROUND_HALF_UP))
+        )
         left = sorted(left, key=lambda row: (-row[by], row["key"], row["shard"], row["row"]))[:n]
     kept = {(row["shard"], row["row"]) for row in left}
     return [row for row in rows if (row["shard"], row["row"]) in kept]
@@ -76,7 +80,9 @@ def random_rows(randomness: random.Random) -> list[dict]:
     """Rows of one to five shards in some order, which share keys and many scores."""
     names = [f"/s{i}.tar" for i in range(randomness.randrange(1, 6))]
     randomness.shuffle(names)
-    values = [None, math.nan, -1.0, 0.0, math.inf] + [randomness.choice([0.25, 0.5, 0.75, randomness.uniform(-1, 1)]) for _ in range(20)]
+    values = [None, math.nan, -1.0, 0.0, math.inf] + [
+        randomness.choice([0.25, 0.5, 0.75, randomness.uniform(-1, 1)]) for _ in range(20)
+    ]
     rows = []
     for name in names:
         keys = randomness.sample(["grün", "日本", "z", "Z", *(f"k{i}" for i in range(40))], randomness.randrange(0, 40))
@@ -87,7 +93,10 @@ def random_rows(randomness: random.Random) -> list[dict]:
                 "cooccurrence": float(randomness.randrange(4)),
                 "width": randomness.randrange(5),
             }
-            rows.append({"key": key, "shard": name, "row": row, "offset": 0, "nbytes": 512, "ok": randomness.random() < 0.9} | scores)
+            rows.append(
+                {"key": key, "shard": name, "row": row, "offset": 0, "nbytes": 512, "ok": randomness.random() < 0.9}
+                | scores
+            )
     return rows
 
 
@@ -119,7 +128,11 @@ def test_selection_is_that_of_a_plain_sort(tmp_path, seed):
     settings = SelectSettings(top=top, min=minimum, by=by, where=where, format="keys", output=tmp_path / "keys")
     there = len(brute_force(rows, by, "100%", None, CONDITIONS[where]))
     if top is not None and top[-1] != "%" and int(top) > there:
-        problem = f"--top {top} is more than there is: {there} samples have a score" if there else f"no sample has a score {by!r}"
+        problem = (
+            f"--top {top} is more than there is: {there} samples have a score"
+            if there
+            else f"no sample has a score {by!r}"
+        )
         assert error_of(run, top=top, by=by, where=where, format="keys").startswith(problem)
         return
     selection = select(run, settings)

@@ -21,20 +21,44 @@ from tests.runs import add_table, error_of, keys_of, make_run, make_shard
     ("settings", "message"),
     [
         ({}, "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3"),
-        ({"where": "ok"}, "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3; to keep all that pass --where add --top 100%"),
+        (
+            {"where": "ok"},
+            "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3; to keep all that pass --where add --top 100%",
+        ),
         ({"top": "0.2"}, "--top '0.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"top": "101%"}, "--top '101%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"top": "0"}, "--top '0' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
-        ({"top": "9" * 5000}, f"--top {'9' * 5000!r} is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
-        ({"top": f"1.{'1' * 5000}%"}, f"--top '1.{'1' * 5000}%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
+        (
+            {"top": "9" * 5000},
+            f"--top {'9' * 5000!r} is neither a percentage up to 100% nor a count from 1; write 20% or 5000",
+        ),
+        (
+            {"top": f"1.{'1' * 5000}%"},
+            f"--top '1.{'1' * 5000}%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000",
+        ),
         ({"min": math.nan}, "--min is nan; give a number"),
         ({"min": -math.inf}, "--min is -inf; give a number"),
-        ({"top": "1", "format": "zip"}, "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf"),
+        (
+            {"top": "1", "format": "zip"},
+            "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf",
+        ),
         ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
-        ({"top": "1", "format": "hf"}, "hf cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
-        ({"top": "1", "format": "llava-json"}, "llava-json cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
-        ({"top": "1", "output": "s3://bucket/best"}, "output 's3://bucket/best' is a URL; select into a local folder and upload that"),
-        ({"top": "1", "output": Path("s3://bucket/best")}, "output 's3:/bucket/best' is a URL; select into a local folder and upload that"),
+        (
+            {"top": "1", "format": "hf"},
+            "hf cannot go to stdout: give a new folder with -o DIR, or --format tar or keys",
+        ),
+        (
+            {"top": "1", "format": "llava-json"},
+            "llava-json cannot go to stdout: give a new folder with -o DIR, or --format tar or keys",
+        ),
+        (
+            {"top": "1", "output": "s3://bucket/best"},
+            "output 's3://bucket/best' is a URL; select into a local folder and upload that",
+        ),
+        (
+            {"top": "1", "output": Path("s3://bucket/best")},
+            "output 's3:/bucket/best' is a URL; select into a local folder and upload that",
+        ),
         ({"top": "1", "output": "x", "shard_size": 0}, "--shard-size is 0; at least 1 is needed"),
         ({"top": "1", "output": "x", "shuffle": -1}, "--shuffle is -1; a seed from 0 is needed"),
     ],
@@ -52,31 +76,53 @@ RANKS = (
 
 
 def test_a_column_that_cannot_rank(run):
-    assert error_of(run, top="1", by="similarty", format="keys") == (f"the score table has no column 'similarty'; did you mean 'similarity'? {RANKS}")
+    assert error_of(run, top="1", by="similarty", format="keys") == (
+        f"the score table has no column 'similarty'; did you mean 'similarity'? {RANKS}"
+    )
     assert error_of(run, top="1", by="beauty", format="keys") == f"the score table has no column 'beauty'; {RANKS}"
-    assert error_of(run, top="1", by="key", format="keys") == f"column 'key' of the score table is no number (varchar); {RANKS}"
-    assert error_of(run, top="1", by="ok", format="keys").startswith("column 'ok' of the score table is no number (boolean);")
+    assert (
+        error_of(run, top="1", by="key", format="keys")
+        == f"column 'key' of the score table is no number (varchar); {RANKS}"
+    )
+    assert error_of(run, top="1", by="ok", format="keys").startswith(
+        "column 'ok' of the score table is no number (boolean);"
+    )
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
         ("width >", 'is not possible: syntax error at or near ")"'),
-        ("beauty > 1", "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason, uid, image_hash,"),
+        (
+            "beauty > 1",
+            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason, uid, image_hash,",
+        ),
         ("scores.beauty > 1", "names a column 'beauty' that the score table does not have; it has key, shard, row"),
         ("avg(width) > 1", "is not possible: Binder Error: WHERE clause cannot contain aggregates!"),
         ("true; DROP VIEW scores", 'is not possible: syntax error at or near ";"'),
         ("true); DROP VIEW scores; SELECT (1", "is not possible: Only SELECT statements can be serialized to json!"),
         ("true); SELECT (1", "is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'"),
         ("1) LIMIT (1", "is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'"),
-        ("1) UNION SELECT (1", "is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'"),
+        (
+            "1) UNION SELECT (1",
+            "is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'",
+        ),
         ("$secret", "is more than a condition; write what could follow WHERE, such as 'width >= 256 AND ok'"),
-        ("key IN (SELECT key FROM scores)", "has a sub-query; only a condition over the columns of one row is possible"),
+        (
+            "key IN (SELECT key FROM scores)",
+            "has a sub-query; only a condition over the columns of one row is possible",
+        ),
         (" ", "is no condition; write what could follow WHERE, such as 'width >= 256 AND ok'"),
         ("COLUMNS(*) IS NOT NULL", "has a * for several columns; name each"),
         ("random() < 0.5", "uses random(), which is another number each time; the column 'random' is a seeded one"),
-        ("EXISTS (FROM read_text('/etc/hostname'))", "has a sub-query; only a condition over the columns of one row is possible"),
-        ("key LIKE (FROM '/etc/hostname')", "has a sub-query; only a condition over the columns of one row is possible"),
+        (
+            "EXISTS (FROM read_text('/etc/hostname'))",
+            "has a sub-query; only a condition over the columns of one row is possible",
+        ),
+        (
+            "key LIKE (FROM '/etc/hostname')",
+            "has a sub-query; only a condition over the columns of one row is possible",
+        ),
     ],
 )
 def test_a_condition_that_is_none(run, where, message):
@@ -97,7 +143,12 @@ def test_the_database_of_a_condition_is_locked(run):
 
     database = ScoreTables(RunDirectory(run))._connect(locked=True)
     assert database.execute("SELECT count(*) FROM scores").fetchone() == (10,)
-    for query in ["FROM read_text('/etc/hostname')", "COPY (SELECT 1) TO 'x.csv'", "SET lock_configuration = false", "ATTACH 'x.db'"]:
+    for query in [
+        "FROM read_text('/etc/hostname')",
+        "COPY (SELECT 1) TO 'x.csv'",
+        "SET lock_configuration = false",
+        "ATTACH 'x.db'",
+    ]:
         with pytest.raises(duckdb.Error, match=r"disabled|locked"):
             database.execute(query).fetchall()
 
@@ -118,7 +169,9 @@ def test_an_output_in_the_way(run, tmp_path):
     assert refused("run") == "output 'run' is in the run directory 'run'; write beside it"
     assert refused("run/best") == "output 'run/best' is in the run directory 'run'; write beside it"
     assert refused("rundir/scores/best") == "output 'rundir/scores/best' is in the run directory 'run'; write beside it"
-    assert refused("data/a.tar", format="tar") == "output 'data/a.tar' exists already; name a new file, or delete it first"
+    assert (
+        refused("data/a.tar", format="tar") == "output 'data/a.tar' exists already; name a new file, or delete it first"
+    )
     os.mkfifo(tmp_path / "pipe")
     assert refused("pipe") == "output 'pipe' is a device or a pipe; name a new folder"
     assert refused("pipe", format="tar") == "output 'pipe' is a device or a pipe; name a new file, or - for stdout"
@@ -141,7 +194,12 @@ def test_a_changed_or_missing_shard(run, tmp_path):
 
 def test_a_run_from_stdin_gives_keys_only(tmp_path):
     run = tmp_path / "run"
-    add_table(run, "stdin", "-", [{"key": "a", "shard": "-", "row": 0, "offset": 0, "nbytes": 512, "ok": True, "similarity": 0.5}])
+    add_table(
+        run,
+        "stdin",
+        "-",
+        [{"key": "a", "shard": "-", "row": 0, "offset": 0, "nbytes": 512, "ok": True, "similarity": 0.5}],
+    )
     write_json(run / "manifest.json", {"inputs": [{"name": "stdin", "shard": "-"}]})
     message = f"run {str(run)!r} was scored from stdin, so there is no shard to copy from; use --format keys"
     assert error_of(run, top="1", output=tmp_path / "best") == message
@@ -157,10 +215,18 @@ def test_an_unfinished_run_says_so(run, tmp_path):
 
 def test_a_damaged_run(run, tmp_path):
     add_table(run, "b-0", "/b.tar", [{"key": "x", "row": 3, "ok": True, "similarity": 1.0}])
-    assert error_of(run, top="1", output=tmp_path / "best") == f"the score tables of run {str(run)!r} are not in row order; score the shards again"
+    assert (
+        error_of(run, top="1", output=tmp_path / "best")
+        == f"the score tables of run {str(run)!r} are not in row order; score the shards again"
+    )
     add_table(run, "b-0", "/b.tar", [], rows=2)
-    assert error_of(run, top="1", format="keys") == f"the score tables of run {str(run)!r} hold 5 rows but say 7; score the shards again"
-    assert error_of(tmp_path, top="1", format="keys").startswith(f"{str(tmp_path)!r} is no run: it has no manifest.json")
+    assert (
+        error_of(run, top="1", format="keys")
+        == f"the score tables of run {str(run)!r} hold 5 rows but say 7; score the shards again"
+    )
+    assert error_of(tmp_path, top="1", format="keys").startswith(
+        f"{str(tmp_path)!r} is no run: it has no manifest.json"
+    )
 
 
 def test_odd_paths_are_no_patterns(tmp_path):

@@ -34,7 +34,9 @@ def repeated(tmp_path: Path) -> Path:
 EXPECTED = ["0", "2", "4", "0-2", "4-2", "0-3"]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
 @pytest.mark.parametrize("format", ["shards", "tar"])
 def test_repetitions_are_read_as_samples_of_their_own(repeated, tmp_path, format):
     output = tmp_path / ("best" if format == "shards" else "best.tar")
@@ -50,7 +52,11 @@ def test_repetitions_are_read_as_samples_of_their_own(repeated, tmp_path, format
         assert {(member.mtime, member.uname, member.mode) for member in tar} == {(1_700_000_000, "bigdata", 0o444)}
     assert (selection.kept, selection.written) == (3, 6)
     assert selection.dropped == {"written 0 times by --repeat 'saev'": 2}
-    assert selection.funnel[2:] == [("kept by --top 100%", 5), ("at least once by --repeat 'saev'", 3), ("with their repetitions", 6)]
+    assert selection.funnel[2:] == [
+        ("kept by --top 100%", 5),
+        ("at least once by --repeat 'saev'", 3),
+        ("with their repetitions", 6),
+    ]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -65,15 +71,24 @@ def test_repetitions_of_every_kind_of_tar(tmp_path, format):
 
 def test_repetitions_as_keys_and_in_the_record(repeated, tmp_path):
     ends = [key[-1] for key in kept_keys(repeated, top="100%", repeat="saev")]
-    assert ends == ["0", "2", "4", "0", "4", "0"], "a list of keys names samples of the source, as often as they are to be read"
+    assert ends == ["0", "2", "4", "0", "4", "0"], (
+        "a list of keys names samples of the source, as often as they are to be read"
+    )
     shuffled = [key[-1] for key in kept_keys(repeated, top="100%", repeat="saev", shuffle=3)]
     select(repeated, SelectSettings(top="100%", repeat="saev", shuffle=3, output=tmp_path / "best", shard_size=2))
     written = [(shard, members[::2]) for shard, members in samples_of(tmp_path / "best")]
-    assert [name.split(".")[0].rstrip("-23")[-1] if "-" in name else name.split(".")[0][-1] for _, some in written for name, _ in some] == shuffled
+    assert [
+        name.split(".")[0].rstrip("-23")[-1] if "-" in name else name.split(".")[0][-1]
+        for _, some in written
+        for name, _ in some
+    ] == shuffled
     assert sorted(shuffled) == sorted(ends)
     rows = pq.read_table(tmp_path / "best/selection.parquet").to_pylist()
     assert [row["copies"] for row in rows] == [3, 0, 1, 0, 2]
-    assert [(row["kept"], row["reason"]) for row in rows[:2]] == [(True, None), (False, "written 0 times by --repeat 'saev'")]
+    assert [(row["kept"], row["reason"]) for row in rows[:2]] == [
+        (True, None),
+        (False, "written 0 times by --repeat 'saev'"),
+    ]
     home = {name.removesuffix(".jpg")[-1]: shard for shard, some in written for name, _ in some if "-" not in name}
     assert {str(i): row["output_shard"] for i, row in enumerate(rows) if row["kept"]} == home
     assert json.loads((tmp_path / "best/sizes.json").read_text()) == {f"0000000{i}.tar": 2 for i in range(3)}
@@ -82,24 +97,40 @@ def test_repetitions_as_keys_and_in_the_record(repeated, tmp_path):
 def test_a_copy_whose_key_is_there_already_goes_into_the_next_shard(tmp_path):
     make_shard(tmp_path / "data/a.tar", ["k", "k-2"])
     run = make_run(tmp_path / "run", {str(tmp_path / "data/a.tar"): [0.5, 0.6]})
-    selection = select(run, SelectSettings(top="100%", repeat="CASE WHEN key = 'k' THEN 2 ELSE 1 END", output=tmp_path / "best"))
-    assert [[name for name, _ in members[::2]] for _, members in samples_of(tmp_path / "best")] == [["k.jpg", "k-2.jpg"], ["k-2.jpg"]]
-    assert selection.warnings == ("input shards share keys: 1 output shards end early, so that keys are unique in each",)
+    selection = select(
+        run, SelectSettings(top="100%", repeat="CASE WHEN key = 'k' THEN 2 ELSE 1 END", output=tmp_path / "best")
+    )
+    assert [[name for name, _ in members[::2]] for _, members in samples_of(tmp_path / "best")] == [
+        ["k.jpg", "k-2.jpg"],
+        ["k-2.jpg"],
+    ]
+    assert selection.warnings == (
+        "input shards share keys: 1 output shards end early, so that keys are unique in each",
+    )
 
 
 def test_too_many_repetitions(repeated):
-    assert refused(repeated, top="100%", repeat="saev * 1000") == "--repeat 'saev * 1000' asks for 2500 copies of a sample; up to 1,000 are possible"
+    assert (
+        refused(repeated, top="100%", repeat="saev * 1000")
+        == "--repeat 'saev * 1000' asks for 2500 copies of a sample; up to 1,000 are possible"
+    )
     assert kept_keys(repeated, top="100%", repeat="-saev") == []
 
 
 # --- dry runs, counts, sources ---
 
 
-@pytest.mark.parametrize("settings", [{"top": "2"}, {"top": "50%", "diverse": True}, {"top": "50%", "dedup": 0.9}, {"top": "2", "repeat": "2"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"top": "2"}, {"top": "50%", "diverse": True}, {"top": "50%", "dedup": 0.9}, {"top": "2", "repeat": "2"}],
+)
 def test_a_dry_run_writes_nothing(tmp_path, settings):
     shard = tmp_path / "data/s0.tar"
     make_shard(shard, ["x0", "x1", "x2", "x3"])
-    samples = [dataclasses.replace(sample, key=f"x{i}", shard=str(shard), row=i, score=i / 4) for i, sample in enumerate(clustered(4, seed=1))]
+    samples = [
+        dataclasses.replace(sample, key=f"x{i}", shard=str(shard), row=i, score=i / 4)
+        for i, sample in enumerate(clustered(4, seed=1))
+    ]
     run = write_run(tmp_path / "run", samples)
     before = listing(tmp_path)
     dry = select(run, SelectSettings(**settings, format="keys", output=tmp_path / "keys", dry_run=True))
@@ -118,7 +149,10 @@ def test_a_dry_run_uses_pairs_that_are_there(tmp_path):
 
 def test_a_dry_run_says_what_would_go_wrong(repeated, tmp_path):
     settings = {"top": "1", "dry_run": True, "format": "shards"}
-    assert refused(repeated, **settings, output=tmp_path / "data") == f"output {str(tmp_path / 'data')!r} holds shards of the input; name a new folder"
+    assert (
+        refused(repeated, **settings, output=tmp_path / "data")
+        == f"output {str(tmp_path / 'data')!r} holds shards of the input; name a new folder"
+    )
     os.utime(tmp_path / "data/a.tar", ns=(0, 1))
     assert "has changed since it was scored" in refused(repeated, **settings, output=tmp_path / "best")
     assert select(repeated, SelectSettings(**settings)).kept == 1, "to count needs no shard"
@@ -134,7 +168,10 @@ def test_a_count_larger_than_what_is_there(repeated, tmp_path):
     assert refused(repeated, top="5", where=where) == (
         f"--top 5 is more than there is: 4 samples have a score 'similarity' and pass --where {where!r}; give a smaller number, or --top 100%"
     )
-    assert refused(repeated, top="1", where="similarity > 2") == "no sample has a score 'similarity' and passes --where 'similarity > 2'"
+    assert (
+        refused(repeated, top="1", where="similarity > 2")
+        == "no sample has a score 'similarity' and passes --where 'similarity > 2'"
+    )
     assert listing(tmp_path) == before
     assert len(kept_keys(repeated, top="5")) == len(kept_keys(repeated, top="9", per="shard")) == 5
     assert len(kept_keys(repeated, top="5", min=0.75)) == 2, "with --min fewer is what was asked for"
@@ -147,7 +184,9 @@ def test_a_shard_whose_samples_lie_elsewhere(repeated, tmp_path):
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert shard.stat().st_size == before.st_size
     key = f"a/{'k' * 110}0"
-    message = f"has sample {key.replace('a/', 'b/')!r} at byte 0, where {key!r} was scored: it has changed; score it again"
+    message = (
+        f"has sample {key.replace('a/', 'b/')!r} at byte 0, where {key!r} was scored: it has changed; score it again"
+    )
     assert refused(repeated, top="100%", format="tar", output=tmp_path / "x.tar") == f"shard {str(shard)!r} {message}"
     shard.write_bytes(bytes(512) + content[:-512])
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -159,8 +198,14 @@ def test_a_shard_whose_samples_lie_elsewhere(repeated, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top": "1", "per": "shard", "diverse": True}, "--per and --diverse are different ways to choose; give one of them"),
-        ({"top": "1", "diverse": True, "match": Path("x")}, "--diverse and --match are different ways to choose; give one of them"),
+        (
+            {"top": "1", "per": "shard", "diverse": True},
+            "--per and --diverse are different ways to choose; give one of them",
+        ),
+        (
+            {"top": "1", "diverse": True, "match": Path("x")},
+            "--diverse and --match are different ways to choose; give one of them",
+        ),
         ({"min": 0.5, "diverse": True}, "--diverse needs to know how many: add --top 20% or --top 5000"),
         ({"min": 0.5, "per": "shard"}, "--per needs to know how many: add --top 20% or --top 5000"),
     ],

@@ -85,7 +85,9 @@ def test_the_order_of_shards_and_row_groups_plays_no_part(tmp_path, monkeypatch,
     monkeypatch.setattr(matching, "PIECE", 17)
     samples = clustered(300, seed=4, shards=4)
     one = write_run(tmp_path / "one", samples, group=50)
-    other = write_run(tmp_path / "other", samples, shards=["/data/s2.tar", "/data/s0.tar", "/data/s3.tar", "/data/s1.tar"], group=333)
+    other = write_run(
+        tmp_path / "other", samples, shards=["/data/s2.tar", "/data/s0.tar", "/data/s3.tar", "/data/s1.tar"], group=333
+    )
     kept = [sorted(kept_keys(run, top=top, diverse=True, by="similarity")) for run in (one, other)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == (12 if top == "12" else 120)
@@ -94,7 +96,9 @@ def test_the_order_of_shards_and_row_groups_plays_no_part(tmp_path, monkeypatch,
 def test_samples_in_other_rows_and_shards_are_chosen_alike(tmp_path):
     samples = with_own_keys(clustered(200, seed=5))
     order = np.random.default_rng(0).permutation(len(samples))
-    moved = [dataclasses.replace(samples[i], shard=f"/data/s{n % 4}.tar", row=n // 4) for n, i in enumerate(order.tolist())]
+    moved = [
+        dataclasses.replace(samples[i], shard=f"/data/s{n % 4}.tar", row=n // 4) for n, i in enumerate(order.tolist())
+    ]
     runs = [write_run(tmp_path / name, some) for name, some in (("one", samples), ("other", moved))]
     assert sorted(kept_keys(runs[0], top="50", diverse=True)) == sorted(kept_keys(runs[1], top="50", diverse=True))
 
@@ -116,8 +120,13 @@ def test_a_target_that_was_scored_otherwise(tmp_path):
         f"--match {str(target)!r} was scored otherwise (layer is 3 there and None here): score it with the settings of {str(run)!r}"
     )
     empty = write_run(tmp_path / "empty", [Sample("a", "/data/s0.tar", 0, {}, {}, 0.5)])
-    assert refused(run, top="5", match=empty) == f"--match {str(empty)!r} has no sample with features: there is nothing to match"
-    assert refused(run, top="5", match=tmp_path / "none").startswith(f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json")
+    assert (
+        refused(run, top="5", match=empty)
+        == f"--match {str(empty)!r} has no sample with features: there is nothing to match"
+    )
+    assert refused(run, top="5", match=tmp_path / "none").startswith(
+        f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json"
+    )
 
 
 def test_a_target_with_nothing_in_common_is_refused(tmp_path):
@@ -131,7 +140,9 @@ def test_a_target_with_nothing_in_common_is_refused(tmp_path):
     said = "no candidate has a feature that {} asks for, so none is better than another; leave it out for the best by score"
     assert refused(run, top="5", match=target) == said.format(f"--match {str(target)!r}")
     assert refused(blank, top="5", diverse=True) == said.format("--diverse")
-    assert len(kept_keys(blank, top="100%", diverse=True)) == sum(sample.score is not None for sample in samples), "nothing is chosen among"
+    assert len(kept_keys(blank, top="100%", diverse=True)) == sum(sample.score is not None for sample in samples), (
+        "nothing is chosen among"
+    )
 
 
 # --- groups ---
@@ -142,15 +153,25 @@ def test_each_group_keeps_its_share(tmp_path, seed):
     randomness = random.Random(seed)
     samples = with_own_keys(clustered(randomness.choice([7, 60, 300]), seed=seed, shards=4))
     run = write_run(tmp_path / "run", samples)
-    per, group = randomness.choice([("shard", lambda s: s.shard), ("width > 12", lambda s: len(s.text) > 12), ("key[5:5]", lambda s: s.key[4])])
+    per, group = randomness.choice(
+        [("shard", lambda s: s.shard), ("width > 12", lambda s: len(s.text) > 12), ("key[5:5]", lambda s: s.key[4])]
+    )
     minimum, top = randomness.choice([None, 0.4]), randomness.choice(["10%", "33.3%", "50%", "100%", "3"])
     selection = select(run, SelectSettings(top=top, min=minimum, per=per, where="width <> 3", dry_run=True))
     candidates = [sample for sample in samples if len(sample.text) != 3]
     sizes = Counter(map(group, candidates))
     expected = []
     for name, size in sizes.items():
-        left = [s for s in candidates if group(s) == name and s.score is not None and (minimum is None or s.score >= np.float32(minimum))]
-        quota = int((Decimal(size) * Decimal(top[:-1]) / 100).quantize(Decimal(1), ROUND_HALF_UP)) if top[-1] == "%" else int(top)
+        left = [
+            s
+            for s in candidates
+            if group(s) == name and s.score is not None and (minimum is None or s.score >= np.float32(minimum))
+        ]
+        quota = (
+            int((Decimal(size) * Decimal(top[:-1]) / 100).quantize(Decimal(1), ROUND_HALF_UP))
+            if top[-1] == "%"
+            else int(top)
+        )
         expected += [s.key for s in sorted(left, key=lambda s: (-s.score, s.key))[:quota]]
     assert sorted(kept_keys(run, top=top, min=minimum, per=per, where="width <> 3")) == sorted(expected)
     assert selection.kept == len(expected) and selection.n_parts == len(sizes)
@@ -171,7 +192,10 @@ def test_null_is_a_group_too(tmp_path):
 def test_a_formula_ranks_as_numpy_says(tmp_path):
     rng = np.random.default_rng(0)
     make_shard(tmp_path / "a.tar", [f"k{i:03d}" for i in range(200)])
-    saev = [None if i % 7 == 0 else float("nan") if i % 11 == 0 else float(np.float32(x)) for i, x in enumerate(rng.integers(0, 20, 200) / 4)]
+    saev = [
+        None if i % 7 == 0 else float("nan") if i % 11 == 0 else float(np.float32(x))
+        for i, x in enumerate(rng.integers(0, 20, 200) / 4)
+    ]
     rows = [{"similarity": float(np.float32(rng.random())), "saev": value, "width": i} for i, value in enumerate(saev)]
     run = make_run(tmp_path / "run", {str(tmp_path / "a.tar"): rows})
     column = ScoreTables(RunDirectory(run)).column("0.7 * similarity + 0.3 * rank(saev)", "width >= 20")
@@ -185,7 +209,9 @@ def test_a_formula_ranks_as_numpy_says(tmp_path):
             assert column.values[i] == pytest.approx(0.7 * row["similarity"] + 0.3 * percentile, rel=1e-6)
     assert sorted(column.values[column.present])[0] >= 0
     best = [i for i in np.argsort(-np.where(column.present, column.values, -1), kind="stable")[:10]]
-    assert kept_keys(run, top="10", where="width >= 20", by="0.7 * similarity + 0.3 * rank(saev)") == [f"k{i:03d}" for i in sorted(best)]
+    assert kept_keys(run, top="10", where="width >= 20", by="0.7 * similarity + 0.3 * rank(saev)") == [
+        f"k{i:03d}" for i in sorted(best)
+    ]
 
 
 def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
@@ -195,25 +221,39 @@ def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
     assert kept_keys(run, min=0.7, by="similarity * 1") == ["k3", "k1"]
     assert kept_keys(run, min=1, by="similarity > 0.5") == ["k3", "k1"]
     select(run, SelectSettings(top="1", by="2 * similarity", output=tmp_path / "best"))
-    assert pq.read_table(tmp_path / "best/selection.parquet").column("score").to_pylist() == pytest.approx([1.4, 1.4, 0.2])
+    assert pq.read_table(tmp_path / "best/selection.parquet").column("score").to_pylist() == pytest.approx(
+        [1.4, 1.4, 0.2]
+    )
 
 
 @pytest.mark.parametrize(
     ("by", "message"),
     [
         ("similarity +", 'is not possible: syntax error at or near ")"'),
-        ("beauty + 1", "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason"),
+        (
+            "beauty + 1",
+            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason",
+        ),
         ("avg(similarity) + 1", "is not possible: Binder Error: a formula over one row cannot contain aggregates!"),
         ("rank(similarity) + rank() OVER ()", "is not possible: Binder Error:"),
         ("rank(rank(similarity))", "is not possible: Binder Error: window function calls cannot be nested"),
         ("random() + 1", "uses random(), which is another number each time; the column 'random' is a seeded one"),
         ("", "is no formula; write one over the columns, such as '0.7 * similarity + 0.3 * rank(saev)'"),
         ("COLUMNS('s.*')", "has a * for several columns; name each"),
-        ("key || 'x'", "is no number but varchar; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'"),
+        (
+            "key || 'x'",
+            "is no number but varchar; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'",
+        ),
         ("(SELECT 1)", "has a sub-query; only a formula over the columns of one row is possible"),
-        ("(FROM read_text('/etc/hostname'))", "has a sub-query; only a formula over the columns of one row is possible"),
+        (
+            "(FROM read_text('/etc/hostname'))",
+            "has a sub-query; only a formula over the columns of one row is possible",
+        ),
         ("1) + (SELECT (1", "is not possible: syntax error at or near"),
-        ("1) LIMIT (1", "is more than a formula; write one over the columns, such as '0.7 * similarity + 0.3 * rank(saev)'"),
+        (
+            "1) LIMIT (1",
+            "is more than a formula; write one over the columns, such as '0.7 * similarity + 0.3 * rank(saev)'",
+        ),
         ("CAST(key AS INTEGER) + 1", "fails: Conversion Error: Could not convert string"),
     ],
 )
@@ -225,8 +265,12 @@ def test_a_formula_that_is_none(tmp_path, by, message):
 
 def test_a_group_that_is_none(tmp_path):
     run = write_run(tmp_path / "run", [Sample("x", "/data/s0.tar", 0, {}, {}, 0.5)])
-    assert refused(run, top="1", per="source").startswith("--per 'source' names a column 'source' that the score table does not have; it has key,")
-    assert refused(run, top="1", per="CAST(key AS INTEGER)").startswith("--per 'CAST(key AS INTEGER)' fails: Conversion Error:")
+    assert refused(run, top="1", per="source").startswith(
+        "--per 'source' names a column 'source' that the score table does not have; it has key,"
+    )
+    assert refused(run, top="1", per="CAST(key AS INTEGER)").startswith(
+        "--per 'CAST(key AS INTEGER)' fails: Conversion Error:"
+    )
     assert refused(run, top="1", per=" ").startswith("--per ' ' is no formula; write one over the columns")
 
 

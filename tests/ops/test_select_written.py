@@ -57,7 +57,9 @@ def test_members_are_copied_byte_for_byte(tmp_path, format, shuffle):
 
 
 def test_the_folder_is_complete_and_explains_itself(run, tmp_path):
-    selection = select(run, SelectSettings(top="4", min=0.4, where="key != 'b4'", output=tmp_path / "best", shard_size=3))
+    selection = select(
+        run, SelectSettings(top="4", min=0.4, where="key != 'b4'", output=tmp_path / "best", shard_size=3)
+    )
     best = tmp_path / "best"
     assert sorted(path.name for path in best.iterdir()) == [
         "00000000.tar",
@@ -108,7 +110,11 @@ def test_the_folder_is_complete_and_explains_itself(run, tmp_path):
 
 def test_the_funnel_says_when_too_few_can_be_kept(run, tmp_path):
     selection = select(run, SelectSettings(top="100%", output=tmp_path / "best"))
-    assert selection.funnel == [("in the run", 10), ("have a score 'similarity'", 9), ("kept by --top 100%, of 10 asked for", 9)]
+    assert selection.funnel == [
+        ("in the run", 10),
+        ("have a score 'similarity'", 9),
+        ("kept by --top 100%, of 10 asked for", 9),
+    ]
 
 
 def test_an_empty_selection_is_an_empty_folder(run, tmp_path):
@@ -118,11 +124,15 @@ def test_an_empty_selection_is_an_empty_folder(run, tmp_path):
     assert pq.read_table(tmp_path / "best/selection.parquet").num_rows == 10
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
 def test_webdataset_reads_the_shards(run, tmp_path):
     select(run, SelectSettings(top="4", output=tmp_path / "best"))
     samples = list(webdataset.WebDataset(str(tmp_path / "best/00000000.tar"), shardshuffle=False))
-    assert [(s["__key__"], s["txt"]) for s in samples] == [(key, f"caption of {key}".encode()) for key in ("b1", "b4", "a0", "a2")]
+    assert [(s["__key__"], s["txt"]) for s in samples] == [
+        (key, f"caption of {key}".encode()) for key in ("b1", "b4", "a0", "a2")
+    ]
 
 
 @pytest.fixture
@@ -142,7 +152,9 @@ def test_keys_are_unique_in_an_output_shard(twins, tmp_path):
         ["k1.jpg"],
     ]
     assert selection.shards_written == 3
-    assert selection.warnings == ("input shards share keys: 2 output shards end early, so that keys are unique in each",)
+    assert selection.warnings == (
+        "input shards share keys: 2 output shards end early, so that keys are unique in each",
+    )
 
 
 def test_a_stream_with_one_key_twice_in_a_row_warns(twins, tmp_path):
@@ -163,7 +175,9 @@ def test_shards_end_at_their_size_or_before_a_key_they_have():
                 expected.append([])
             expected[-1].append(key)
         zeros = np.zeros(len(keys), int)
-        starts, n_early = _shard_starts(Members([], zeros, zeros, zeros, np.array(keys, np.uint64)).previous_with_key(), size)
+        starts, n_early = _shard_starts(
+            Members([], zeros, zeros, zeros, np.array(keys, np.uint64)).previous_with_key(), size
+        )
         assert [keys[a:b] for a, b in zip(starts, [*starts, len(keys)][1:], strict=True)] == expected
         assert n_early == sum(len(a) < size for a in expected[:-1])
 
@@ -182,7 +196,9 @@ def test_nothing_is_left_behind_when_copying_fails(run, tmp_path):
     with open(shard, "r+b") as file:
         file.truncate(end)
     add_table(run, "b-0", str(shard), rows, size=end, mtime_ns=shard.stat().st_mtime_ns)
-    with pytest.raises(ShardError, match=f"has become shorter since it was scored: score it again; it ends at byte {end:,}"):
+    with pytest.raises(
+        ShardError, match=f"has become shorter since it was scored: score it again; it ends at byte {end:,}"
+    ):
         select(run, SelectSettings(top="100%", output=tmp_path / "best"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
@@ -193,14 +209,18 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
     nothing = np.zeros(10, np.int8)
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
         tables = ScoreTables(RunDirectory(run))
-        write_decisions(tables, tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={})
+        write_decisions(
+            tables, tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={}
+        )
 
 
 def test_sources_stay_as_they_are(run, tmp_path):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "data").iterdir()}
     select(run, SelectSettings(top="50%", output=tmp_path / "data" / "best"))
     (tmp_path / "data/best/manifest.json").unlink()
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "data").glob("*.tar")} == before
+    assert {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "data").glob("*.tar")
+    } == before
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["a.tar", "b.tar", "best"]
 
 
@@ -240,13 +260,24 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("format", ["tar", "keys"])
 def test_a_reader_that_stops_is_a_normal_end(large_run, format):
     command = '"$0" -c "$1" "$2" "$3" | head -c 1000 | wc -c; echo ${PIPESTATUS[0]}'
-    done = subprocess.run(["bash", "-c", command, sys.executable, STREAM, str(large_run), format], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, STREAM, str(large_run), format],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.stdout.split(), done.stderr) == (["1000", "0"], "True\n")
 
 
 def test_stdout_may_be_a_file_opened_for_appending(large_run, tmp_path):
     command = '"$0" -c "$1" "$2" tar >> out.tar'
-    done = subprocess.run(["bash", "-c", command, sys.executable, STREAM, str(large_run)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, STREAM, str(large_run)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "False\n")
     assert (tmp_path / "out.tar").read_bytes() == (large_run.parent / "large.tar").read_bytes().rstrip(b"\0").ljust(
         (tmp_path / "out.tar").stat().st_size, b"\0"

@@ -95,7 +95,11 @@ def test_statistics_log_and_page_say_what_happened(trained):
     fired = statistics["image_frequency"].sum() * image + statistics["text_frequency"].sum() * text
     assert float(fired) == pytest.approx(sum(row["l0"] * 256 for row in rows), rel=1e-4)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["settings"]["k"] == 8 and manifest["trained_on"]["layer"] == 1 and manifest["hash"] == load_sae(folder).hash
+    assert (
+        manifest["settings"]["k"] == 8
+        and manifest["trained_on"]["layer"] == 1
+        and manifest["hash"] == load_sae(folder).hash
+    )
     page = (folder / "training.html").read_text()
     assert page.count("<polyline") == 8 and f"{rows[-1]['tokens']:,} tokens" in page and "http" not in page
     assert load_weights(folder / "weights.safetensors").n_samples == 60
@@ -141,8 +145,35 @@ def test_a_training_that_stopped_goes_on_and_other_settings_are_refused(trained,
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_weights(trained, tmp_path):
     shard, folder, _, _ = trained
-    command = [sys.executable, "-m", "mmfilter", "sae", "train", str(shard), "-o", str(tmp_path / "sae"), "--widths", "96", "--k", "8", "--batch-size", "256"]
-    command += ["--lr", "0.003", "--tokens", "8000", "--capacity", "1024", "--pairs", "16", "--checkpoint-every", "0", "--no-weights"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmfilter",
+        "sae",
+        "train",
+        str(shard),
+        "-o",
+        str(tmp_path / "sae"),
+        "--widths",
+        "96",
+        "--k",
+        "8",
+        "--batch-size",
+        "256",
+    ]
+    command += [
+        "--lr",
+        "0.003",
+        "--tokens",
+        "8000",
+        "--capacity",
+        "1024",
+        "--pairs",
+        "16",
+        "--checkpoint-every",
+        "0",
+        "--no-weights",
+    ]
     for _ in range(2):
         running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         log, before = tmp_path / "sae" / "train.jsonl", _lines(tmp_path / "sae" / "train.jsonl")
@@ -176,7 +207,9 @@ def test_several_from_one_pass_and_a_cache_that_needs_no_model_again(trained, ti
     wanted = torch.cat([part.states for part in parts]).to(torch.bfloat16)
     assert torch.equal(torch.from_numpy(stored).view(torch.bfloat16), wanted)
     sides = np.fromfile(tmp_path / "cache" / "sides.bin", np.uint8)
-    assert ((sides == IMAGE).sum(), (sides == TEXT).sum()) == tuple((torch.cat([part.side for part in parts]) == side).sum() for side in (IMAGE, TEXT))
+    assert ((sides == IMAGE).sum(), (sides == TEXT).sum()) == tuple(
+        (torch.cat([part.side for part in parts]) == side).sum() for side in (IMAGE, TEXT)
+    )
 
 
 def test_a_cache_of_other_states_and_a_damaged_one_are_refused(trained, tiny, tmp_path):
@@ -195,7 +228,20 @@ def test_a_cache_of_other_states_and_a_damaged_one_are_refused(trained, tiny, tm
 @pytest.mark.slow
 def test_two_processes_train_one_sae(tiny, tmp_path, make_shard):
     shards = [str(make_shard(f"{i}.tar", n=40, seed=100 * i)) for i in range(2)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29655", "-m", "mmfilter", "sae", "train", *shards]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29655",
+        "-m",
+        "mmfilter",
+        "sae",
+        "train",
+        *shards,
+    ]
     command += [
         "-o",
         str(tmp_path / "sae"),
@@ -233,11 +279,20 @@ def test_states_that_are_not_finite_name_the_sample_and_keep_the_checkpoint(trai
     from mmfilter.core.training.session import TrainRun
 
     progress = Breaking()
-    run = TrainRun([str(shard)], tiny[1], settings(tiny, tmp_path / "sae", checkpoint_every=0.0), settings(tiny, tmp_path).device, progress)
+    run = TrainRun(
+        [str(shard)],
+        tiny[1],
+        settings(tiny, tmp_path / "sae", checkpoint_every=0.0),
+        settings(tiny, tmp_path).device,
+        progress,
+    )
     run.prepare()
     kept = tiny[1].model.get_input_embeddings().weight.detach().clone()
     try:
-        with pytest.raises(SAEError, match=r"shard '.*a.tar', sample '0000000\d\d' gives states that are not finite: use --dtype float32"):
+        with pytest.raises(
+            SAEError,
+            match=r"shard '.*a.tar', sample '0000000\d\d' gives states that are not finite: use --dtype float32",
+        ):
             run.train()
     finally:
         with torch.no_grad():
@@ -254,10 +309,25 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_stays(trained, tmp_p
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    command = [sys.executable, "-m", "mmfilter", "sae", "train", str(trained[0]), "-o", str(tmp_path / "sae"), "--widths", "96", "--k", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmfilter",
+        "sae",
+        "train",
+        str(trained[0]),
+        "-o",
+        str(tmp_path / "sae"),
+        "--widths",
+        "96",
+        "--k",
+        "8",
+    ]
     command += ["--batch-size", "256", "--tokens", "1024", "--capacity", "512", "--no-weights"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
-    assert done.returncode == 1 and re.search(r"could not be written \(.*File too large.*\); checkpoints are kept", done.stderr.splitlines()[-1])
+    assert done.returncode == 1 and re.search(
+        r"could not be written \(.*File too large.*\); checkpoints are kept", done.stderr.splitlines()[-1]
+    )
     assert not (tmp_path / "sae" / "sae_weights.safetensors").exists()
 
 
@@ -272,7 +342,8 @@ def test_shards_without_a_usable_pair(tiny, tmp_path):
 def test_memory_is_estimated_before_anything_starts(trained, tiny, tmp_path):
     shard, _, _, _ = trained
     with pytest.raises(
-        SAEError, match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory_check, [\d.]+ GiB are free: use fewer"
+        SAEError,
+        match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory_check, [\d.]+ GiB are free: use fewer",
     ):
         train([str(shard)], settings(tiny, tmp_path / "sae", widths=(4_000_000_000,)), Watching())
     need = memory_check.training_bytes(SMALL.resolved(192), 192)

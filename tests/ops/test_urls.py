@@ -51,7 +51,11 @@ def run_score(tiny, names, run: Path, progress=None, **settings):
 
 def scores_of(run: Path) -> list[tuple]:
     columns = ("key", "row", "ok", "similarity", "saev", "support", "caption_chars")
-    return [tuple(row[name] for name in columns) for path in sorted((run / "scores").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [
+        tuple(row[name] for name in columns)
+        for path in sorted((run / "scores").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
 
 
 def remote_run(run: Path, url: str, scores: list) -> Path:
@@ -59,7 +63,14 @@ def remote_run(run: Path, url: str, scores: list) -> Path:
     made = make_run(run, {url: scores})
     name = next((made / "scores").glob("*.parquet")).stem
     now = remote.ask(url, *(lambda filesystem, path: (filesystem.info, path))(*remote.filesystem_of(url)))
-    add_table(made, name, url, pq.read_table(made / f"scores/{name}.parquet").to_pylist(), size=now["size"], etag=remote.tag_of(now))
+    add_table(
+        made,
+        name,
+        url,
+        pq.read_table(made / f"scores/{name}.parquet").to_pylist(),
+        size=now["size"],
+        etag=remote.tag_of(now),
+    )
     return made
 
 
@@ -82,10 +93,14 @@ def test_every_kind_of_input_has_the_same_scores_on_s3(s3: Log, tiny, tmp_path):
     want = scores_of(tmp_path / "local")
     assert all([row[:3] for row in scores_of(tmp_path / kind)] == [row[:3] for row in want] for kind in kinds)
     for kind in kinds:
-        assert [row[3:] for row in scores_of(tmp_path / kind)] == [pytest.approx(row[3:], rel=1e-5) for row in want], kind
+        assert [row[3:] for row in scores_of(tmp_path / kind)] == [pytest.approx(row[3:], rel=1e-5) for row in want], (
+            kind
+        )
     select(tmp_path / "local", SelectSettings(top="4", output=tmp_path / "best-local"))
     assert (tmp_path / "best-tar/00000000.tar").read_bytes() == (tmp_path / "best-local/00000000.tar").read_bytes()
-    images = {kind: fsspec.filesystem("tar", fo=str(tmp_path / f"best-{kind}/00000000.tar")).glob("*.jpg") for kind in kinds}
+    images = {
+        kind: fsspec.filesystem("tar", fo=str(tmp_path / f"best-{kind}/00000000.tar")).glob("*.jpg") for kind in kinds
+    }
     assert len({tuple(names) for names in images.values()}) == 1 and len(images["tar"]) == 4
 
 
@@ -104,7 +119,11 @@ def test_scoring_goes_on_and_selecting_fetches_little(s3: Log, tiny, tmp_path):
     assert s3.nbytes() == 0, "only asked whether they have changed"
     tables = ScoreTables(RunDirectory(tmp_path / "run"))
     best = keys_of(tmp_path / "run", tmp_path, top="2")
-    rows = {row["key"]: row for path in (tmp_path / "run/scores").glob("*.parquet") for row in pq.read_table(path).to_pylist()}
+    rows = {
+        row["key"]: row
+        for path in (tmp_path / "run/scores").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
     s3.clear()
     select(tmp_path / "run", SelectSettings(top="2", output=tmp_path / "best"))
     needed = sum(rows[key]["nbytes"] for key in best)
@@ -127,7 +146,9 @@ def test_few_of_many_samples_cost_few_bytes(s3: Log, tmp_path):
     s3.clear()
     select(run, SelectSettings(min=1.0, output=tmp_path / "best"))
     content = path.read_bytes()
-    assert (tmp_path / "best/00000000.tar").read_bytes() == b"".join(content[row["offset"] : row["offset"] + row["nbytes"]] for row in rows) + bytes(1024)
+    assert (tmp_path / "best/00000000.tar").read_bytes() == b"".join(
+        content[row["offset"] : row["offset"] + row["nbytes"]] for row in rows
+    ) + bytes(1024)
     assert s3.nbytes() == sum(row["nbytes"] for row in rows) < len(content) / 90
     assert len(s3.gets()) == 10
 
@@ -139,7 +160,10 @@ def test_a_changed_shard_is_refused_before_a_byte_is_copied(s3: Log, tmp_path):
     s3.clear()
     with pytest.raises(SelectionError) as caught:
         select(run, SelectSettings(top="3", output=tmp_path / "best"))
-    assert str(caught.value) == f"shard {url!r} has changed since it was scored, its byte ranges may be wrong; score it again"
+    assert (
+        str(caught.value)
+        == f"shard {url!r} has changed since it was scored, its byte ranges may be wrong; score it again"
+    )
     assert not (tmp_path / "best").exists() and s3.nbytes() == 0
     fsspec.filesystem("s3").rm(url)
     with pytest.raises(SelectionError) as caught:
@@ -168,7 +192,9 @@ def test_a_transient_error_does_not_stop_a_selection(s3: Log, tmp_path):
     run = remote_run(tmp_path / "run", put("busy.tar", path), [1.0] * 12)
     s3.fault = times(2, 503, "busy.tar")
     select(run, SelectSettings(top="100%", output=tmp_path / "best"))
-    assert (tmp_path / "best/00000000.tar").read_bytes()[: path.stat().st_size // 2] == path.read_bytes()[: path.stat().st_size // 2]
+    assert (tmp_path / "best/00000000.tar").read_bytes()[: path.stat().st_size // 2] == path.read_bytes()[
+        : path.stat().st_size // 2
+    ]
 
 
 # --- columns of other files ---
@@ -180,7 +206,10 @@ def test_sidecars_on_s3(s3: Log, tmp_path):
         url = put(f"sidecars/{number}.tar", shard(tmp_path / f"{number}.tar", 6, first))
         if number != 1:
             keys = [f"{i:09d}" for i in range(first, first + 6)]
-            pq.write_table(pa.table({"key": keys[::-1], "stars": list(range(first, first + 6))[::-1], "status": ["success"] * 6}), tmp_path / "side.parquet")
+            pq.write_table(
+                pa.table({"key": keys[::-1], "stars": list(range(first, first + 6))[::-1], "status": ["success"] * 6}),
+                tmp_path / "side.parquet",
+            )
             put(f"sidecars/{number}.parquet", tmp_path / "side.parquet")
         urls[url], first = [0.5] * 6, first + 6
     run = make_run(tmp_path / "run", urls)
@@ -198,7 +227,11 @@ def test_metadata_on_s3(s3: Log, tmp_path, kind):
             path.write_text(path.with_suffix(".csv").read_text().replace(",", "\t"))
         put(f"meta-{kind}/{part}.{kind}", path)
     named = (f"s3://bucket/meta-{kind}/*.{kind}",)
-    assert keys_of(run, tmp_path, top="100%", where="stars >= 30 AND stars < 60", metadata=named) == ["000000003", "000000004", "000000005"]
+    assert keys_of(run, tmp_path, top="100%", where="stars >= 30 AND stars < 60", metadata=named) == [
+        "000000003",
+        "000000004",
+        "000000005",
+    ]
     assert ScoreTables(RunDirectory(run), named).column("stars").values.tolist() == [10 * i for i in range(8)]
 
 
@@ -206,7 +239,11 @@ def test_of_metadata_only_the_columns_that_are_named_are_fetched(s3: Log, tmp_pa
     run = make_run(tmp_path / "run", {str(shard(tmp_path / "a.tar", 8)): [i / 8 for i in range(8)]})
     n = 40_000
     table = pa.table(
-        {"key": [f"{i:09d}" for i in range(n)], "stars": list(range(n)), "url": [f"http://host{i * 7919 % 10007}/{i * 104729:x}" * 4 for i in range(n)]}
+        {
+            "key": [f"{i:09d}" for i in range(n)],
+            "stars": list(range(n)),
+            "url": [f"http://host{i * 7919 % 10007}/{i * 104729:x}" * 4 for i in range(n)],
+        }
     )
     pq.write_table(table, tmp_path / "meta.parquet", row_group_size=10_000, compression="none", use_dictionary=False)
     url = put("meta.parquet", tmp_path / "meta.parquet")
@@ -225,9 +262,17 @@ def test_metadata_and_sidecars_on_web_servers(tmp_path, ranges):
     table, side = tmp_path / "meta.parquet", tmp_path / "a.parquet"
     pq.write_table(pa.table({"key": [f"{i:09d}" for i in range(6)], "stars": list(range(6))}), table)
     pq.write_table(pa.table({"key": [f"{i:09d}" for i in range(6)], "moons": [i % 2 for i in range(6)]}), side)
-    with http_server({"/m.parquet": table.read_bytes(), "/a.tar": path.read_bytes(), "/a.parquet": side.read_bytes()}, ranges=ranges) as web:
+    with http_server(
+        {"/m.parquet": table.read_bytes(), "/a.tar": path.read_bytes(), "/a.parquet": side.read_bytes()}, ranges=ranges
+    ) as web:
         run = make_run(tmp_path / "run", {f"{web.url}/a.tar": [0.5] * 6})
-        found = keys_of(run, tmp_path, top="100%", where="stars > 2 AND moons = 1", metadata=(f"{web.url}/m.parquet?sign=1*2".split("?")[0],))
+        found = keys_of(
+            run,
+            tmp_path,
+            top="100%",
+            where="stars > 2 AND moons = 1",
+            metadata=(f"{web.url}/m.parquet?sign=1*2".split("?")[0],),
+        )
     assert found == ["000000003", "000000005"]
 
 
@@ -236,18 +281,29 @@ def test_metadata_that_cannot_be_had(s3: Log, tmp_path):
 
     def error_of(name: str) -> str:
         with pytest.raises(SelectionError) as caught:
-            select(run, SelectSettings(top="1", where="stars > 1", metadata=(name,), format="keys", output=tmp_path / "keys"))
+            select(
+                run,
+                SelectSettings(top="1", where="stars > 1", metadata=(name,), format="keys", output=tmp_path / "keys"),
+            )
         assert "\n" not in str(caught.value) and not (tmp_path / "keys").exists()
         return str(caught.value)
 
-    assert error_of("s3://bucket/none/*.parquet") == "--metadata 's3://bucket/none/*.parquet' matches no file; check the path"
+    assert (
+        error_of("s3://bucket/none/*.parquet")
+        == "--metadata 's3://bucket/none/*.parquet' matches no file; check the path"
+    )
     assert error_of("s3://bucket/none.parquet") == "--metadata 's3://bucket/none.parquet' does not exist; check the URL"
     said = "is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
     assert error_of("s3://nobucket/none.parquet") == f"--metadata 's3://nobucket/none.parquet' {said}"
-    assert error_of("foo://a.parquet") == "--metadata 'foo://a.parquet' has a protocol that fsspec does not know, 'foo'; it knows s3, gs, https, hf and others"
+    assert (
+        error_of("foo://a.parquet")
+        == "--metadata 'foo://a.parquet' has a protocol that fsspec does not know, 'foo'; it knows s3, gs, https, hf and others"
+    )
     (tmp_path / "bad.parquet").write_text("no parquet, as long as it may be")
     url = put("bad.parquet", tmp_path / "bad.parquet")
-    assert error_of(url).startswith(f"--metadata {url!r} cannot be read: Invalid Input Error: No magic bytes found at end of file")
+    assert error_of(url).startswith(
+        f"--metadata {url!r} cannot be read: Invalid Input Error: No magic bytes found at end of file"
+    )
     s3.fault = times(100, 501, "bad.parquet")
     assert error_of(url).startswith(f"--metadata {url!r}: {url!r} cannot be read: the server answers 501 (")
 
@@ -268,7 +324,9 @@ def test_scoring_and_selecting_from_web_servers(tiny, tmp_path):
                 continue
             with pytest.raises(ShardError) as caught:
                 select(run, SelectSettings(top="1", output=tmp_path / "none"))
-            said = "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"
+            said = (
+                "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"
+            )
             assert str(caught.value) == f"shard '{web.url}/a.tar' {said}"
             assert not (tmp_path / "none").exists()
 
@@ -279,7 +337,9 @@ def test_a_server_that_stops_in_the_middle_leaves_nothing(tiny, tmp_path):
         web.fault = times(100, CUT, "/b.tar")
         summary = run_score(tiny, [f"{web.url}/a.tar", f"{web.url}/b.tar"], tmp_path / "run")
         assert [error.shard for error in summary.failures] == [f"{web.url}/b.tar"]
-        assert str(summary.failures[0]).startswith(f"shard '{web.url}/b.tar' cannot be read: ClientPayloadError: Response payload is not completed")
+        assert str(summary.failures[0]).startswith(
+            f"shard '{web.url}/b.tar' cannot be read: ClientPayloadError: Response payload is not completed"
+        )
         assert [path.name for path in (tmp_path / "run/scores").iterdir()] == ["a.parquet"]
         web.fault = times(100, CUT, "/a.tar")
         with pytest.raises(ShardError) as caught:
@@ -290,7 +350,10 @@ def test_a_server_that_stops_in_the_middle_leaves_nothing(tiny, tmp_path):
 
 
 def test_what_cannot_be_reached_leaves_no_run(s3: Log, tmp_path, capsys):
-    for url, said in (("s3://bucket/none.tar", "does not exist; check the URL"), ("s3://bucket/none/", "is a folder without images (jpg, jpeg, png, webp)")):
+    for url, said in (
+        ("s3://bucket/none.tar", "does not exist; check the URL"),
+        ("s3://bucket/none/", "is a folder without images (jpg, jpeg, png, webp)"),
+    ):
         assert main(["score", url, "--run", str(tmp_path / "run")]) == 1
         assert capsys.readouterr().err == f"mmfilter: shard {url.rstrip('/')!r} {said}\n"
     assert not (tmp_path / "run").exists()
@@ -300,7 +363,13 @@ def test_scoring_and_selecting_from_the_hub(tmp_path):
     """In processes of their own: the hub's client reads its settings when it is imported."""
     shards = [shard(tmp_path / f"data/{i}.tar", 40, 40 * i) for i in range(2)]
     with hub_server({f"train/{path.name}": path.read_bytes() for path in shards}) as log:
-        hub = {"HF_ENDPOINT": log.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        hub = {
+            "HF_ENDPOINT": log.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "127.0.0.1",
+        }
 
         def mmfilter(*argv: str, **more: str) -> tuple[int, str]:
             command = [sys.executable, "-m", "mmfilter", *argv]
@@ -313,14 +382,20 @@ def test_scoring_and_selecting_from_the_hub(tmp_path):
         log.clear()
         assert "0 gone through" in mmfilter("score", f"{url}/*.tar", "--run", "run")[1] and log.nbytes(".tar") == 0
         assert mmfilter("select", "run", "--top", "3", "-o", "best")[0] == 0
-        assert mmfilter("score", *map(str, shards), "--run", "local")[0] == mmfilter("select", "local", "--top", "3", "-o", "same")[0] == 0
+        assert (
+            mmfilter("score", *map(str, shards), "--run", "local")[0]
+            == mmfilter("select", "local", "--top", "3", "-o", "same")[0]
+            == 0
+        )
         assert (tmp_path / "best/00000000.tar").read_bytes() == (tmp_path / "same/00000000.tar").read_bytes()
         assert 0 < log.nbytes(".tar") <= (tmp_path / "best/00000000.tar").stat().st_size + remote_gap()
         said = {
             f"{url}/9.tar": f"mmfilter: shard '{url}/9.tar' does not exist; check the URL\n",
             "hf://datasets/owner/none/9.tar": "mmfilter: shard 'hf://datasets/owner/none/9.tar' does not exist; check the URL\n",
         }
-        assert {name: mmfilter("score", name, "--run", "none") for name in said} == {name: (1, line) for name, line in said.items()}
+        assert {name: mmfilter("score", name, "--run", "none") for name in said} == {
+            name: (1, line) for name, line in said.items()
+        }
         offline = f"mmfilter: shard '{url}/0.tar' cannot be read: HF_HUB_OFFLINE says to stay offline; unset it\n"
         assert mmfilter("score", f"{url}/0.tar", "--run", "none", HF_HUB_OFFLINE="1") == (1, offline)
         assert not (tmp_path / "none").exists()

@@ -54,7 +54,10 @@ def test_the_number_of_samples_is_estimated_from_sizes(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", [member for j in range(150) for member in sample(j, None, "a dog")])
     found = look([f"{tmp_path}/*.tar"])
-    assert found.n_samples == pytest.approx(450, rel=0.05) and found.told == f"3 shards with about {found.n_samples:,} samples"
+    assert (
+        found.n_samples == pytest.approx(450, rel=0.05)
+        and found.told == f"3 shards with about {found.n_samples:,} samples"
+    )
 
 
 @pytest.mark.parametrize(("case", "form"), [("txt before json", "shards"), ("conversations", "llava-json")])
@@ -65,8 +68,16 @@ def test_what_is_written_is_a_recipe_that_says_what_was_seen(tmp_path, monkeypat
     text = draft(look(['a "b"*.tar']))
     write_draft(tmp_path / "recipe.yaml", text)
     recipe = read_recipe(tmp_path / "recipe.yaml")
-    assert (recipe.inputs, recipe.model, recipe.run) == (Inputs(('a "b"*.tar',), caption), Model("tiny"), Run("mmfilter-run"))
-    assert recipe.select == Select("20%") and recipe.outputs == (Output("best", form),) and recipe.check is recipe.dedup is None
+    assert (recipe.inputs, recipe.model, recipe.run) == (
+        Inputs(('a "b"*.tar',), caption),
+        Model("tiny"),
+        Run("mmfilter-run"),
+    )
+    assert (
+        recipe.select == Select("20%")
+        and recipe.outputs == (Output("best", form),)
+        and recipe.check is recipe.dedup is None
+    )
     assert ("format: datacomp" in text) == has_uid
     for name in card_names():
         assert (f"  #   {name}\n" in text) == (name != "tiny" and not load_card(name).cannot_score)
@@ -117,13 +128,23 @@ def test_everything_in_comments_is_a_recipe_too(tmp_path):
     """Each commented key, put in, is one that a recipe has."""
     shard = write_tar(tmp_path / "a.tar", [member for i in range(2) for member in good(f"{i}", i)])
     lines = draft(look([str(shard)])).splitlines()
-    keyed = [line.replace("# ", "", 1) if line.lstrip().startswith(("# ", "#   ")) and ":" in line.split("#")[1] else line for line in lines[4:]]
+    keyed = [
+        line.replace("# ", "", 1) if line.lstrip().startswith(("# ", "#   ")) and ":" in line.split("#")[1] else line
+        for line in lines[4:]
+    ]
     text = "\n".join(line for line in keyed if not line.lstrip().startswith(("tiny is", "For real", "The samples")))
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert yaml.safe_load(text).keys() == {"inputs", "model", "run", "check", "dedup", "select", "outputs"}
-    assert recipe.check.sample == 1000 and recipe.dedup.on == "both" and recipe.run.limit == 1000 and recipe.model.layer == 12
-    assert recipe.select.where == "width >= 200 AND caption_chars >= 5" and recipe.outputs[1] == Output("subset.npy", "datacomp")
+    assert (
+        recipe.check.sample == 1000
+        and recipe.dedup.on == "both"
+        and recipe.run.limit == 1000
+        and recipe.model.layer == 12
+    )
+    assert recipe.select.where == "width >= 200 AND caption_chars >= 5" and recipe.outputs[1] == Output(
+        "subset.npy", "datacomp"
+    )
 
 
 def test_what_is_refused(tmp_path):
@@ -135,15 +156,15 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"shard '.*empty\.tar' holds no samples: nothing to write a recipe for"):
         look([str(empty)])
     llava = inputs.as_llava(tmp_path / "d.json", inputs.pairs(2), images="elsewhere")
-    problem = (
-        "none of the first 2 samples of shard '.*d.json' can be used, the first has: no such file: '000000000.jpg'; --images names the folder of its images"
-    )
+    problem = "none of the first 2 samples of shard '.*d.json' can be used, the first has: no such file: '000000000.jpg'; --images names the folder of its images"
     with pytest.raises(RecipeError, match=problem):
         look([str(llava)])
     with pytest.raises(ShardError, match="would run a shell"):
         look(["pipe:cat a.tar"])
     (tmp_path / "recipe.yaml").write_text("mine")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml' is there already; name another file with -o, or delete it first"):
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml' is there already; name another file with -o, or delete it first"
+    ):
         write_draft(tmp_path / "recipe.yaml", "new")
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
     with pytest.raises(RecipeError, match="cannot be written: "):

@@ -63,12 +63,16 @@ def test_changes_come_after_the_file_in_their_order(tmp_path):
     ]
     recipe = read_recipe(written(tmp_path, WHOLE), changes)
     assert recipe.select.top == "40%" and recipe.outputs == (Output("x"), Output("z", "keys", 5))
-    assert recipe.dedup is None and recipe.run == Run("r", batch_size=8, workers=2) and recipe.inputs.shards == ("c.tar",)
+    assert (
+        recipe.dedup is None and recipe.run == Run("r", batch_size=8, workers=2) and recipe.inputs.shards == ("c.tar",)
+    )
     assert recipe.check == Check(50, 2)
 
 
 def test_a_change_makes_a_section_that_the_file_does_not_have(tmp_path):
-    recipe = read_recipe(written(tmp_path, "inputs: {shards: a.tar}"), ["select.where=a = 'b=c'", "select.min=0", "outputs=[{path: x}]"])
+    recipe = read_recipe(
+        written(tmp_path, "inputs: {shards: a.tar}"), ["select.where=a = 'b=c'", "select.min=0", "outputs=[{path: x}]"]
+    )
     assert recipe.select == Select(min=0.0, where="a = 'b=c'")
 
 
@@ -103,7 +107,9 @@ def test_the_home_folder_is_known_and_urls_stay_urls(tmp_path, monkeypatch):
     ],
 )
 def test_a_selection_leaves_the_duplicates_of_the_section_dedup_out(tmp_path, dedup, select, threshold, on):
-    recipe = read_recipe(written(tmp_path, f"inputs: {{shards: a.tar}}\ndedup: {dedup}\nselect: {select}\noutputs: [{{path: x}}]"))
+    recipe = read_recipe(
+        written(tmp_path, f"inputs: {{shards: a.tar}}\ndedup: {dedup}\nselect: {select}\noutputs: [{{path: x}}]")
+    )
     for one in (recipe, recipe.resolved()):
         settings = one.selection(one.outputs[0])
         assert (settings.dedup, settings.dedup_on) == (threshold, on)
@@ -112,20 +118,47 @@ def test_a_selection_leaves_the_duplicates_of_the_section_dedup_out(tmp_path, de
 S = "inputs: {shards: a.tar}\n"
 REFUSED = {
     "unknown section": (S + "selct: {top: 1}", "selct is no key of a recipe; the nearest is select"),
-    "unknown key of inputs": ("inputs: {shard: a.tar}", "inputs.shard is no key of a recipe; the nearest is inputs.shards"),
+    "unknown key of inputs": (
+        "inputs: {shard: a.tar}",
+        "inputs.shard is no key of a recipe; the nearest is inputs.shards",
+    ),
     "unknown key of model": (S + "model: {layr: 1}", "model.layr is no key of a recipe; the nearest is model.layer"),
-    "unknown key of run": (S + "run: {batchsize: 1}", "run.batchsize is no key of a recipe; the nearest is run.batch_size"),
-    "unknown key of check": (S + "check: {samples: 1}", "check.samples is no key of a recipe; the nearest is check.sample"),
-    "unknown key of dedup": (S + "dedup: {treshold: 1}", "dedup.treshold is no key of a recipe; the nearest is dedup.threshold"),
+    "unknown key of run": (
+        S + "run: {batchsize: 1}",
+        "run.batchsize is no key of a recipe; the nearest is run.batch_size",
+    ),
+    "unknown key of check": (
+        S + "check: {samples: 1}",
+        "check.samples is no key of a recipe; the nearest is check.sample",
+    ),
+    "unknown key of dedup": (
+        S + "dedup: {treshold: 1}",
+        "dedup.treshold is no key of a recipe; the nearest is dedup.threshold",
+    ),
     "unknown key of select": (S + "select: {tpo: 20%}", "select.tpo is no key of a recipe; the nearest is select.top"),
-    "unknown key of an output": (S + "outputs: [{path: a}, {pth: b}]", "outputs.1.pth is no key of a recipe; the nearest is outputs.1.path"),
+    "unknown key of an output": (
+        S + "outputs: [{path: a}, {pth: b}]",
+        "outputs.1.pth is no key of a recipe; the nearest is outputs.1.path",
+    ),
     "key of another section": (S + "top: 20%", "top is no key of a recipe; the nearest is select.top"),
-    "output's key elsewhere": (S + "select: {shard_size: 5}", "select.shard_size is no key of a recipe; the nearest is outputs.0.shard_size"),
-    "no inputs": ("model: {name: tiny}", "inputs is missing; name the shards there, such as 'inputs: {shards: data/*.tar}'"),
+    "output's key elsewhere": (
+        S + "select: {shard_size: 5}",
+        "select.shard_size is no key of a recipe; the nearest is outputs.0.shard_size",
+    ),
+    "no inputs": (
+        "model: {name: tiny}",
+        "inputs is missing; name the shards there, such as 'inputs: {shards: data/*.tar}'",
+    ),
     "no shards": ("inputs: {caption: txt}", "inputs.shards is missing; name paths, globs, brace patterns or URLs"),
     "empty shards": ("inputs: {shards: []}", "inputs.shards names no shard"),
-    "stdin": ("inputs: {shards: '-'}", "inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards"),
-    "no path": (S + "outputs: [{format: keys}]", "outputs.0.path is missing; name a new folder, or a new file for tar, keys and *.npy"),
+    "stdin": (
+        "inputs: {shards: '-'}",
+        "inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards",
+    ),
+    "no path": (
+        S + "outputs: [{format: keys}]",
+        "outputs.0.path is missing; name a new folder, or a new file for tar, keys and *.npy",
+    ),
     "section is a word": (S + "select: 20%", "select is '20%'; expected keys such as top, min, by"),
     "list is a word": (S + "outputs: best", "outputs is 'best'; expected a list"),
     "whole number": (S + "run: {limit: 1.5}", "run.limit is 1.5; expected a whole number"),
@@ -140,12 +173,18 @@ REFUSED = {
     "share": (S + "run: {max_bad: 10}", "run.max_bad is 10.0; expected a share from 0 to 1, such as 0.1"),
     "no select": (S + "outputs: [{path: a}]", "the recipe has outputs and no section select"),
     "no outputs": (S + "select: {top: 5}", "the recipe has a section select and no outputs"),
-    "one place twice": (S + "select: {top: 5}\noutputs: [{path: a}, {path: ./a}]", "outputs.0.path and outputs.1.path are both './a'"),
+    "one place twice": (
+        S + "select: {top: 5}\noutputs: [{path: a}, {path: ./a}]",
+        "outputs.0.path and outputs.1.path are both './a'",
+    ),
     "one place in another": (
         S + "select: {top: 5}\noutputs: [{path: a/b}, {path: a}]",
         "outputs.0.path 'a/b' is in outputs.1.path 'a'; name a place beside it",
     ),
-    "twice": (S + "run: {limit: 1, limit: 2}", "recipe.yaml' is no YAML: line 2, column 17: the key 'limit' comes twice"),
+    "twice": (
+        S + "run: {limit: 1, limit: 2}",
+        "recipe.yaml' is no YAML: line 2, column 17: the key 'limit' comes twice",
+    ),
     "no YAML": (S + "run: [", "recipe.yaml' is no YAML: line 2, column 7 while parsing a flow node: "),
     "nothing": ("# nothing", "holds no sections; expected lines like 'inputs:'"),
     "list as a key": (S + "? [a]\n: b", "is no YAML: "),
@@ -180,15 +219,22 @@ def test_changes_that_are_refused(tmp_path, change, words):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(RecipeError, match=r"recipe '.*none\.yaml' cannot be read: No such file or directory; write one with: mmfilter init SHARDS -o "):
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe '.*none\.yaml' cannot be read: No such file or directory; write one with: mmfilter init SHARDS -o ",
+    ):
         read_recipe(tmp_path / "none.yaml")
-    with pytest.raises(RecipeError, match=r"is a folder; name a recipe, or the manifest\.json of an output that a recipe made"):
+    with pytest.raises(
+        RecipeError, match=r"is a folder; name a recipe, or the manifest\.json of an output that a recipe made"
+    ):
         read_recipe(tmp_path)
 
 
 def test_the_settings_of_the_operations_judge_the_rest():
     recipe = Recipe(Inputs(("a.tar",)), select=Select(top="lots"), outputs=(Output("x"),))
-    with pytest.raises(SelectionError, match=r"--top '0\.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"):
+    with pytest.raises(
+        SelectionError, match=r"--top '0\.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"
+    ):
         replace(recipe, select=Select(top=0.2)).selection(recipe.outputs[0])
     with pytest.raises(SelectionError, match="lots"):
         recipe.selection(recipe.outputs[0])
@@ -201,7 +247,10 @@ def test_the_settings_of_the_operations_judge_the_rest():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"kind": "selection"}', r"manifest\.json' holds no recipe; expected the manifest of an output that mmfilter run made"),
+        (
+            '{"kind": "selection"}',
+            r"manifest\.json' holds no recipe; expected the manifest of an output that mmfilter run made",
+        ),
         ("[1]", "holds no recipe"),
         ("{", r"manifest\.json' is not valid JSON"),
         ('{"recipe": {"recipe": 5}}', "holds no sections"),

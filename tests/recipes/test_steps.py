@@ -58,7 +58,9 @@ def test_the_example_recipes_run_and_the_second_time_skip_everything(path, tmp_p
     recipe = read_recipe(path, [f"inputs.shards={ROOT}/examples/shards/*.tar", "run.limit=40"])
     first = go(recipe)
     assert first[0].facts == {"samples": 40, "scored": 40} and {step.state for step in first} == {"done"}
-    assert [step.name for step in first] == ["score"] + ["dedup"] * (recipe.dedup is not None) + ["select"] * len(recipe.outputs)
+    assert [step.name for step in first] == ["score"] + ["dedup"] * (recipe.dedup is not None) + ["select"] * len(
+        recipe.outputs
+    )
     again = go(recipe)
     assert states(again) == [(step.name, "skipped") for step in first]
     expected = {"20%": 8, "25%": 10, "30%": 12, "100%": 40}[recipe.select.top]  # the example pairs are all different
@@ -84,10 +86,19 @@ def test_the_recipe_of_a_manifest_makes_the_same_set_again(recipe, tmp_path):
     for manifest in (tmp_path / "best/manifest.json", tmp_path / "best.txt.manifest.json"):
         about = json.loads(manifest.read_text())["recipe"]
         assert (
-            {"mmfilter", "python", "torch", "transformers", "numpy"} <= about["versions"].keys() and about["hashes"]["sae_hash"] and about["card"]["layer"] == 1
+            {"mmfilter", "python", "torch", "transformers", "numpy"} <= about["versions"].keys()
+            and about["hashes"]["sae_hash"]
+            and about["card"]["layer"] == 1
         )
         name = f"again-{manifest.parent.name}"
-        again = read_recipe(manifest, [f"run.directory={tmp_path}/{name}", f"outputs.0.path={tmp_path}/{name}-best", f"outputs.1.path={tmp_path}/{name}.txt"])
+        again = read_recipe(
+            manifest,
+            [
+                f"run.directory={tmp_path}/{name}",
+                f"outputs.0.path={tmp_path}/{name}-best",
+                f"outputs.1.path={tmp_path}/{name}.txt",
+            ],
+        )
         assert {step.state for step in go(again)} == {"done"}
         assert kept_keys(tmp_path / f"{name}-best") == kept_keys(tmp_path / "best")
         assert (tmp_path / f"{name}.txt").read_text() == (tmp_path / "best.txt").read_text()
@@ -97,7 +108,13 @@ def test_the_recipe_of_a_manifest_makes_the_same_set_again(recipe, tmp_path):
 def test_a_new_output_is_written_from_the_old_scores(recipe, tmp_path):
     go(recipe)
     more = replace(recipe, outputs=(*recipe.outputs, Output(f"{tmp_path}/table", "parquet")))
-    assert states(go(more)) == [("score", "skipped"), ("dedup", "skipped"), ("select", "skipped"), ("select", "skipped"), ("select", "done")]
+    assert states(go(more)) == [
+        ("score", "skipped"),
+        ("dedup", "skipped"),
+        ("select", "skipped"),
+        ("select", "skipped"),
+        ("select", "done"),
+    ]
     assert pq.read_table(tmp_path / "table/data")["key"].to_pylist() == kept_keys(tmp_path / "best")
 
 
@@ -124,7 +141,12 @@ def test_check_is_told_and_kept(make_shard, tmp_path):
     first = go(recipe)
     assert states(first) == [("check", "done"), ("score", "done")]
     stored = json.loads((tmp_path / "run/check.json").read_text())
-    assert stored == first[0].facts and stored["pairs"] == 20 and 0 <= stored["auc"]["similarity"] <= 1 and stored["verdict"] == first[0].text
+    assert (
+        stored == first[0].facts
+        and stored["pairs"] == 20
+        and 0 <= stored["auc"]["similarity"] <= 1
+        and stored["verdict"] == first[0].text
+    )
     again = go(recipe)
     assert states(again) == [("check", "skipped"), ("score", "skipped")] and again[0].facts == stored
     assert states(go(replace(recipe, check=Check(21))))[0] == ("check", "done")
@@ -147,14 +169,20 @@ def test_a_dry_run_of_a_scored_run_has_the_funnel_of_what_would_be_written(recip
     assert sorted(tmp_path.rglob("*")) == before
     done = go(other)[-1]
     assert (planned.state, done.state) == ("planned", "done") and planned.funnel == done.funnel
-    assert planned.text == f"write 12 samples, 50.0% of the candidates -> {tmp_path}/half (shards)" and done.facts["written"] == 12
+    assert (
+        planned.text == f"write 12 samples, 50.0% of the candidates -> {tmp_path}/half (shards)"
+        and done.facts["written"] == 12
+    )
 
 
 @pytest.mark.parametrize(
     ("select", "words"),
     [
         (Select("25%", where="width >"), "--where 'width >' is not possible: syntax error"),
-        (Select("25%", by="random() + 1"), r"--by 'random\(\) \+ 1' uses random\(\), which is another number each time"),
+        (
+            Select("25%", by="random() + 1"),
+            r"--by 'random\(\) \+ 1' uses random\(\), which is another number each time",
+        ),
         (Select("25%", per="(SELECT 1)"), r"--per '\(SELECT 1\)' has a sub-query"),
         (Select("25%", match="nowhere"), "nowhere' is no run: it has no manifest.json"),
         (Select("25%", metadata=("no*.csv",)), r"--metadata '.*/no\*\.csv' matches no file; check the path"),
@@ -176,7 +204,10 @@ def test_a_changed_shard_is_scored_again_and_its_old_output_is_not_taken_for_new
     members = [member for i in range(13) for member in good(f"{i:09d}", 40 + i)]
     write_tar(tmp_path / "source/1.tar", members)
     told: list[Step] = []
-    with pytest.raises(RecipeError, match=r"output '.*/best' was made from other scores than run '.*/run' holds now; name a new path, or delete it"):
+    with pytest.raises(
+        RecipeError,
+        match=r"output '.*/best' was made from other scores than run '.*/run' holds now; name a new path, or delete it",
+    ):
         follow(recipe, Quiet(), told.append)
     assert states(told) == [("score", "done"), ("dedup", "done")] and told[0].facts["samples"] == 25
     assert len(table(tmp_path / "run")) == 25
@@ -214,12 +245,18 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_is_scored(re
 def test_outputs_in_the_way_are_refused_before_anything_is_scored(recipe, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best.txt").write_text("mine")
-    with pytest.raises(RecipeError, match=r"output '.*/best\.txt' is there already and no recipe made it; name a new path, or delete it first"):
+    with pytest.raises(
+        RecipeError,
+        match=r"output '.*/best\.txt' is there already and no recipe made it; name a new path, or delete it first",
+    ):
         go(recipe)
     assert not (tmp_path / "run").exists() and (tmp_path / "best.txt").read_text() == "mine"
     (tmp_path / "best.txt").unlink()
     go(recipe)
-    with pytest.raises(RecipeError, match=r"best' was made with another recipe \(select\.top was '25%', is now '50%'; select\.shuffle was 1, is now None\)"):
+    with pytest.raises(
+        RecipeError,
+        match=r"best' was made with another recipe \(select\.top was '25%', is now '50%'; select\.shuffle was 1, is now None\)",
+    ):
         go(replace(recipe, select=Select("50%")))
     with pytest.raises(RecipeError, match=r"best' was made with another recipe \(its format or shard_size differs\)"):
         go(replace(recipe, outputs=(replace(recipe.outputs[0], shard_size=5),)))
@@ -228,14 +265,17 @@ def test_outputs_in_the_way_are_refused_before_anything_is_scored(recipe, tmp_pa
 def test_a_run_with_other_shards_is_refused(recipe, tmp_path):
     go(replace(recipe, outputs=(), select=None, dedup=None))
     with pytest.raises(
-        RecipeError, match=r"also holds 1 shard that inputs\.shards does not name \(first: '.*/1\.tar'\), and a selection would take of that too"
+        RecipeError,
+        match=r"also holds 1 shard that inputs\.shards does not name \(first: '.*/1\.tar'\), and a selection would take of that too",
     ):
         go(replace(recipe, inputs=Inputs((f"{tmp_path}/source/0.tar",))))
 
 
 def test_a_missing_faiss_is_told_before_the_pass(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingExtra, match=r"the index over codes needs an optional package: pip install 'mmfilter\[cpu\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"the index over codes needs an optional package: pip install 'mmfilter\[cpu\]'"
+    ):
         go(recipe)
     assert not (tmp_path / "run").exists()
     assert states(go(replace(recipe, dedup=None)))[0] == ("score", "done")
@@ -251,9 +291,14 @@ def test_too_many_bad_samples_end_it_every_time(make_shard, tmp_path):
     shard = make_shard(n=4, extra=[("z.jpg", picture(1)), ("zz.jpg", b"no image"), ("zz.txt", b"x")])
     recipe = Recipe(Inputs((str(shard),)), run=Run(f"{tmp_path}/run"))
     for _ in range(2):
-        with pytest.raises(RecipeError, match=r"33\.3% of the samples have no score, more than run\.max_bad: 0\.1 allows; the column 'reason'"):
+        with pytest.raises(
+            RecipeError,
+            match=r"33\.3% of the samples have no score, more than run\.max_bad: 0\.1 allows; the column 'reason'",
+        ):
             go(recipe)
-    assert go(replace(recipe, run=replace(recipe.run, max_bad=0.4)))[0].text.startswith("finished before: 4 of 6 samples have scores")
+    assert go(replace(recipe, run=replace(recipe.run, max_bad=0.4)))[0].text.startswith(
+        "finished before: 4 of 6 samples have scores"
+    )
 
 
 def test_broken_and_empty_shards(make_shard, tmp_path):
@@ -262,7 +307,8 @@ def test_broken_and_empty_shards(make_shard, tmp_path):
     (tmp_path / "broken.tar").write_bytes(content[:9000])
     recipe = Recipe(Inputs((str(shard), f"{tmp_path}/broken.tar")), run=Run(f"{tmp_path}/run"))
     with pytest.raises(
-        RecipeError, match=r"1 of 2 shards could not be read to their end, first: .*broken\.tar.* The others are finished; repair and run again"
+        RecipeError,
+        match=r"1 of 2 shards could not be read to their end, first: .*broken\.tar.* The others are finished; repair and run again",
     ):
         go(recipe)
     (tmp_path / "broken.tar").write_bytes(content)
@@ -276,17 +322,34 @@ def test_conversations_become_llava_json(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     members = []
     for i in range(20):
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"A red apple, number {i}."}]
-        members += [(f"{i:03d}.jpg", picture(i)), (f"{i:03d}.json", json.dumps({"id": f"id-{i}", "conversations": turns}).encode())]
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": f"A red apple, number {i}."},
+        ]
+        members += [
+            (f"{i:03d}.jpg", picture(i)),
+            (f"{i:03d}.json", json.dumps({"id": f"id-{i}", "conversations": turns}).encode()),
+        ]
     write_tar(tmp_path / "chats.tar", members)
-    go(read_recipe(ROOT / "examples/recipes/instruction-data.yaml", ["inputs.shards=chats.tar", "inputs.caption=conversations", "select.min=-1"]))
+    go(
+        read_recipe(
+            ROOT / "examples/recipes/instruction-data.yaml",
+            ["inputs.shards=chats.tar", "inputs.caption=conversations", "select.min=-1"],
+        )
+    )
     entries = json.loads((tmp_path / "selected/instruction-data/llava.json").read_text())
-    assert len(entries) == 5 and all(entry["conversations"][1]["value"] == f"A red apple, number {entry['id'][3:]}." for entry in entries)
+    assert len(entries) == 5 and all(
+        entry["conversations"][1]["value"] == f"A red apple, number {entry['id'][3:]}." for entry in entries
+    )
 
 
 def test_the_subset_of_datacomp_and_its_keys_name_the_same_samples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    go(read_recipe(ROOT / "examples/recipes/datacomp.yaml", [f"inputs.shards={ROOT}/examples/shards/*.tar", "run.limit=30"]))
+    go(
+        read_recipe(
+            ROOT / "examples/recipes/datacomp.yaml", [f"inputs.shards={ROOT}/examples/shards/*.tar", "run.limit=30"]
+        )
+    )
     uids = {row["key"]: row["uid"] for row in table(tmp_path / "runs/datacomp")}
     ids = [f"{high:016x}{low:016x}" for high, low in np.load("selected/datacomp.npy").tolist()]
     assert ids == sorted(uids[key] for key in Path("selected/datacomp.txt").read_text().split()) and len(ids) == 9
@@ -296,7 +359,9 @@ def test_selecting_from_finished_scores_needs_no_torch(recipe, tmp_path):
     go(replace(recipe, check=None, outputs=(), select=None))
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.values()))
     script = "import sys; from mmfilter.cli.app import main; code = main(['run', sys.argv[1]]); print('torch' in sys.modules, code)"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "recipe.yaml"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "recipe.yaml"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False 0" and len(kept_keys(tmp_path / "best")) == 6
 
 
@@ -319,6 +384,7 @@ def test_llava_json_with_its_folder_and_columns_of_another_file(tmp_path, monkey
     assert states(go(read_recipe(Path("recipe.yaml")))) == [("score", "skipped"), ("select", "skipped")]
     Path("more.csv").write_text("key,taste\n" + "".join(f"s{i},{10 - i}\n" for i in range(6)))
     with pytest.raises(
-        RecipeError, match=r"output '.*/out' was made from other scores than run '.*', or select\.metadata holds now; name a new path, or delete it"
+        RecipeError,
+        match=r"output '.*/out' was made from other scores than run '.*', or select\.metadata holds now; name a new path, or delete it",
     ):
         go(read_recipe(Path("recipe.yaml")))

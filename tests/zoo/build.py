@@ -28,7 +28,14 @@ SIGLIP_VISION = {
     "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "image_size": 56, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
-SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+SMALL_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 @dataclass
@@ -52,7 +59,13 @@ def family(build: Callable[[], Specimen]) -> Callable[[], Specimen]:
 
 
 def tokenizer(
-    named: dict[str, str] | None = None, extra: tuple[str, ...] = (), *, bos: bool = True, side: str = "left", eos: bool = False, **options: Any
+    named: dict[str, str] | None = None,
+    extra: tuple[str, ...] = (),
+    *,
+    bos: bool = True,
+    side: str = "left",
+    eos: bool = False,
+    **options: Any,
 ) -> Any:
     """256 byte tokens without merges, the usual four control tokens, and the family's own.
 
@@ -87,7 +100,9 @@ def enliven(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if not weight.is_floating_point() or not weight.numel():
                 continue
-            if weight.abs().max() < 1e-6 and "bias" not in name and "norm" not in name:  # projections and gates that start at 0
+            if (
+                weight.abs().max() < 1e-6 and "bias" not in name and "norm" not in name
+            ):  # projections and gates that start at 0
                 weight.copy_(torch.randn(weight.shape, generator=generator) * (0.5 if "gate" in name else 0.05))
             if weight.dim() >= 4 and weight.std() < 0.1:  # convolutions
                 weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)

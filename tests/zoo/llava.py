@@ -25,7 +25,9 @@ def llava_processor(tok: Any, images: Any, cls: Any = T.LlavaProcessor) -> Any:
 @family
 def llava() -> Specimen:
     tok = tokenizer({"image_token": "<image>"})
-    config = T.LlavaConfig(text_config={"model_type": "llama", **TEXT}, vision_config=CLIP_VISION, image_token_index=tok.image_token_id)
+    config = T.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=CLIP_VISION, image_token_index=tok.image_token_id
+    )
     return Specimen(T.LlavaForConditionalGeneration(config), llava_processor(tok, clip_images()), USER)
 
 
@@ -33,7 +35,10 @@ def llava() -> Specimen:
 def vipllava() -> Specimen:
     tok = tokenizer({"image_token": "<image>"})
     config = T.VipLlavaConfig(
-        text_config={"model_type": "llama", **TEXT}, vision_config=CLIP_VISION, image_token_index=tok.image_token_id, vision_feature_layers=[-2, 1]
+        text_config={"model_type": "llama", **TEXT},
+        vision_config=CLIP_VISION,
+        image_token_index=tok.image_token_id,
+        vision_feature_layers=[-2, 1],
     )
     return Specimen(T.VipLlavaForConditionalGeneration(config), llava_processor(tok, clip_images()), USER)
 
@@ -41,10 +46,17 @@ def vipllava() -> Specimen:
 def _llava_next(text: str) -> Specimen:
     tok = tokenizer({"image_token": "<image>"})
     config = T.LlavaNextConfig(
-        text_config={"model_type": text, **TEXT}, vision_config=CLIP_VISION, image_token_index=tok.image_token_id, image_grid_pinpoints=PINPOINTS
+        text_config={"model_type": text, **TEXT},
+        vision_config=CLIP_VISION,
+        image_token_index=tok.image_token_id,
+        image_grid_pinpoints=PINPOINTS,
     )
-    images = pil("LlavaNextImageProcessor")(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS)
-    return Specimen(T.LlavaNextForConditionalGeneration(config), llava_processor(tok, images, T.LlavaNextProcessor), USER, WIDE)
+    images = pil("LlavaNextImageProcessor")(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
+    )
+    return Specimen(
+        T.LlavaNextForConditionalGeneration(config), llava_processor(tok, images, T.LlavaNextProcessor), USER, WIDE
+    )
 
 
 @family
@@ -65,7 +77,9 @@ def llava_onevision() -> Specimen:
         video_token_index=tok.video_token_id, image_grid_pinpoints=PINPOINTS,
     )  # fmt: skip
     images = pil("LlavaOnevisionImageProcessor")(size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS)
-    processor = T.LlavaOnevisionProcessor(images, tok, video_processor=ImagesOnly(), num_image_tokens=16, vision_feature_select_strategy="full")
+    processor = T.LlavaOnevisionProcessor(
+        images, tok, video_processor=ImagesOnly(), num_image_tokens=16, vision_feature_select_strategy="full"
+    )
     return Specimen(T.LlavaOnevisionForConditionalGeneration(config), processor, "<s>user <image>\n{caption}</s>", WIDE)
 
 
@@ -84,9 +98,15 @@ def paligemma() -> Specimen:
 @family
 def deepseek_vl() -> Specimen:
     tok = tokenizer({"image_token": "<image_placeholder>"})
-    config = T.DeepseekVLConfig(text_config={"model_type": "llama", **TEXT}, vision_config=SIGLIP_VISION, image_token_id=tok.image_token_id)
+    config = T.DeepseekVLConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=SIGLIP_VISION, image_token_id=tok.image_token_id
+    )
     images = pil("DeepseekVLImageProcessor")(size={"height": 56, "width": 56})
-    return Specimen(T.DeepseekVLForConditionalGeneration(config), T.DeepseekVLProcessor(images, tok, num_image_tokens=16), "User: <image_placeholder>{caption}")
+    return Specimen(
+        T.DeepseekVLForConditionalGeneration(config),
+        T.DeepseekVLProcessor(images, tok, num_image_tokens=16),
+        "User: <image_placeholder>{caption}",
+    )
 
 
 def _pixtral(model: Any, config: Any, merge: int, **options: Any) -> Specimen:
@@ -100,15 +120,31 @@ def _pixtral(model: Any, config: Any, merge: int, **options: Any) -> Specimen:
         "image_size": 128,
         "patch_size": 16,
     }
-    made = config(text_config={"model_type": "mistral", **TEXT, "head_dim": 8}, vision_config=vision, image_token_index=tok.image_token_id, **options)
-    processor = pixtral_processor()(pil("PixtralImageProcessor")(size={"longest_edge": 128}, patch_size=16), tok, patch_size=16, spatial_merge_size=merge)
+    made = config(
+        text_config={"model_type": "mistral", **TEXT, "head_dim": 8},
+        vision_config=vision,
+        image_token_index=tok.image_token_id,
+        **options,
+    )
+    processor = pixtral_processor()(
+        pil("PixtralImageProcessor")(size={"longest_edge": 128}, patch_size=16),
+        tok,
+        patch_size=16,
+        spatial_merge_size=merge,
+    )
     return Specimen(model(made), processor, "[INST][IMG]{caption}[/INST]", ((120, 80), (64, 140)))
 
 
 @family
 def pixtral() -> Specimen:
     """Pixtral-12B is published as a LLaVA."""
-    return _pixtral(T.LlavaForConditionalGeneration, T.LlavaConfig, 1, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    return _pixtral(
+        T.LlavaForConditionalGeneration,
+        T.LlavaConfig,
+        1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
 
 
 @family
@@ -118,22 +154,49 @@ def mistral3() -> Specimen:
 
 @family
 def internvl() -> Specimen:
-    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
     tok = tokenizer(named, bos=False)
     vision = {**SMALL_VISION, "image_size": [56, 56], "patch_size": [14, 14]}
     config = T.InternVLConfig(
-        text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, image_token_id=tok.context_image_token_id, image_seq_length=4, downsample_ratio=0.5
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config=vision,
+        image_token_id=tok.context_image_token_id,
+        image_seq_length=4,
+        downsample_ratio=0.5,
     )
     images = pil("GotOcr2ImageProcessor")(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
     processor = T.InternVLProcessor(images, tok, ImagesOnly(), image_seq_length=4)
-    return Specimen(T.InternVLForConditionalGeneration(config), processor, "<|im_start|>user\n<IMG_CONTEXT>\n{caption}<|im_end|>\n", WIDE)
+    return Specimen(
+        T.InternVLForConditionalGeneration(config),
+        processor,
+        "<|im_start|>user\n<IMG_CONTEXT>\n{caption}<|im_end|>\n",
+        WIDE,
+    )
 
 
 @family
 def aya_vision() -> Specimen:
-    extra = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *(f"TILE_{i}" for i in range(1, 13)))
+    extra = (
+        "<|START_OF_IMG|>",
+        "<|END_OF_IMG|>",
+        "<|IMG_PATCH|>",
+        "<|IMG_LINE_BREAK|>",
+        "TILE_GLOBAL",
+        *(f"TILE_{i}" for i in range(1, 13)),
+    )
     tok = tokenizer({"image_token": "<image>"}, extra)
-    text = {"model_type": "cohere2", **TEXT, "head_dim": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 32}
+    text = {
+        "model_type": "cohere2",
+        **TEXT,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "sliding_window": 32,
+    }
     config = T.AyaVisionConfig(
         text_config=text,
         vision_config=SIGLIP_VISION,
@@ -149,22 +212,42 @@ def aya_vision() -> Specimen:
 @family
 def ovis2() -> Specimen:
     names = ("<img>", "</img>", "<pre>", "<col>", "<row>")
-    tok = tokenizer({"image_token": "<image>"}, ("<IMG_ATOM>", "<IMG>", "</IMG>", "<COL>", "<ROW>", "<PRE>", *names), bos=False)
+    tok = tokenizer(
+        {"image_token": "<image>"}, ("<IMG_ATOM>", "<IMG>", "</IMG>", "<COL>", "<ROW>", "<PRE>", *names), bos=False
+    )
     vision = {**SMALL_VISION, "vocab_size": 32, "hidden_stride": 2, "num_visual_indicator_tokens": 5}
     config = T.Ovis2Config(
         text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, image_token_id=tok.convert_tokens_to_ids("<IMG_ATOM>"),
         visual_indicator_token_ids=[tok.convert_tokens_to_ids(name) for name in names], vocab_size=TEXT["vocab_size"], hidden_size=32,
     )  # fmt: skip
     images = pil("Ovis2ImageProcessor")(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
-    return Specimen(T.Ovis2ForConditionalGeneration(config), T.Ovis2Processor(images, tok, image_seq_length=4), "<|im_start|>user\n<image>\n{caption}", WIDE)
+    return Specimen(
+        T.Ovis2ForConditionalGeneration(config),
+        T.Ovis2Processor(images, tok, image_seq_length=4),
+        "<|im_start|>user\n<image>\n{caption}",
+        WIDE,
+    )
 
 
 def _idefics(config: Any, model: Any, processor: Any, images: str, *video: Any) -> Specimen:
     rows = tuple(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
-    tok = tokenizer({"image_token": "<image>"}, ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows), bos=False)
-    made = config(text_config={"model_type": "llama", **TEXT}, vision_config=SMALL_VISION, scale_factor=2, image_token_id=tok.image_token_id)
+    tok = tokenizer(
+        {"image_token": "<image>"},
+        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows),
+        bos=False,
+    )
+    made = config(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config=SMALL_VISION,
+        scale_factor=2,
+        image_token_id=tok.image_token_id,
+    )
     made_images = pil(images)(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    return Specimen(model(made), processor(made_images, tok, *video, image_seq_len=4), "<s>User:<image>{caption}<end_of_utterance>\n")
+    return Specimen(
+        model(made),
+        processor(made_images, tok, *video, image_seq_len=4),
+        "<s>User:<image>{caption}<end_of_utterance>\n",
+    )
 
 
 @family
@@ -174,15 +257,29 @@ def idefics3() -> Specimen:
 
 @family
 def smolvlm() -> Specimen:
-    return _idefics(T.SmolVLMConfig, T.SmolVLMForConditionalGeneration, T.SmolVLMProcessor, "SmolVLMImageProcessor", ImagesOnly())
+    return _idefics(
+        T.SmolVLMConfig, T.SmolVLMForConditionalGeneration, T.SmolVLMProcessor, "SmolVLMImageProcessor", ImagesOnly()
+    )
 
 
 @family
 def idefics2() -> Specimen:
-    tok = tokenizer({"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}, ("<end_of_utterance>",))
-    perceiver = {"hidden_size": 32, "resampler_n_latents": 6, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1}
+    tok = tokenizer(
+        {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}, ("<end_of_utterance>",)
+    )
+    perceiver = {
+        "hidden_size": 32,
+        "resampler_n_latents": 6,
+        "resampler_depth": 1,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+        "num_key_value_heads": 1,
+    }
     config = T.Idefics2Config(
-        text_config={"model_type": "mistral", **TEXT}, vision_config=SMALL_VISION, perceiver_config=perceiver, image_token_id=tok.image_token_id
+        text_config={"model_type": "mistral", **TEXT},
+        vision_config=SMALL_VISION,
+        perceiver_config=perceiver,
+        image_token_id=tok.image_token_id,
     )
     images = pil("Idefics2ImageProcessor")(size={"longest_edge": 56, "shortest_edge": 28}, do_image_splitting=False)
     processor = T.Idefics2Processor(images, tok, image_seq_len=6)

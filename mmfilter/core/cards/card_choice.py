@@ -28,7 +28,13 @@ def card_for(
         options = replace(load_card(model).sae_options, **options.stated())
     changes: dict[str, object] = {
         name: value
-        for name, value in (("layer", layer), ("sae", sae), ("sae_options", options), ("prompt", prompt), ("text_context", text_context))
+        for name, value in (
+            ("layer", layer),
+            ("sae", sae),
+            ("sae_options", options),
+            ("prompt", prompt),
+            ("text_context", text_context),
+        )
         if value is not None
     }
     if model in card_names():
@@ -39,7 +45,9 @@ def card_for(
             changes = {}
     else:
         if layer is None or sae is None:
-            raise ModelError(f"no card {model!r} (there is {', '.join(card_names())}); for a folder or hub id give --layer and --sae as well")
+            raise ModelError(
+                f"no card {model!r} (there is {', '.join(card_names())}); for a folder or hub id give --layer and --sae as well"
+            )
         card = Card(name=model, model=model, layer=layer, sae=sae, sae_options=options)
     if threshold is not None:
         changes["threshold"] = threshold

@@ -48,7 +48,9 @@ class SAEOptions:
 
     def stated(self) -> dict[str, Any]:
         """The options that say something."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default}
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
 
 
 NO_OPTIONS = SAEOptions()
@@ -101,4 +103,6 @@ def _value(key: str, kind: Any, value: Any) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise SAEError(f"SAE option {key}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from error
+        raise SAEError(
+            f"SAE option {key}={text!r}: expected {'a whole number' if kind is int else 'a number'}"
+        ) from error

@@ -36,7 +36,10 @@ class CodeTables:
                     f"run {str(scores.run.path)!r} has no codes of shard {shard.path!r}: delete scores/{path.name} in it and run mmfilter score again"
                 )
         self.idf = _idf(scores.run.weights)
-        self._about = [(shard.path, shard.stamp.size, shard.stamp.mtime_ns, shard.stamp.etag, shard.rows) for shard in scores.shards]
+        self._about = [
+            (shard.path, shard.stamp.size, shard.stamp.mtime_ns, shard.stamp.etag, shard.rows)
+            for shard in scores.shards
+        ]
 
     @property
     def n_rows(self) -> int:
@@ -55,7 +58,9 @@ class CodeTables:
         The codes count by the size of their table, which stays when a run is copied.
         """
         sizes = [path.stat().st_size for path in self._paths]
-        told = json.dumps(sorted(((*about, size) for about, size in zip(self._about, sizes, strict=True)), key=lambda item: item[0])).encode()
+        told = json.dumps(
+            sorted(((*about, size) for about, size in zip(self._about, sizes, strict=True)), key=lambda item: item[0])
+        ).encode()
         return hashlib.sha256(told + self.idf.tobytes()).hexdigest()[:16]
 
     def read(self, wanted: np.ndarray | None = None) -> Iterator[tuple[Codes, int]]:
@@ -83,18 +88,24 @@ class CodeTables:
         """The codes of ascending positions. Raises `RunError` when a sample has none."""
         codes = Codes.concatenate([part for part, _ in self.read(positions)])
         if len(codes) != len(positions):
-            raise RunError(f"the code tables of run {str(self._run.path)!r} lack samples that have scores; score the shards again")
+            raise RunError(
+                f"the code tables of run {str(self._run.path)!r} lack samples that have scores; score the shards again"
+            )
         return codes
 
     def _table(self, number: int, wanted: np.ndarray | None) -> Codes:
         start, stop = self._starts[number : number + 2]
-        rows = None if wanted is None else wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)] - start
+        rows = (
+            None if wanted is None else wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)] - start
+        )
         columns = [f"{side}_{part}" for side in SIDES for part in ("ids", "mean")]
         parts = []
         for found, lists in read_codes(self._paths[number], columns, rows):
             sides = [SideCodes.of_lengths(*lists[f"{side}_ids"], lists[f"{side}_mean"][1]) for side in SIDES]
             if any(len(side.ids) and side.ids.max() >= len(self.idf) for side in sides):
-                raise RunError(f"code table {str(self._paths[number])!r} has features that {str(self._run.weights)!r} lacks: it belongs to another SAE")
+                raise RunError(
+                    f"code table {str(self._paths[number])!r} has features that {str(self._run.weights)!r} lacks: it belongs to another SAE"
+                )
             parts.append(Codes(start + found, *sides))
         return Codes.concatenate(parts)
 
@@ -119,4 +130,6 @@ def _idf(path: Path) -> np.ndarray:
             n = int((file.metadata() or {})["n_samples"])
             return np.log((1 + n) / (1 + file.get_tensor("samples").astype(np.float64)))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"feature weights {str(path)!r} cannot be read ({error}); score into another --run to fit them again") from error
+        raise RunError(
+            f"feature weights {str(path)!r} cannot be read ({error}); score into another --run to fit them again"
+        ) from error

@@ -56,11 +56,15 @@ class DuplicateSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise SelectionError(f"the similarity threshold is {self.threshold}; give one above 0 and up to 1, such as 0.95")
+            raise SelectionError(
+                f"the similarity threshold is {self.threshold}; give one above 0 and up to 1, such as 0.95"
+            )
         if self.workers is not None and self.workers < 1:
             raise SelectionError(f"--workers is {self.workers}; at least 1 is needed")
         if self.memory is not None and not self.memory > 0:
-            raise SelectionError(f"--memory is {self.memory:g}; give GiB above 0, or leave it out to use half of what is free")
+            raise SelectionError(
+                f"--memory is {self.memory:g}; give GiB above 0, or leave it out to use half of what is free"
+            )
         IndexSettings(self.on)
 
     @property
@@ -108,7 +112,15 @@ class Pairs:
         return np.lexsort((self.second, self.first, np.abs(self.similarity - np.float32(threshold))))[:n]
 
 
-def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, settings: DuplicateSettings, progress: Progress, *, keep: bool = True) -> Pairs:
+def find_pairs(
+    scores: ScoreTables,
+    tables: CodeTables,
+    groups: np.ndarray,
+    settings: DuplicateSettings,
+    progress: Progress,
+    *,
+    keep: bool = True,
+) -> Pairs:
     """The run's close pairs, stored ones if they go as far down as is asked for, else searched and stored.
 
     Without `keep`, and where it cannot be, nothing is written into the run. `groups` are those of
@@ -123,7 +135,15 @@ def find_pairs(scores: ScoreTables, tables: CodeTables, groups: np.ndarray, sett
             if settings.gpu:
                 check_gpu()
             wanted = representatives(scores, groups)
-            index = open_index(tables, wanted, IndexSettings(settings.on), scores.run.index, progress, at_most=settings.at_most, keep=keep)
+            index = open_index(
+                tables,
+                wanted,
+                IndexSettings(settings.on),
+                scores.run.index,
+                progress,
+                at_most=settings.at_most,
+                keep=keep,
+            )
             if settings.gpu:
                 index.to_gpu(progress)
             floor = max(round(settings.threshold - BELOW, 6), min(settings.threshold, 1e-3))
@@ -168,7 +188,9 @@ def _searched(tables: CodeTables, index: CodeIndex, floor: float, on: On, progre
     return Pairs(*columns, floor, full[order], np.minimum(last[order], 1).astype(np.float32), index.about)
 
 
-def _candidates(index: CodeIndex, position: np.ndarray, vectors: np.ndarray, level: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _candidates(
+    index: CodeIndex, position: np.ndarray, vectors: np.ndarray, level: float, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs at or above `level` as first · n + second, the crowded positions, and their farthest neighbour's similarity."""
     pairs, todo = [], np.arange(len(position))
     for k in NEIGHBOURS:
@@ -188,7 +210,9 @@ def _candidates(index: CodeIndex, position: np.ndarray, vectors: np.ndarray, lev
     return np.concatenate(pairs), position[todo], last.astype(np.float64)
 
 
-def _measured(tables: CodeTables, first: np.ndarray, second: np.ndarray, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+def _measured(
+    tables: CodeTables, first: np.ndarray, second: np.ndarray, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
     """Exact cosines of both sides, with the codes of a bounded number of samples in memory."""
     image, text = np.empty(len(first), np.float32), np.empty(len(first), np.float32)
     involved = np.unique(np.concatenate([first, second]))
@@ -199,7 +223,9 @@ def _measured(tables: CodeTables, first: np.ndarray, second: np.ndarray, progres
         for j in np.unique(block[1, block[0] == i]).tolist():
             codes = left
             if j != i:
-                codes = Codes.concatenate([left, tables.take(involved[j * ROWS_AT_ONCE : (j + 1) * ROWS_AT_ONCE]).by_feature()])
+                codes = Codes.concatenate(
+                    [left, tables.take(involved[j * ROWS_AT_ONCE : (j + 1) * ROWS_AT_ONCE]).by_feature()]
+                )
             at = np.flatnonzero((block[0] == i) & (block[1] == j))
             rows = [np.searchsorted(codes.position, part[at]) for part in (first, second)]
             image[at], text[at] = (cosines(side, tables.idf, *rows) for side in (codes.image, codes.text))
@@ -219,7 +245,14 @@ def _store(pairs: Pairs, scores: ScoreTables, tables: CodeTables, on: On) -> Non
         writer.abandon()
         raise
     writer.finish(
-        {"kind": "duplicates", "version": __version__, "on": on, "floor": pairs.floor, "inputs": tables.digest, "pairs": len(pairs)}
+        {
+            "kind": "duplicates",
+            "version": __version__,
+            "on": on,
+            "floor": pairs.floor,
+            "inputs": tables.digest,
+            "pairs": len(pairs),
+        }
         | {"crowded": len(pairs.crowded), "index": pairs.index}
     )
 
@@ -252,12 +285,16 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
     elif about["on"] != settings.on:
         progress.note(f"the stored duplicates are for --on {about['on']}: searching again for {settings.on}")
     elif about["floor"] > settings.threshold:
-        progress.note(f"the stored duplicates go down to {about['floor']:g}, not to {settings.threshold:g}: searching again")
+        progress.note(
+            f"the stored duplicates go down to {about['floor']:g}, not to {settings.threshold:g}: searching again"
+        )
     else:
         try:
             pairs = _read(path, about, scores)
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise RunError(f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file and run again") from error
+            raise RunError(
+                f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file and run again"
+            ) from error
         return pairs if _about(path) == about else None  # another process may have replaced it meanwhile
     return None
 
@@ -266,7 +303,9 @@ def _about(path: Path) -> dict[str, Any]:
     try:
         about = read_table_metadata(path)
     except RunError as error:
-        raise RunError(f"{' '.join(str(error).split())}; delete the file and run again") from error  # pyarrow breaks lines
+        raise RunError(
+            f"{' '.join(str(error).split())}; delete the file and run again"
+        ) from error  # pyarrow breaks lines
     if about.get("kind") != "duplicates":
         raise RunError(f"{str(path)!r} is no table of close pairs; move it away and run again")
     return about
@@ -278,8 +317,13 @@ def _read(path: Path, about: dict[str, Any], scores: ScoreTables) -> Pairs:
     pair = ~columns["other_row"].mask
     paths, other_shard = columns["other_shard"]
     other = scores.positions(paths, other_shard[pair], columns["other_row"].data[pair])
-    first, second = np.minimum(one[pair], other), np.maximum(one[pair], other)  # the order of the shards may have changed
+    first, second = (
+        np.minimum(one[pair], other),
+        np.maximum(one[pair], other),
+    )  # the order of the shards may have changed
     image, text, similarity = (columns[name].data for name in (*SIDES, "similarity"))
     order = np.argsort(one[~pair], kind="stable")
     crowded, above = one[~pair][order], similarity[~pair][order]
-    return Pairs(first, second, image[pair], text[pair], similarity[pair], about["floor"], crowded, above, about["index"])
+    return Pairs(
+        first, second, image[pair], text[pair], similarity[pair], about["floor"], crowded, above, about["index"]
+    )

@@ -36,11 +36,15 @@ def check_gpu() -> None:
     """
     faiss = load_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
-        raise MMFilterError(f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'")
+        raise MMFilterError(
+            f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
+        )
     trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
     if trial.returncode:
         told = [line for line in trial.stderr.splitlines() if line.strip()] or [f"exit status {trial.returncode}"]
-        raise MMFilterError(f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here ({told[-1].strip()}); go without --gpu")
+        raise MMFilterError(
+            f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here ({told[-1].strip()}); go without --gpu"
+        )
 
 
 def check_installed() -> None:
@@ -64,7 +68,9 @@ def load_faiss() -> Any:
 
 def _unusable(error: Exception) -> MMFilterError:
     anew = "pip uninstall faiss-cpu faiss-gpu, then pip install 'mmfilter[cpu]'"
-    return MMFilterError(f"FAISS is installed but cannot be loaded ({said(error)}); install what it lacks, or it anew: {anew}")
+    return MMFilterError(
+        f"FAISS is installed but cannot be loaded ({said(error)}); install what it lacks, or it anew: {anew}"
+    )
 
 
 @contextmanager

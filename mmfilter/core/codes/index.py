@@ -79,7 +79,9 @@ class IndexSettings:
 class CodeIndex:
     """Finds samples with near sketches; positions are those in the run."""
 
-    def __init__(self, faiss_index: Any, lists: _Lists | None, positions: np.ndarray, about: dict[str, Any], at_most: int) -> None:
+    def __init__(
+        self, faiss_index: Any, lists: _Lists | None, positions: np.ndarray, about: dict[str, Any], at_most: int
+    ) -> None:
         """`lists` are the sketches by cluster where there are clusters; those in memory take `at_most` bytes."""
         self._index, self._lists, self._positions, self.about = faiss_index, lists, positions, about
         self._gpu: Any = None
@@ -120,10 +122,14 @@ class CodeIndex:
         """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts kept."""
         closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
         best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
-        for some in self._lists.parts(np.unique(cluster), max(1, self._at_once // 2)):  # a part goes when the next is there
+        for some in self._lists.parts(
+            np.unique(cluster), max(1, self._at_once // 2)
+        ):  # a part goes when the next is there
             self._read(some)
             asked = np.flatnonzero(np.isin(cluster, some).any(1))
-            found = self._index.search_preassigned(vectors[asked], k, np.where(np.isin(cluster[asked], some), cluster[asked], -1), closeness[asked])
+            found = self._index.search_preassigned(
+                vectors[asked], k, np.where(np.isin(cluster[asked], some), cluster[asked], -1), closeness[asked]
+            )
             both = [np.concatenate([old[asked], new], axis=1) for old, new in zip(best, found, strict=True)]
             order = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
             for old, new in zip(best, both, strict=True):
@@ -134,7 +140,11 @@ class CodeIndex:
         """Positions and sketches of all samples, those of a cluster together."""
         for first in range(0, len(self), BLOCK):
             stop = min(first + BLOCK, len(self))
-            vectors = self._index.reconstruct_n(first, stop - first) if self._lists is None else self._lists.vectors.read(first, stop)
+            vectors = (
+                self._index.reconstruct_n(first, stop - first)
+                if self._lists is None
+                else self._lists.vectors.read(first, stop)
+            )
             yield self._positions[first:stop], vectors.astype(np.float32)
 
     def to_gpu(self, progress: Progress) -> None:
@@ -169,7 +179,9 @@ class _Lists:
     def load(self, into: Any, some: np.ndarray) -> None:
         """Add these clusters to FAISS's lists."""
         faiss = load_faiss()
-        for cluster, first, stop in zip(some.tolist(), self._starts[some].tolist(), self._starts[some + 1].tolist(), strict=True):
+        for cluster, first, stop in zip(
+            some.tolist(), self._starts[some].tolist(), self._starts[some + 1].tolist(), strict=True
+        ):
             if first < stop:
                 codes, numbers = self.vectors.read(first, stop).view(np.uint8), np.arange(first, stop)
                 into.add_entries(cluster, stop - first, faiss.swig_ptr(numbers), faiss.swig_ptr(codes))
@@ -233,7 +245,9 @@ def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex |
     try:
         index = _loaded(folder, about, at_most)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        raise RunError(f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again") from error
+        raise RunError(
+            f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again"
+        ) from error
     return index if read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
 
@@ -250,7 +264,13 @@ def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
 
 
 def _build(
-    tables: CodeTables, wanted: np.ndarray, settings: IndexSettings, place: Path, expected: dict[str, Any], progress: Progress, at_most: int
+    tables: CodeTables,
+    wanted: np.ndarray,
+    settings: IndexSettings,
+    place: Path,
+    expected: dict[str, Any],
+    progress: Progress,
+    at_most: int,
 ) -> tuple[CodeIndex, Path]:
     """A new index, and the folder in `place` that it is in."""
     about = {"kind": "code index", "version": __version__, "faiss": load_faiss().__version__} | expected
@@ -291,7 +311,9 @@ def _sketches(tables: CodeTables, wanted: np.ndarray, sketch: Sketch, path: Path
             vectors.add(sketch(codes.take(np.arange(first, min(first + 2048, len(codes))))))
         progress.advance(len(codes), nbytes)
     if len(vectors) != len(wanted):
-        raise RunError(f"the code tables hold {len(vectors):,} of {len(wanted):,} samples that have scores; score the shards again")
+        raise RunError(
+            f"the code tables hold {len(vectors):,} of {len(wanted):,} samples that have scores; score the shards again"
+        )
     return vectors
 
 
@@ -305,7 +327,9 @@ def _flat(vectors: VectorFile, folder: Path) -> tuple[np.ndarray, dict[str, Any]
     return np.arange(index.ntotal), {"clusters": 0, "clusters_searched": 0, "true_neighbours": 0, "found": 1.0}
 
 
-def _clustered(vectors: VectorFile, folder: Path, at_once: int, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
+def _clustered(
+    vectors: VectorFile, folder: Path, at_once: int, progress: Progress
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Clusters; as `_flat`. Nothing depends on the order of the samples but their order within a cluster."""
     faiss = load_faiss()
     n = len(vectors)
@@ -316,7 +340,9 @@ def _clustered(vectors: VectorFile, folder: Path, at_once: int, progress: Progre
     centroids = clusters.centroids_of(sample, k, _nearest)
     quantizer = faiss.IndexFlatIP(vectors.dims)
     quantizer.add(centroids)
-    index = faiss.IndexIVFScalarQuantizer(quantizer, vectors.dims, k, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False)
+    index = faiss.IndexIVFScalarQuantizer(
+        quantizer, vectors.dims, k, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    )
     index.train(sample[:1])  # there is nothing left to train; FAISS wants to be asked
     _write(index, folder)
     progress.start("indexing", None)

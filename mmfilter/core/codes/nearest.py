@@ -30,7 +30,9 @@ class Nearest:
 
 def only(codes: Codes, sides: Sequence[str]) -> Codes:
     """The same samples with only these sides."""
-    return Codes(codes.position, *(getattr(codes, side) if side in sides else SideCodes.empty(len(codes)) for side in SIDES))
+    return Codes(
+        codes.position, *(getattr(codes, side) if side in sides else SideCodes.empty(len(codes)) for side in SIDES)
+    )
 
 
 def nearest(query: Codes, n: int, index: CodeIndex, tables: CodeTables, groups: np.ndarray) -> Nearest:

@@ -44,7 +44,9 @@ class Duplicates:
 class Deduplicator:
     """The close pairs of a run, and the rule applied to some of its samples."""
 
-    def __init__(self, scores: ScoreTables, settings: DuplicateSettings, progress: Progress, *, keep: bool = True) -> None:
+    def __init__(
+        self, scores: ScoreTables, settings: DuplicateSettings, progress: Progress, *, keep: bool = True
+    ) -> None:
         """Without `keep` nothing is written into the run."""
         self._scores, self._settings = scores, settings
         self._groups = scores.groups(*settings.hashes)
@@ -98,7 +100,9 @@ def apply_rule(
     dropped_by, similarity = _greedy(group[ranked], pairs, compare)
     place = np.argsort(ranked)[member_of]
     near = dropped_by[place] >= 0
-    result.of[order] = np.where(near, head[ranked[dropped_by[place]]], np.where(head[member_of] != order, head[member_of], -1))
+    result.of[order] = np.where(
+        near, head[ranked[dropped_by[place]]], np.where(head[member_of] != order, head[member_of], -1)
+    )
     result.similarity[order] = np.where(near, similarity[place], np.where(head[member_of] != order, 1, 0))
     result.exact[order] = ~near & (head[member_of] != order)
     return result
@@ -141,7 +145,12 @@ class _Lists:
 def _better_neighbours(ranked: np.ndarray, pairs: Pairs) -> tuple[_Lists, list[float]]:
     by_position = np.argsort(ranked)
     at = [np.searchsorted(ranked, part, sorter=by_position) for part in (pairs.first, pairs.second)]
-    there = np.logical_and(*(ranked[by_position[np.minimum(a, len(ranked) - 1)]] == p for a, p in zip(at, (pairs.first, pairs.second), strict=True)))
+    there = np.logical_and(
+        *(
+            ranked[by_position[np.minimum(a, len(ranked) - 1)]] == p
+            for a, p in zip(at, (pairs.first, pairs.second), strict=True)
+        )
+    )
     ranks = [by_position[a[there]] for a in at]
     better, worse, similarity = np.minimum(*ranks), np.maximum(*ranks), pairs.similarity[there]
     order = np.lexsort((better, -similarity, worse))
@@ -150,7 +159,13 @@ def _better_neighbours(ranked: np.ndarray, pairs: Pairs) -> tuple[_Lists, list[f
 
 
 def _against_leaders(
-    i: int, leaders: list[int], ranked: np.ndarray, threshold: float, compare: Compare, dropped_by: list[int], similarity: list[float]
+    i: int,
+    leaders: list[int],
+    ranked: np.ndarray,
+    threshold: float,
+    compare: Compare,
+    dropped_by: list[int],
+    similarity: list[float],
 ) -> None:
     """Hold a crowded group against the kept crowded ones; a kept one joins them."""
     if leaders:

@@ -44,7 +44,9 @@ class SideCodes:
         if not parts:
             return cls.empty(0)
         lengths = np.concatenate([np.diff(part.starts) for part in parts])
-        return cls.of_lengths(lengths, np.concatenate([part.ids for part in parts]), np.concatenate([part.means for part in parts]))
+        return cls.of_lengths(
+            lengths, np.concatenate([part.ids for part in parts]), np.concatenate([part.means for part in parts])
+        )
 
     @property
     def rows(self) -> np.ndarray:
@@ -73,7 +75,9 @@ class SideCodes:
         for first in range(0, len(self), 16_384):
             starts = self.starts[first : first + 16_385]
             some = SideCodes(starts - starts[0], self.ids[starts[0] : starts[-1]], self.means[starts[0] : starts[-1]])
-            found[first : first + len(some)] = np.sqrt(np.bincount(some.rows, some.weights(idf) ** 2, minlength=len(some)))
+            found[first : first + len(some)] = np.sqrt(
+                np.bincount(some.rows, some.weights(idf) ** 2, minlength=len(some))
+            )
         return found
 
 
@@ -157,7 +161,9 @@ class Sketch:
     first, so the cosine of two sketches of both sides stands for the mean of the two sides' cosines.
     """
 
-    def __init__(self, idf: np.ndarray, sides: Sequence[str], *, dims: int = 256, nonzeros: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, idf: np.ndarray, sides: Sequence[str], *, dims: int = 256, nonzeros: int = 16, seed: int = 0
+    ) -> None:
         self._idf, self._sides, self.dims = idf, tuple(sides), dims
         raw = np.random.PCG64(seed).random_raw(len(SIDES) * len(idf) * nonzeros).reshape(len(SIDES), nonzeros, len(idf))
         block = dims // nonzeros

@@ -117,7 +117,9 @@ class Judgement:
         score = self.scores[by]
         degree = next(word for limit, word in DEGREES if score.auc < limit)
         said = f"{by} tells true captions from shuffled ones {degree} (AUC {score.auc:.3f})"
-        through_sae = max((self.scores[name] for name in formulas() if self.scores[name].random is not None), key=lambda s: s.auc)
+        through_sae = max(
+            (self.scores[name] for name in formulas() if self.scores[name].random is not None), key=lambda s: s.auc
+        )
         if score.random is None:
             if not through_sae.above_chance:
                 return f"{said}, while no score through the SAE does (best: {through_sae.name}, {through_sae.auc:.3f})"
@@ -142,5 +144,7 @@ class Judgement:
 
 def _beside_random(score: Evidence) -> str:
     difference = score.against(score.random)
-    meaning = "the trained features add to it" if difference.word == "better" else "the trained features add nothing to it"
+    meaning = (
+        "the trained features add to it" if difference.word == "better" else "the trained features add nothing to it"
+    )
     return f"{AGAINST[difference.word]} through a random SAE ({difference.auc:.3f}): {meaning}"

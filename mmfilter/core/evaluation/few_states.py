@@ -18,7 +18,9 @@ FEW_ELEMENTS = 1 << 26
 """Pairs, and numbers in their states, that are enough."""
 
 
-def few_states(sample: PairSample, numbers: Sequence[int], feed: Feed, backbone: Backbone, *, batch_size: int, seed: int) -> list[Activations]:
+def few_states(
+    sample: PairSample, numbers: Sequence[int], feed: Feed, backbone: Backbone, *, batch_size: int, seed: int
+) -> list[Activations]:
     """States of some of the pairs of these numbers, drawn at random, batch by batch, in bounded memory.
 
     Raises `MMFilterError` when the model takes none of them.
@@ -31,7 +33,9 @@ def few_states(sample: PairSample, numbers: Sequence[int], feed: Feed, backbone:
         if sum(batch.states.numel() for batch in found) > FEW_ELEMENTS:
             break
     if not found:
-        raise MMFilterError(f"none of {len(few)} pairs tried can be sent through the model; score a shard with --max-bad 100% to see why")
+        raise MMFilterError(
+            f"none of {len(few)} pairs tried can be sent through the model; score a shard with --max-bad 100% to see why"
+        )
     return found
 
 

@@ -24,7 +24,9 @@ def shuffle_captions(captions: Sequence[str], images: Sequence[str], *, seed: in
     order = rng.permutation(len(group))
     size = np.bincount(group) if len(group) else np.zeros(1, dtype=np.int64)
     place = rng.permutation(len(size))
-    line = order[np.lexsort((place[group[order]], -size[group[order]]))]  # largest group first, groups and pairs in random order
+    line = order[
+        np.lexsort((place[group[order]], -size[group[order]]))
+    ]  # largest group first, groups and pairs in random order
     largest, rest = int(size.max()), len(line) - int(size.max())
     line = line[max(0, largest - rest) :]
     source = np.full(len(group), -1, dtype=np.int64)

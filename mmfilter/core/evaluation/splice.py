@@ -66,13 +66,17 @@ def reconstruction(sae: SAE) -> Replacement:
     chunk = max(1, DENSE_CHUNK_ELEMENTS // sae.n_features)
 
     def reconstruct(states: torch.Tensor) -> torch.Tensor:
-        return torch.cat([sae.decode(sae.encode(part, max_active=sae.n_features), part) for part in states.split(chunk)])
+        return torch.cat(
+            [sae.decode(sae.encode(part, max_active=sae.n_features), part) for part in states.split(chunk)]
+        )
 
     return reconstruct
 
 
 @torch.inference_mode()
-def caption_loss(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None = None) -> CaptionLoss:
+def caption_loss(
+    backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None = None
+) -> CaptionLoss:
     """Loss of the captions of a batch through a whole model, the states of its tokens as they are or replaced.
 
     `tensors` and `side` (batch, length) as in `Inputs`, of either of its streams.
@@ -91,13 +95,17 @@ def predicted_tokens(side: torch.Tensor) -> torch.Tensor:
     return side[:, 1:] == TEXT
 
 
-def _logits(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits(
+    backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """((tokens, vocabulary) float32, (tokens,)): what the model says of every caption token, row by row, and which token it is."""
     predicted = predicted_tokens(side)
     head = backbone.model.get_output_embeddings()
     handles = [head.register_forward_pre_hook(lambda _head, args: (_before(args[0], predicted), *args[1:]))]
     if instead is not None:
-        handles.append(backbone.hooked.register_forward_hook(lambda _block, _args, output: _replaced(output, side >= 0, instead)))
+        handles.append(
+            backbone.hooked.register_forward_hook(lambda _block, _args, output: _replaced(output, side >= 0, instead))
+        )
     try:
         logits = backbone.call(tensors).logits[0].float()
     finally:

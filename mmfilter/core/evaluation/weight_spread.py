@@ -40,7 +40,10 @@ def weight_spread(weights: FeatureWeights) -> WeightSpread:
     omega = weights.omega[~weights.omega.isnan()].double()
     places = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     quantiles = dict(zip(QUANTILES, torch.quantile(omega, places).tolist(), strict=True)) if len(omega) else {}
-    counts = [int(group.sum()) for group in (on_image & on_text, on_text & ~on_image, on_image & ~on_text, ~on_image & ~on_text)]
+    counts = [
+        int(group.sum())
+        for group in (on_image & on_text, on_text & ~on_image, on_image & ~on_text, ~on_image & ~on_text)
+    ]
     return WeightSpread(
         len(weights.omega), len(omega), counts[0] - len(omega), *counts[1:], mean=float(omega.mean()), quantiles=quantiles, n_pairs=weights.n_samples
     )  # fmt: skip

@@ -117,7 +117,9 @@ def _caption(members: dict[str, bytes], record: dict[str, Any], settings: Decode
         try:
             return members["txt"].decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise _Unusable(f"caption is not UTF-8: byte {error.start} of the txt is 0x{error.object[error.start]:02x}") from None
+            raise _Unusable(
+                f"caption is not UTF-8: byte {error.start} of the txt is 0x{error.object[error.start]:02x}"
+            ) from None
     if where == "txt":
         raise _Unusable(f"no caption: no txt among the members ({_listed(members)})")
     fields = CAPTION_FIELDS if where == "auto" else () if where == "conversations" else (where,)
@@ -175,7 +177,9 @@ def _image(payload: bytes, settings: DecodeSettings, columns: dict[str, Any]) ->
         if image.width * image.height > settings.max_pixels:
             raise _Unusable(f"image has {image.width}×{image.height} pixels, more than {settings.max_pixels:,} in all")
         if min(image.size) < settings.min_side:
-            raise _Unusable(f"image is {image.width}×{image.height} pixels: at least {settings.min_side} a side are needed")
+            raise _Unusable(
+                f"image is {image.width}×{image.height} pixels: at least {settings.min_side} a side are needed"
+            )
         return to_rgb(image)
     except Image.DecompressionBombError:
         raise _Unusable(f"image has more than {settings.max_pixels:,} pixels") from None

@@ -95,9 +95,14 @@ def coalesce(ranges: Sequence[Range]) -> tuple[list[Range], list[tuple[int, int]
 def _check_length(request: Range, content: bytes) -> None:
     shard, offset, nbytes = request
     if len(content) < nbytes:
-        raise ShardError(shard, "has become shorter since it was scored: score it again; it ends", offset=offset + len(content))
+        raise ShardError(
+            shard, "has become shorter since it was scored: score it again; it ends", offset=offset + len(content)
+        )
     if len(content) > nbytes:
-        raise ShardError(shard, "comes from a server that gives the whole file for a byte range; download it, and score the local file")
+        raise ShardError(
+            shard,
+            "comes from a server that gives the whole file for a byte range; download it, and score the local file",
+        )
 
 
 # --- local shards, and samples that are made -------------------------------------------------
@@ -127,7 +132,9 @@ class OpenShards:
     def __enter__(self) -> OpenShards:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         while self._open:
             self._open.popitem()[1].closing.close()
         while self._rows:

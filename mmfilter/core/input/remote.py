@@ -68,7 +68,9 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         raise ShardError(url, f"needs a package that is not installed: {' '.join(str(error).split())}") from error
     except Exception as error:
         if protocol not in fsspec.available_protocols():
-            raise ShardError(url, f"has a protocol that fsspec does not know, {protocol!r}; it knows s3, gs, https, hf and others") from error
+            raise ShardError(
+                url, f"has a protocol that fsspec does not know, {protocol!r}; it knows s3, gs, https, hf and others"
+            ) from error
         raise explained(url, error) from error
 
 
@@ -79,7 +81,12 @@ def _web_options(protocol: str) -> dict[str, Any]:
 
     if "client_kwargs" in fsspec.config.conf.get(protocol, {}):
         return {}
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=_QUIET, sock_read=_QUIET), "trust_env": True}}
+    return {
+        "client_kwargs": {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_QUIET, sock_read=_QUIET),
+            "trust_env": True,
+        }
+    }
 
 
 def ask(url: str, call: Callable[..., _Result], *args: Any, **settings: Any) -> _Result:
@@ -138,11 +145,16 @@ def forget(urls: Iterable[str]) -> None:
 
 def tag_of(info: dict[str, Any]) -> str | None:
     """What a store says of a file that changes when its content does: its ETag, else its time of the last change."""
-    tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "created", "blob_id"))
+    tags = (
+        info.get(name)
+        for name in ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "created", "blob_id")
+    )
     return next((str(tag) for tag in tags if tag is not None), None)
 
 
-def in_parallel(call: Callable[[_Item], _Result], items: Iterable[_Item], *, at_once: int = AT_ONCE) -> Iterator[_Result]:
+def in_parallel(
+    call: Callable[[_Item], _Result], items: Iterable[_Item], *, at_once: int = AT_ONCE
+) -> Iterator[_Result]:
     """`call` of each item, in their order, up to `at_once` of them under way."""
     with ThreadPoolExecutor(at_once, "remote") as workers:
         waiting: deque[Future[_Result]] = deque()
@@ -250,7 +262,10 @@ def check_ranges(url: str) -> None:
     filesystem, path = filesystem_of(url)
     with ask(url, filesystem.open, path, "rb", cache_type="none") as file:
         if file.size is None or not _gives_ranges(url, file):
-            raise ShardError(url, "comes from a server that gives whole files only, no byte ranges; download it, and score the local file")
+            raise ShardError(
+                url,
+                "comes from a server that gives whole files only, no byte ranges; download it, and score the local file",
+            )
 
 
 def _gives_ranges(url: str, file: Any) -> bool:
@@ -283,7 +298,9 @@ def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if not filesystem.async_impl:
             for path, url in {places[i][1]: ranges[i][0] for i in mine}.items():
                 ask(url, filesystem.info, path)  # once, not in every thread: opening it asks what is known of it then
-            contents = in_parallel(lambda i, it=filesystem: ask(ranges[i][0], _read_range, it, places[i][1], *ranges[i][1:]), mine)
+            contents = in_parallel(
+                lambda i, it=filesystem: ask(ranges[i][0], _read_range, it, places[i][1], *ranges[i][1:]), mine
+            )
         else:
             contents = ask(ranges[mine[0]][0], filesystem.cat_ranges, paths, starts, ends)
         for i, content in zip(mine, contents, strict=True):

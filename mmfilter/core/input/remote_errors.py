@@ -8,9 +8,17 @@ from mmfilter.errors import ShardError
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _NO_CREDENTIALS = "needs credentials and there are none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; FSSPEC_S3_ANON=true for a public one"
-_NO_BUCKET = "is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
+_NO_BUCKET = (
+    "is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
+)
 _NO_TLS = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
-_NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectTimeoutError", "ConnectError", "ConnectionRefusedError"}
+_NO_CONNECTION = {
+    "ClientConnectorError",
+    "EndpointConnectionError",
+    "ConnectTimeoutError",
+    "ConnectError",
+    "ConnectionRefusedError",
+}
 _BROKEN = {"ClientConnectionError", "ClientPayloadError", "TimeoutError", "ConnectionError", "IncompleteRead"}
 _LONGEST = 200
 
@@ -27,9 +35,14 @@ def explained(url: str, error: BaseException) -> ShardError:
     if status == 404:
         return ShardError(url, "does not exist; check the URL")
     if status in (401, 403):
-        return ShardError(url, f"is refused ({status}{': ' + said if said else ''}); check the credentials, and that they may read it")
+        return ShardError(
+            url, f"is refused ({status}{': ' + said if said else ''}); check the credentials, and that they may read it"
+        )
     if names & _NO_TLS:
-        return ShardError(url, f"cannot be reached over TLS ({said}); check the certificate, or write http:// where the server has none")
+        return ShardError(
+            url,
+            f"cannot be reached over TLS ({said}); check the certificate, or write http:// where the server has none",
+        )
     if names & _NO_CONNECTION:
         return ShardError(url, f"cannot be reached ({said}); check the host, and the network or proxy")
     if "FSTimeoutError" in names:
@@ -54,7 +67,12 @@ def status_of(error: BaseException) -> int | None:
         response = getattr(part, "response", None)
         about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         of_google = part.code if type(part).__name__ == "HttpError" else None
-        for status in (getattr(part, "status", None), about.get("HTTPStatusCode"), getattr(response, "status_code", None), of_google):
+        for status in (
+            getattr(part, "status", None),
+            about.get("HTTPStatusCode"),
+            getattr(response, "status_code", None),
+            of_google,
+        ):
             if isinstance(status, int) and 400 <= status < 600:
                 return status
     if _names(error) & (_NO_TLS | _NO_CONNECTION | _BROKEN):

@@ -50,7 +50,11 @@ _PARQUET = ".parquet"
 
 
 def read_samples(
-    shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES, stdin: BinaryIO | None = None, options: InputOptions = NO_OPTIONS
+    shard: str,
+    *,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+    stdin: BinaryIO | None = None,
+    options: InputOptions = NO_OPTIONS,
 ) -> Iterator[RawSample]:
     """Yield the samples of a shard in order; raises `ShardError` where it cannot be read to its end."""
     return _source(shard, options, stdin).samples(max_member_bytes)
@@ -115,7 +119,9 @@ def expand(patterns: Iterable[str | os.PathLike[str]], options: InputOptions = N
         if any(letter < " " or "\ud800" <= letter <= "\udfff" for letter in shard):
             raise ShardError(shard, "has a line break or bytes that are no UTF-8 in its path; rename it")
     if options.images is not None and not any(shard.lower().endswith(_JSON) for shard in shards):
-        raise ShardError(shards[0] if shards else "", "is no LLaVA JSON, and --images is the folder of those; leave it out")
+        raise ShardError(
+            shards[0] if shards else "", "is no LLaVA JSON, and --images is the folder of those; leave it out"
+        )
     _look_at_first(shards)
     return shards
 
@@ -148,7 +154,9 @@ def _expand_braces(name: str) -> Iterator[str]:
     try:
         yield from braceexpand.braceexpand(name, escape=False)
     except braceexpand.UnbalancedBracesError as error:
-        raise ShardError(name, "has unbalanced braces; write a range as {00000..00099} and a choice as {a,b}") from error
+        raise ShardError(
+            name, "has unbalanced braces; write a range as {00000..00099} and a choice as {a,b}"
+        ) from error
 
 
 def _expand_path(name: str) -> Iterator[str]:

@@ -30,7 +30,9 @@ class InputOptions:
     def check_pipe(self, shard: str) -> None:
         """Raise `ShardError` unless commands are allowed."""
         if not self.allow_pipe:
-            said = "is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -"
+            said = (
+                "is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -"
+            )
             raise ShardError(shard, f"{said}, or allow it with --allow-pipe")
 
 

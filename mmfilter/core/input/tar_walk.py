@@ -85,7 +85,11 @@ class TarWalk:
             raise self._truncated_in(member)
 
     def _truncated_in(self, member: Member) -> ShardError:
-        return ShardError(self.shard, f"is truncated, fetch it again: it ends inside member {member.name!r}, which begins", offset=member.start)
+        return ShardError(
+            self.shard,
+            f"is truncated, fetch it again: it ends inside member {member.name!r}, which begins",
+            offset=member.start,
+        )
 
     def _header(self, *, in_member: bool) -> tarfile.TarInfo | None:
         """The header at this position, or None for a block of zeros."""
@@ -113,7 +117,9 @@ class TarWalk:
 
     def _check_magic(self, block: bytes) -> None:
         if not block:
-            raise ShardError(self.shard, "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again")
+            raise ShardError(
+                self.shard, "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again"
+            )
         for magic, (name, command) in _COMPRESSION.items():
             if block.startswith(magic):
                 problem = f"is compressed with {name}; decompress it first with {command}"
@@ -126,14 +132,18 @@ class TarWalk:
         while more:
             block = self._read(BLOCK)
             if len(block) < BLOCK:
-                raise ShardError(self.shard, "is truncated, fetch it again: it ends inside the header", offset=self.position)
+                raise ShardError(
+                    self.shard, "is truncated, fetch it again: it ends inside the header", offset=self.position
+                )
             more = block[504]
 
     def _extension(self, header: tarfile.TarInfo) -> bytes:
         """The content of an extension header."""
         at = self.position - BLOCK
         if header.size > MAX_EXTENSION_BYTES:
-            raise ShardError(self.shard, f"is damaged, fetch it again: an extension header of {header.size:,} bytes", offset=at)
+            raise ShardError(
+                self.shard, f"is damaged, fetch it again: an extension header of {header.size:,} bytes", offset=at
+            )
         content = self._read(_padded(header.size))
         if len(content) < _padded(header.size):
             raise ShardError(self.shard, "is truncated, fetch it again: it ends inside the header", offset=at)
@@ -156,7 +166,14 @@ class TarWalk:
             size = 0  # links, directories and devices have no content, whatever they claim
         name = pax.get("GNU.sparse.name") or pax.get("path") or name or header.name
         sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax)
-        return Member(name, size, start, self.position, self.position + _padded(size), "sparse file" if sparse else _oddity(header))
+        return Member(
+            name,
+            size,
+            start,
+            self.position,
+            self.position + _padded(size),
+            "sparse file" if sparse else _oddity(header),
+        )
 
     def _check_end(self) -> None:
         """Read past the first zero block: only zeros may follow."""

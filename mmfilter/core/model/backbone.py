@@ -17,7 +17,15 @@ from PIL import Image
 
 from mmfilter.core.model.boxes import Boxes, Picture
 from mmfilter.core.model.families import family_name, family_of
-from mmfilter.core.model.prompts import CAPTION, SENTINEL, CaptionEscaper, caption_mask, default_prompt, heard_with, listening
+from mmfilter.core.model.prompts import (
+    CAPTION,
+    SENTINEL,
+    CaptionEscaper,
+    caption_mask,
+    default_prompt,
+    heard_with,
+    listening,
+)
 from mmfilter.core.model.stream import check_layer, cut_after, image_token_id, is_encoder_decoder, stream_layers
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
@@ -101,7 +109,16 @@ class OwnProcessor:
 class Backbone(OwnProcessor):
     """One model up to the output of layer `layer` of its text stream (counted from 0); `whole` keeps what is behind it."""
 
-    def __init__(self, model: Any, processor: Any, layer: int, *, prompt: str | None = None, text_context: TextContext = "image", whole: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        layer: int,
+        *,
+        prompt: str | None = None,
+        text_context: TextContext = "image",
+        whole: bool = False,
+    ) -> None:
         super().__init__(processor)
         self.model, self.layer, self.text_context, self.whole = model.eval(), layer, text_context, whole
         self.family = family_of(model.config)
@@ -124,7 +141,9 @@ class Backbone(OwnProcessor):
 
     def with_text_context(self, text_context: TextContext) -> Backbone:
         """The same model, its weights shared, with the captions in another context; raises `ModelError` where it cannot be."""
-        return Backbone(self.model, self._shared, self.layer, prompt=self.prompt, text_context=text_context, whole=self.whole)
+        return Backbone(
+            self.model, self._shared, self.layer, prompt=self.prompt, text_context=text_context, whole=self.whole
+        )
 
     @property
     def hooked(self) -> torch.nn.Module:
@@ -181,7 +200,9 @@ class Backbone(OwnProcessor):
     def _image_mask(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return (tensors["input_ids"] == self.image_token_id) & tensors["attention_mask"].bool()
 
-    def _row_ends(self, tensors: dict[str, torch.Tensor], is_image: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    def _row_ends(
+        self, tensors: dict[str, torch.Tensor], is_image: torch.Tensor, sizes: list[tuple[int, int]]
+    ) -> torch.Tensor:
         """(batch, length) bool: image tokens that are learned constants and no part of the picture."""
         mask = torch.zeros_like(is_image)
         if self.family.constant_row_ends:
@@ -206,17 +227,25 @@ class Backbone(OwnProcessor):
         name = family_name(self.model.config)
         if self.family.boxes is None:
             raise ModelError(f"image tokens of {name!r} have no place in the picture: {self.family.no_place}")
-        row = {key: tensor[i] for key, tensor in tensors.items() if torch.is_tensor(tensor) and len(tensor) == len(tensors["input_ids"])}
+        row = {
+            key: tensor[i]
+            for key, tensor in tensors.items()
+            if torch.is_tensor(tensor) and len(tensor) == len(tensors["input_ids"])
+        }
         placed = self.family.boxes(Picture(self.model.config, self.processor, *size, row, n_tokens))
         if len(placed) != n_tokens:
-            raise ModelError(f"{name!r} made {n_tokens} image tokens of a picture of {size[0]} × {size[1]} pixels; its rule expects {len(placed)}")
+            raise ModelError(
+                f"{name!r} made {n_tokens} image tokens of a picture of {size[0]} × {size[1]} pixels; its rule expects {len(placed)}"
+            )
         return placed
 
     @property
     def _text_prompt(self) -> str:
         return self.prompt.replace(self.placeholder, "") if self.placeholder else self.prompt
 
-    def _process(self, texts: list[str], captions: list[str], suffix: str, **images: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _process(
+        self, texts: list[str], captions: list[str], suffix: str, **images: Any
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         processor = self.processor
         options = {"padding": True, "padding_side": "right", "truncation": False, "return_tensors": "pt"}
         with listening(processor) as heard:
@@ -234,7 +263,9 @@ class Backbone(OwnProcessor):
             try:
                 suffixes["none"] = self._suffix(self._text_prompt)
             except (ValueError, TypeError, AttributeError) as error:
-                raise ModelError(f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and no --text-only") from error
+                raise ModelError(
+                    f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and no --text-only"
+                ) from error
         return suffixes
 
     def _suffix(self, prompt: str, **images: Any) -> str:
@@ -249,7 +280,9 @@ class Backbone(OwnProcessor):
         parts = [self._collect(inputs.tensors, inputs.side)]
         if inputs.text_only is not None:
             parts.append(self._collect(*inputs.text_only))
-        states, sample, side, position = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
+        states, sample, side, position = (
+            torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)
+        )
         return Activations(states, sample, side, position, len(inputs.side))
 
     def _collect(self, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -284,7 +317,9 @@ class Backbone(OwnProcessor):
             yield rows, part
 
     def _forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = self._run(tensors, lambda stop: self.hooked.register_forward_hook(lambda _module, _args, output: stop(output)))
+        hidden = self._run(
+            tensors, lambda stop: self.hooked.register_forward_hook(lambda _module, _args, output: stop(output))
+        )
         if hidden.dim() == 4:  # Gemma 3n keeps several versions of the stream; this one goes on
             hidden = hidden[self.model.config.get_text_config().altup_active_idx]
         return hidden
@@ -294,7 +329,9 @@ class Backbone(OwnProcessor):
         """What enters the first block: (batch, length, d_model) token embeddings with image features in place."""
 
         def entering(stop: Callable[[Any], None]) -> Any:
-            return self._layers[0].register_forward_pre_hook(lambda _module, args, kwargs: stop(args or kwargs["hidden_states"]), with_kwargs=True)
+            return self._layers[0].register_forward_pre_hook(
+                lambda _module, args, kwargs: stop(args or kwargs["hidden_states"]), with_kwargs=True
+            )
 
         return self._run(tensors, entering)
 
@@ -339,7 +376,9 @@ class Backbone(OwnProcessor):
         return {name: moved(tensor) for name, tensor in tensors.items()}
 
 
-def _pad(tensors: dict[str, torch.Tensor], mask: torch.Tensor, pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _pad(
+    tensors: dict[str, torch.Tensor], mask: torch.Tensor, pad_id: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Pad everything that has a column per token on the right, up to the next `LENGTH_MULTIPLE`."""
     shape = tensors["input_ids"].shape
     missing = LENGTH_MULTIPLE - shape[1] % LENGTH_MULTIPLE

@@ -48,7 +48,11 @@ def grid(rows: int, columns: int, inside: Box = WHOLE) -> Boxes:
     """Cells of a regular grid over `inside`, row by row."""
     x0, y0, x1, y1 = inside
     wide, high = (x1 - x0) / columns, (y1 - y0) / rows
-    return [(x0 + c * wide, y0 + r * high, x0 + (c + 1) * wide, y0 + (r + 1) * high) for r in range(rows) for c in range(columns)]
+    return [
+        (x0 + c * wide, y0 + r * high, x0 + (c + 1) * wide, y0 + (r + 1) * high)
+        for r in range(rows)
+        for c in range(columns)
+    ]
 
 
 def squashed(picture: Picture) -> Boxes:
@@ -81,7 +85,9 @@ def cropped(picture: Picture) -> Boxes:
 
 def cropped_codes(picture: Picture) -> Boxes:
     """Chameleon: a square out of the middle as one code a cell."""
-    return grid(picture.side, picture.side, _centre_crop(picture, picture.processor.image_processor.crop_size["height"]))
+    return grid(
+        picture.side, picture.side, _centre_crop(picture, picture.processor.image_processor.crop_size["height"])
+    )
 
 
 def anyres(picture: Picture) -> Boxes:
@@ -101,7 +107,9 @@ def _canvas(picture: Picture) -> tuple[int, int]:
     """Height and width of the canvas of tiles that the processor chose."""
     from transformers.image_processing_utils import select_best_resolution
 
-    return select_best_resolution((picture.height, picture.width), picture.processor.image_processor.image_grid_pinpoints)
+    return select_best_resolution(
+        (picture.height, picture.width), picture.processor.image_processor.image_grid_pinpoints
+    )
 
 
 def _enlarged_grid(picture: Picture, side: int) -> tuple[int, int]:
@@ -154,7 +162,10 @@ def pan_and_scan(picture: Picture) -> Boxes:
     boxes = grid(side, side)
     across, down = (crops, 1) if picture.width >= picture.height else (1, crops)
     for i in range(crops):
-        wide, high = math.ceil(picture.width / across) / picture.width, math.ceil(picture.height / down) / picture.height
+        wide, high = (
+            math.ceil(picture.width / across) / picture.width,
+            math.ceil(picture.height / down) / picture.height,
+        )
         x, y = (i * wide, 0.0) if down == 1 else (0.0, i * high)
         boxes += grid(side, side, (x, y, min(x + wide, 1.0), min(y + high, 1.0)))
     return boxes
@@ -183,7 +194,12 @@ def tagged_tiles(picture: Picture) -> Boxes:
 
 
 def _tiles(rows: int, columns: int, side: int) -> Boxes:
-    return [box for r in range(rows) for c in range(columns) for box in grid(side, side, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))]
+    return [
+        box
+        for r in range(rows)
+        for c in range(columns)
+        for box in grid(side, side, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
+    ]
 
 
 def tiles_then_whole(picture: Picture) -> Boxes:
@@ -192,7 +208,9 @@ def tiles_then_whole(picture: Picture) -> Boxes:
 
     images = picture.processor.image_processor
     tile = (images.size["height"], images.size["width"])
-    columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), tile, images.min_patches, images.max_patches)
+    columns, rows = get_optimal_tiled_canvas(
+        (picture.height, picture.width), tile, images.min_patches, images.max_patches
+    )
     several = rows * columns > 1
     side = math.isqrt(picture.n_tokens // (rows * columns + several))
     return _tiles(rows, columns, side) + (grid(side, side) if several else [])
@@ -203,7 +221,9 @@ def whole_then_tiles(picture: Picture) -> Boxes:
     from transformers.models.ovis2.image_processing_pil_ovis2 import get_min_tile_covering_grid
 
     images = picture.processor.image_processor
-    columns, rows = get_min_tile_covering_grid((picture.height, picture.width), images.size["height"], images.max_patches)
+    columns, rows = get_min_tile_covering_grid(
+        (picture.height, picture.width), images.size["height"], images.max_patches
+    )
     several = rows * columns > 1
     side = math.isqrt(picture.n_tokens // (rows * columns + several))
     return (grid(side, side) if several else []) + _tiles(rows, columns, side)

@@ -62,10 +62,18 @@ FAMILIES: dict[str, Family] = {
     "ovis2": Family(boxes.whole_then_tiles),
     "blip-2": Family(no_place=LATENTS, placeholder=""),
     "instructblip": Family(no_place=LATENTS, placeholder=""),
-    "florence2": Family(no_place="its vision tower attends in windows; where a token's patch lies was not established", placeholder=""),
-    "mllama": Family(refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"),
-    "idefics": Family(refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"),
-    "git": Family(refused="it puts image tokens in front of the text inside the model, where its processor's ids do not show them"),
+    "florence2": Family(
+        no_place="its vision tower attends in windows; where a token's patch lies was not established", placeholder=""
+    ),
+    "mllama": Family(
+        refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"
+    ),
+    "idefics": Family(
+        refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"
+    ),
+    "git": Family(
+        refused="it puts image tokens in front of the text inside the model, where its processor's ids do not show them"
+    ),
 }
 UNKNOWN = Family(no_place="this family is not in the table of those that were verified")
 

@@ -66,7 +66,9 @@ def load_backbone(
             raise ModelError(f"model type {config.model_type!r} cannot be scored: {refused}")
         dual = config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE)
         model_class = _model_class(config, source, revision, settings)
-        model, report = _load(model_class if dual or settings.whole else truncated(model_class, layer), source, config, settings, options)
+        model, report = _load(
+            model_class if dual or settings.whole else truncated(model_class, layer), source, config, settings, options
+        )
         processor = load_processor(source, **options)
     except MMFilterError:
         raise
@@ -75,7 +77,9 @@ def load_backbone(
     finally:
         transformers.logging.set_verbosity(level)
     if report["missing_keys"]:
-        raise ModelError(f"model {source!r} lacks {len(report['missing_keys'])} weights, first {sorted(report['missing_keys'])[0]!r}")
+        raise ModelError(
+            f"model {source!r} lacks {len(report['missing_keys'])} weights, first {sorted(report['missing_keys'])[0]!r}"
+        )
     complete_processor(processor, config)
     if not settings.device_map:
         model = model.to(settings.device)
@@ -95,14 +99,20 @@ def read_config(source: str, *, revision: str | None = None, settings: LoadSetti
     settings = settings or LoadSettings()
     local = Path(source).is_dir()
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=settings.trust_remote_code, local_files_only=local)
+        return AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=settings.trust_remote_code, local_files_only=local
+        )
     except Exception as error:  # configuration code of a checkpoint raises anything
         raise _explained(source, local, settings, error) from error
 
 
-def _load(model_class: Any, source: str, config: Any, settings: LoadSettings, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _load(
+    model_class: Any, source: str, config: Any, settings: LoadSettings, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     spread = {"device_map": settings.device_map} if settings.device_map else {}
-    chosen = dict(config=config, dtype=settings.dtype, use_safetensors=True, output_loading_info=True, **spread, **options)
+    chosen = dict(
+        config=config, dtype=settings.dtype, use_safetensors=True, output_loading_info=True, **spread, **options
+    )
     chosen.pop("trust_remote_code")
     try:
         return model_class.from_pretrained(source, attn_implementation=settings.attention, **chosen)
@@ -120,7 +130,9 @@ def _model_class(config: Any, source: str, revision: str | None, settings: LoadS
     mapping = MODEL_MAPPING if config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE) else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if type(config) in mapping:
         return mapping[type(config)]
-    raise ModelError(f"model type {config.model_type!r} cannot be scored: transformers has no image-text model of this type")
+    raise ModelError(
+        f"model type {config.model_type!r} cannot be scored: transformers has no image-text model of this type"
+    )
 
 
 def truncated(model_class: Any, layer: int) -> Any:
@@ -135,7 +147,11 @@ def truncated(model_class: Any, layer: int) -> Any:
         model_class.__init__(self, config, *args, **kwargs)
         cut_after(stream_layers(self), layer)
 
-    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__})
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__},
+    )
 
 
 def _explained(source: str, local: bool, settings: LoadSettings, error: Exception) -> Exception:

@@ -74,10 +74,14 @@ def heard_with(heard: list[tuple[list[str], Any]], part: str) -> tuple[list[str]
     for texts, encoding in reversed(heard):
         if texts and part in texts[0]:
             return texts, encoding
-    raise ModelError(f"the processor never tokenised the prompt as it is (looked for {part[:40]!r}): its caption cannot be told from its template")
+    raise ModelError(
+        f"the processor never tokenised the prompt as it is (looked for {part[:40]!r}): its caption cannot be told from its template"
+    )
 
 
-def caption_mask(texts: list[str], encoding: Any, captions: list[str], suffix: str, input_ids: torch.Tensor) -> torch.Tensor:
+def caption_mask(
+    texts: list[str], encoding: Any, captions: list[str], suffix: str, input_ids: torch.Tensor
+) -> torch.Tensor:
     """(batch, length) bool: the tokens that overlap each caption's characters.
 
     `texts` and `encoding` come from `listening`; `suffix` is what the finished text has behind the
@@ -88,9 +92,13 @@ def caption_mask(texts: list[str], encoding: Any, captions: list[str], suffix: s
         end = len(text) - len(suffix)
         start = end - len(caption)
         if text[start:end] != caption:
-            raise ModelError(f"the processor rewrote the caption {caption[:40]!r} to {text[start:end][:40]!r}: its tokens cannot be told apart")
+            raise ModelError(
+                f"the processor rewrote the caption {caption[:40]!r} to {text[start:end][:40]!r}: its tokens cannot be told apart"
+            )
         row = encoding.encodings[i]
-        inside = [a < end and b > start and not s for (a, b), s in zip(row.offsets, row.special_tokens_mask, strict=True)]
+        inside = [
+            a < end and b > start and not s for (a, b), s in zip(row.offsets, row.special_tokens_mask, strict=True)
+        ]
         ahead = input_ids.shape[1] - len(inside)  # some processors put image tokens in front afterwards
         if ahead < 0 or input_ids[i, ahead:].tolist() != row.ids:
             raise ModelError("the processor changed the tokens after tokenising: the caption's cannot be told apart")

@@ -13,18 +13,27 @@ BLOCK_LISTS = ("layers", "block", "blocks", "h", "layer")
 
 def is_encoder_decoder(config: Any) -> bool:
     """Whether pairs go through a text *encoder* (BLIP-2 with T5, Florence-2): the joint stream is there."""
-    return bool(getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False))
+    return bool(
+        getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False)
+    )
 
 
 def stream_layers(model: Any) -> torch.nn.ModuleList:
     """The blocks through which image and text tokens go together; raises `ModelError` where none can be found."""
     stack = _encoder(model) if is_encoder_decoder(model.config) else _decoder(model)
-    for part in (stack, getattr(stack, "decoder", None), getattr(stack, "encoder", None), getattr(stack, "model", None)):
+    for part in (
+        stack,
+        getattr(stack, "decoder", None),
+        getattr(stack, "encoder", None),
+        getattr(stack, "model", None),
+    ):
         for name in BLOCK_LISTS:
             blocks = getattr(part, name, None)
             if isinstance(blocks, torch.nn.ModuleList) and len(blocks):
                 return blocks
-    raise ModelError(f"{type(model).__name__} has no list of text layers that can be hooked: this family is not supported")
+    raise ModelError(
+        f"{type(model).__name__} has no list of text layers that can be hooked: this family is not supported"
+    )
 
 
 def check_layer(blocks: torch.nn.ModuleList, layer: int) -> None:
@@ -41,13 +50,19 @@ def cut_after(blocks: torch.nn.ModuleList, layer: int) -> None:
 
 def _decoder(model: Any) -> Any:
     decoder = model.get_decoder()
-    while hasattr(decoder, "get_decoder") and decoder.get_decoder() is not decoder:  # a language model with its head inside another
+    while (
+        hasattr(decoder, "get_decoder") and decoder.get_decoder() is not decoder
+    ):  # a language model with its head inside another
         decoder = decoder.get_decoder()
     return decoder
 
 
 def _encoder(model: Any) -> Any:
-    language = getattr(model, "language_model", None) or getattr(getattr(model, "model", None), "language_model", None) or model
+    language = (
+        getattr(model, "language_model", None)
+        or getattr(getattr(model, "model", None), "language_model", None)
+        or model
+    )
     return language.get_encoder()
 
 

@@ -38,7 +38,9 @@ class TwoTowers(OwnProcessor):
     def __init__(self, model: Any, processor: Any, layer: int = SHARED_SPACE) -> None:
         super().__init__(processor)
         if layer != SHARED_SPACE:
-            raise ModelError(f"{model.config.model_type!r} has two towers and no layer {layer} in common: its SAE sits on the shared space, --layer -1")
+            raise ModelError(
+                f"{model.config.model_type!r} has two towers and no layer {layer} in common: its SAE sits on the shared space, --layer -1"
+            )
         self.model, self.layer = model.eval(), layer
         self._is_clip = model.config.model_type in CLIP_LIKE
         self._escape = CaptionEscaper(processor.tokenizer)
@@ -68,9 +70,13 @@ class TwoTowers(OwnProcessor):
     def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
         """Pre-process and tokenise a batch; `side` has the text tower's positions, then the image tower's."""
         # SigLIP was trained on captions padded to its full length, on the side that its tokenizer says
-        padding: dict[str, Any] = {"padding": True} if self._is_clip else {"padding": "max_length", "max_length": self.max_tokens}
+        padding: dict[str, Any] = (
+            {"padding": True} if self._is_clip else {"padding": "max_length", "max_length": self.max_tokens}
+        )
         texts = [self._escape(caption) for caption in captions]
-        tensors = dict(self.processor(text=texts, images=list(images), truncation=False, return_tensors="pt", **padding))
+        tensors = dict(
+            self.processor(text=texts, images=list(images), truncation=False, return_tensors="pt", **padding)
+        )
         side = torch.cat([self._text_side(tensors), self._image_side(tensors)], 1)
         return Inputs(tensors, side, sizes=[image.size for image in images])
 
@@ -86,14 +92,18 @@ class TwoTowers(OwnProcessor):
         if not self._is_clip:
             return torch.full((len(ids),), ids.shape[1] - 1)
         eos = self.model.config.text_config.eos_token_id
-        return ids.argmax(1) if eos == 2 else (ids == eos).int().argmax(1)  # 2: configs of old conversions, as transformers reads them
+        return (
+            ids.argmax(1) if eos == 2 else (ids == eos).int().argmax(1)
+        )  # 2: configs of old conversions, as transformers reads them
 
     def _image_side(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         if "pixel_attention_mask" in tensors:  # SigLIP 2: as many patches as the picture's shape asks for
             real = tensors["pixel_attention_mask"].bool()
         else:
             vision = self.model.config.vision_config
-            real = torch.ones(len(tensors["pixel_values"]), (vision.image_size // vision.patch_size) ** 2, dtype=torch.bool)
+            real = torch.ones(
+                len(tensors["pixel_values"]), (vision.image_size // vision.patch_size) ** 2, dtype=torch.bool
+            )
         embedding = torch.ones(len(real), 1, dtype=torch.bool)
         return torch.where(torch.cat([embedding, real], 1), IMAGE, -1).to(torch.int8)
 

@@ -35,7 +35,9 @@ def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None
     if real == inside or inside in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
     if output.exists() and not output.is_file() and not output.is_dir():
-        raise SelectionError(f"output {str(output)!r} is a device or a pipe; name a new {'folder' if folder else 'file, or - for stdout'}")
+        raise SelectionError(
+            f"output {str(output)!r} is a device or a pipe; name a new {'folder' if folder else 'file, or - for stdout'}"
+        )
     above = next((parent for parent in real.parents if parent.exists()), real)
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))

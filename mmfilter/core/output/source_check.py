@@ -33,7 +33,9 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     forget(shard.path for shard in shards if is_url(shard.path))
     for shard, now in zip(shards, stamps([shard.path for shard in shards]), strict=True):
         _check_stamp(shard, now)
-    for url in {shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and is_tar(shard.path)}.values():
+    for url in {
+        shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and is_tar(shard.path)
+    }.values():
         check_ranges(url)
     looked_at = np.array([_has_headers_to_check(tables.shards[i]) for i in numbers.tolist()], bool)
     _check_headers(tables, np.unique(np.concatenate([position[first[looked_at]], position[last[looked_at]]])))
@@ -46,14 +48,18 @@ def _has_headers_to_check(shard: ScoredShard) -> bool:
 def _check_kept(tables: ScoreTables, shard: ScoredShard) -> None:
     if read_once(shard.path):
         what = "stdin" if shard.path == STDIN else f"the command {shard.path!r}"
-        raise SelectionError(f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys")
+        raise SelectionError(
+            f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys"
+        )
 
 
 def _check_stamp(shard: ScoredShard, now: Stamp | ShardError) -> None:
     if isinstance(now, ShardError):
         raise SelectionError(f"{now}; put it back, or score the input again") from now
     if now != shard.stamp:
-        raise SelectionError(f"shard {shard.path!r} has changed since it was scored, its byte ranges may be wrong; score it again")
+        raise SelectionError(
+            f"shard {shard.path!r} has changed since it was scored, its byte ranges may be wrong; score it again"
+        )
 
 
 def _check_headers(tables: ScoreTables, positions: np.ndarray) -> None:
@@ -66,4 +72,6 @@ def _check_headers(tables: ScoreTables, positions: np.ndarray) -> None:
                 there = key_at(shard, file, offset)
                 if there != key:
                     what = "no sample" if there is None else f"sample {there!r}"
-                    raise SelectionError(f"shard {shard!r} has {what} at byte {offset:,}, where {key!r} was scored: it has changed; score it again")
+                    raise SelectionError(
+                        f"shard {shard!r} has {what} at byte {offset:,}, where {key!r} was scored: it has changed; score it again"
+                    )

@@ -75,7 +75,10 @@ def _figure(shown: Shown) -> str:
         frame = html.escape("no picture" if shown.look.problem is None else "cannot be read")
     else:
         frame = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">'
-    lines = "".join(f"<small>{html.escape(line)}</small>" for line in (*shown.about, *([shown.look.problem] if shown.look.problem else [])))
+    lines = "".join(
+        f"<small>{html.escape(line)}</small>"
+        for line in (*shown.about, *([shown.look.problem] if shown.look.problem else []))
+    )
     return f'<figure><div class="frame">{frame}</div><figcaption>{html.escape(shown.look.caption or "")}{lines}</figcaption></figure>'
 
 

@@ -40,7 +40,9 @@ class DeviceSettings:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ModelError(f"device {self.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; use --device cpu")
+            raise ModelError(
+                f"device {self.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; use --device cpu"
+            )
         return self.device
 
     @property
@@ -94,4 +96,6 @@ def card_weights(card: Card, sae: SAE) -> FeatureWeights | None:
 def check_weights(weights: FeatureWeights, sae: SAE) -> None:
     """Raise `SAEError` when the weights are not of as many features as the SAE has."""
     if len(weights.omega) != sae.n_features:
-        raise SAEError(f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to another SAE")
+        raise SAEError(
+            f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to another SAE"
+        )

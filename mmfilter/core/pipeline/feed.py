@@ -63,7 +63,9 @@ class Feed:
     def windows(self, samples: Iterable[RawSample], shard: str) -> Iterator[Window]:
         """The shard's samples, window by window."""
         decoded = in_order(self._decoders, lambda raw: self._decode(raw, shard), samples, self._ahead)
-        with closing(Prefetched(self._stretches(decoded), 1)) as stretches:  # decode the next one while this one is in the model
+        with closing(
+            Prefetched(self._stretches(decoded), 1)
+        ) as stretches:  # decode the next one while this one is in the model
             for stretch in stretches:
                 yield self._window(stretch)
 

@@ -69,7 +69,15 @@ class PairSample:
         return len(self.pairs) + sum(self.reasons.values())
 
     def gather(
-        self, shards: list[str], wanted: int, settings: DecodeSettings, *, workers: int, progress: Progress, allow_pipe: bool = False, images: str | None = None
+        self,
+        shards: list[str],
+        wanted: int,
+        settings: DecodeSettings,
+        *,
+        workers: int,
+        progress: Progress,
+        allow_pipe: bool = False,
+        images: str | None = None,
     ) -> None:
         """Look at `wanted` samples in all and keep the usable ones; `images` and `allow_pipe` as in `InputOptions`."""
         options = InputOptions(settings.caption, images, allow_pipe)
@@ -78,7 +86,12 @@ class PairSample:
         progress.start("reading pairs", None)
         with ThreadPoolExecutor(workers, "decode") as decoders:
             for shard in self.shards:
-                for raw, pair in in_order(decoders, lambda raw, shard=shard: _decoded(raw, shard, settings), self._head(shard, each, options), 4 * workers):
+                for raw, pair in in_order(
+                    decoders,
+                    lambda raw, shard=shard: _decoded(raw, shard, settings),
+                    self._head(shard, each, options),
+                    4 * workers,
+                ):
                     self._keep(raw, pair)
                     progress.advance(1, raw.nbytes or 0)
 
@@ -99,7 +112,9 @@ class PairSample:
             self.reasons[f"sampled images take more than {DISK_BYTES >> 30} GiB"] += 1
             return
         self._images.write(image)
-        self.pairs.append(SampledPair(raw.key, pair.caption, pair.columns["image_hash"], extension, self._nbytes, len(image)))
+        self.pairs.append(
+            SampledPair(raw.key, pair.caption, pair.columns["image_hash"], extension, self._nbytes, len(image))
+        )
         self._nbytes += len(image)
 
     def read(self, pairs: Iterable[int], captions: Iterable[str] | None = None) -> Iterator[RawSample]:

@@ -108,9 +108,14 @@ def _check_there(run: Path, card: Card) -> None:
 
 def _check_same(run: Path, scored_with: dict[str, Any], card: Card, backbone: Backbone, sae: SAE) -> None:
     """Raise `RunError` when the model's or the SAE's files are not those of the run."""
-    for name, said, place, now in (("model", "model", card.model, model_hash(card.model, backbone.model.config)), ("sae", "SAE", card.sae, sae.hash)):
+    for name, said, place, now in (
+        ("model", "model", card.model, model_hash(card.model, backbone.model.config)),
+        ("sae", "SAE", card.sae, sae.hash),
+    ):
         if now != (then := scored_with[f"{name}_hash"]):
-            raise RunError(f"{said} {place!r} is not what run {str(run)!r} was scored with (hash {now}, then {then}): bring that back, or score anew")
+            raise RunError(
+                f"{said} {place!r} is not what run {str(run)!r} was scored with (hash {now}, then {then}): bring that back, or score anew"
+            )
 
 
 def _sample(image: Path | None, text: str | None) -> RawSample:

@@ -57,7 +57,10 @@ def fit_all(
                 advance(len(batch.pairs))
         if observe:
             if not references[0].n_samples:
-                raise ShardError(shards[0], f"has no usable pair in its first {each:,} samples, and the feature weights are fitted on those")
+                raise ShardError(
+                    shards[0],
+                    f"has no usable pair in its first {each:,} samples, and the feature weights are fitted on those",
+                )
             for reference in references:
                 reference.choose()
     metadata = {"shards": chosen, "first_samples_of_each": each, "strongest": STRONGEST, "per_side": PER_SIDE}
@@ -80,13 +83,17 @@ def _batches(feed: Feed, samples: Iterable[RawSample], shard: str) -> Iterator[B
 
 
 @torch.inference_mode()
-def _add(references: Sequence[Reference], batch: Batch, first: int, backbone: Backbone, saes: Sequence[SAE], observe: bool) -> None:
+def _add(
+    references: Sequence[Reference], batch: Batch, first: int, backbone: Backbone, saes: Sequence[SAE], observe: bool
+) -> None:
     activations = backbone.activations(batch.inputs)
     rows = torch.tensor([first + pair.row for pair in batch.pairs], device=activations.sample.device)
     # half of a pair's numbers for each side: with text context `none` both streams start at position 0
     token = rows[activations.sample] * POSITIONS + activations.side * (POSITIONS // 2) + activations.position
     for sae, reference in zip(saes, references, strict=True):
         if observe:
-            reference.observe(sae.encode(activations.states), token, activations.sample, activations.side, activations.n_samples)
+            reference.observe(
+                sae.encode(activations.states), token, activations.sample, activations.side, activations.n_samples
+            )
         else:
             reference.add_states(activations.states, token)

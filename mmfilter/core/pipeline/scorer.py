@@ -76,7 +76,9 @@ def explained_memory(n_pairs: int, consolation: str = "") -> Iterator[None]:
 def check_fit(backbone: Backbone, sae: SAE) -> None:
     """Raise `SAEError` when the SAE's width is not the model's."""
     if sae.d_model != backbone.d_model:
-        raise SAEError(f"SAE takes states of width {sae.d_model}, the model gives {backbone.d_model}: it belongs to another model")
+        raise SAEError(
+            f"SAE takes states of width {sae.d_model}, the model gives {backbone.d_model}: it belongs to another model"
+        )
 
 
 def pool_pairs(activations: Activations, codes: TokenCodes, weights: FeatureWeights, threshold: float) -> PooledPairs:
@@ -98,7 +100,11 @@ def pool_pairs(activations: Activations, codes: TokenCodes, weights: FeatureWeig
 def _stored(pairs: PooledPairs) -> list[dict[str, np.ndarray]]:
     image, text = strongest(pairs.image), strongest(pairs.text)
     return [
-        {f"{side}_{part}": values for side, parts in (("image", i), ("text", t)) for part, values in zip(("ids", "max", "mean"), parts, strict=True)}
+        {
+            f"{side}_{part}": values
+            for side, parts in (("image", i), ("text", t))
+            for part, values in zip(("ids", "max", "mean"), parts, strict=True)
+        }
         for i, t in zip(image, text, strict=True)
     ]
 

@@ -16,7 +16,9 @@ def open_database(paths: Sequence[Path], view: str) -> duckdb.DuckDBPyConnection
     spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
     database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
     database.execute("SET enable_progress_bar = false")
-    database.execute(f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'")  # the arrays need some too
+    database.execute(
+        f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'"
+    )  # the arrays need some too
     database.read_parquet([no_glob(str(path)) for path in paths], hive_partitioning=False).create_view(view)
     return database
 

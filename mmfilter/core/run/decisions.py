@@ -69,7 +69,10 @@ def _representatives(tables: ScoreTables, of: np.ndarray, similarity: np.ndarray
     positions = np.unique(of[of >= 0])
     names = tables.names_of(positions)
     index = np.where(of >= 0, np.searchsorted(positions, of), -1)
-    found = {f"duplicate_{'of' if name == 'key' else name}": dictionary_column(values, index) for name, values in names.items()}
+    found = {
+        f"duplicate_{'of' if name == 'key' else name}": dictionary_column(values, index)
+        for name, values in names.items()
+    }
     return found | {"closeness": similarity}
 
 

@@ -69,11 +69,15 @@ class RunDirectory:
         Raises `RunError` when there is no run or nothing in it is finished.
         """
         if not self.manifest.exists():
-            raise RunError(f"{str(self.path)!r} is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run {self.path}")
+            raise RunError(
+                f"{str(self.path)!r} is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run {self.path}"
+            )
         order = {item["name"]: i for i, item in enumerate(read_json(self.manifest)["inputs"])}
         found = sorted((self.path / "scores").glob("*.parquet"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         if not found:
-            raise RunError(f"run {str(self.path)!r} has no finished shard yet; continue it with: mmfilter score SHARDS --run {self.path}")
+            raise RunError(
+                f"run {str(self.path)!r} has no finished shard yet; continue it with: mmfilter score SHARDS --run {self.path}"
+            )
         return found
 
 
@@ -128,9 +132,15 @@ def unfinished(run: RunDirectory, shards: list[Shard]) -> list[Shard]:
 
     What a command prints is taken to be the same as long as the command is.
     """
-    there = [shard for shard in shards if shard.path != STDIN and run.scores(shard.name).exists() and run.codes(shard.name).exists()]
+    there = [
+        shard
+        for shard in shards
+        if shard.path != STDIN and run.scores(shard.name).exists() and run.codes(shard.name).exists()
+    ]
     now = zip(there, stamps([shard.path for shard in there]), strict=True)
-    finished = {shard for shard, found in now if found == Stamp.from_metadata(read_table_metadata(run.scores(shard.name)))}
+    finished = {
+        shard for shard, found in now if found == Stamp.from_metadata(read_table_metadata(run.scores(shard.name)))
+    }
     return [shard for shard in shards if shard not in finished]
 
 
@@ -140,10 +150,14 @@ def check_place(run: RunDirectory, paths: list[str]) -> None:
         raise RunError(f"run {str(run.path)!r} is a URL; use a local folder and upload that")
     for path in paths:
         if in_source(run.path, path):
-            raise RunError(f"run {str(run.path)!r} is the folder of shard {path!r}, and nothing is written there: use another --run")
+            raise RunError(
+                f"run {str(run.path)!r} is the folder of shard {path!r}, and nothing is written there: use another --run"
+            )
 
 
-def open_run(run: RunDirectory, settings: dict[str, Any], versions: dict[str, str], shards: list[Shard]) -> dict[str, Any]:
+def open_run(
+    run: RunDirectory, settings: dict[str, Any], versions: dict[str, str], shards: list[Shard]
+) -> dict[str, Any]:
     """Write the manifest of a new run, or add the shards to that of an old one with the same settings.
 
     Raises `RunError` naming what differs, or when the run would be written among the input's shards;
@@ -182,4 +196,6 @@ def _check_same(run: RunDirectory, old: dict[str, Any], new: dict[str, Any]) -> 
     differing = [name for name in new if old.get(name) != new[name] and name not in moved]
     if differing:
         said = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])
-        raise RunError(f"run {str(run.path)!r} was made with other settings ({said}): use another --run, or the old settings")
+        raise RunError(
+            f"run {str(run.path)!r} was made with other settings ({said}): use another --run, or the old settings"
+        )

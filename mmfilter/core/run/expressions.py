@@ -17,7 +17,18 @@ import duckdb
 from mmfilter.core.run.database import reason_of
 from mmfilter.errors import SelectionError
 
-NUMERIC = ("FLOAT", "DOUBLE", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+NUMERIC = (
+    "FLOAT",
+    "DOUBLE",
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+    "UBIGINT",
+)
 DECIMAL = ("DECIMAL", "HUGEINT", "UHUGEINT")
 """How types begin whose values become DOUBLE"""
 
@@ -47,7 +58,9 @@ class Expression:
         if not self.condition:
             database.execute(_NO_RANK)
         try:
-            database.execute(f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0")
+            database.execute(
+                f"SELECT 1 FROM scores WHERE (\n{self.text}\n) {'' if self.condition else 'IS NULL'} LIMIT 0"
+            )
         except duckdb.Error as error:
             raise self._impossible(error, columns) from error
         if not self.condition:
@@ -62,7 +75,9 @@ class Expression:
         if statement != skeleton:
             raise self.error(f"is more than {self._what}")
         if '"class": "SUBQUERY"' in json.dumps(found):
-            raise self.error(f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible")
+            raise self.error(
+                f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible"
+            )
         if next(_nodes(found, "STAR"), None) is not None:
             raise self.error("has a * for several columns; name each")
         self._check_constant(database, found)
@@ -80,7 +95,9 @@ class Expression:
 
     def _parsed(self, database: duckdb.DuckDBPyConnection, text: str) -> tuple[Any, Any]:
         """The syntax tree of a query with this condition: all but the condition, and the condition."""
-        [serialized] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT 1 FROM scores WHERE (\n{text}\n)"]).fetchone()
+        [serialized] = database.execute(
+            "SELECT json_serialize_sql(?)", [f"SELECT 1 FROM scores WHERE (\n{text}\n)"]
+        ).fetchone()
         tree = json.loads(serialized)
         if tree["error"]:
             raise self.error(f"is not possible: {' '.join(tree['error_message'].split())}")
@@ -88,16 +105,27 @@ class Expression:
 
     def _check_constant(self, database: duckdb.DuckDBPyConnection, tree: Any) -> None:
         """Refuse functions that give something else each time."""
-        volatile = {name for (name,) in database.execute("SELECT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'").fetchall()}
+        volatile = {
+            name
+            for (name,) in database.execute(
+                "SELECT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'"
+            ).fetchall()
+        }
         for name in (node["function_name"].lower() for node in _nodes(tree, "FUNCTION")):
             if name in volatile:
-                raise self.error(f"uses {name}(), which is another number each time; the column 'random' is a seeded one")
+                raise self.error(
+                    f"uses {name}(), which is another number each time; the column 'random' is a seeded one"
+                )
 
     def _impossible(self, error: duckdb.Error, columns: str) -> SelectionError:
         said = reason_of(error)
         if unknown := re.search(r'Referenced column "(.*?)" not found|does not have a column named "(.*?)"', said):
-            return self.error(f"names a column {unknown[1] or unknown[2]!r} that the score table does not have; it has {columns}")
-        return self.error(f"is not possible: {said if self.condition else said.replace('WHERE clause', 'a formula over one row')}")
+            return self.error(
+                f"names a column {unknown[1] or unknown[2]!r} that the score table does not have; it has {columns}"
+            )
+        return self.error(
+            f"is not possible: {said if self.condition else said.replace('WHERE clause', 'a formula over one row')}"
+        )
 
     def error(self, problem: str) -> SelectionError:
         return SelectionError(f"{self.option} {self.text!r} {problem}")
@@ -112,7 +140,9 @@ class Expression:
             return f"(\n{self.text}\n)"
         if kind.startswith(("BOOLEAN", *DECIMAL)) and not kind.endswith("]"):
             return f"CAST((\n{self.text}\n) AS DOUBLE)"
-        raise self.error(f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'")
+        raise self.error(
+            f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'"
+        )
 
 
 def _nodes(tree: Any, kind: str) -> Iterator[dict[str, Any]]:

@@ -37,7 +37,9 @@ class Members:
     def with_copies(self, number: np.ndarray, copy: np.ndarray, key_hash: np.ndarray) -> Members:
         """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it gets."""
         again = self.take(number)
-        columns = {name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes")}
+        columns = {
+            name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes")
+        }
         return replace(
             self, **columns, key_hash=np.concatenate([self.key_hash, key_hash]), copy=np.concatenate([np.zeros(len(self), np.int64), copy])
         )  # fmt: skip
@@ -59,8 +61,12 @@ class Members:
         copy = np.zeros(stop - start, np.int64) if self.copy is None else self.copy[start:stop]
         source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
         end = offset + nbytes
-        apart = (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0) | (copy[1:] > 0) | (copy[:-1] > 0)
+        apart = (
+            (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0) | (copy[1:] > 0) | (copy[:-1] > 0)
+        )
         first = np.flatnonzero(np.r_[len(source) > 0, apart])
         last = np.r_[first[1:], len(source)] - 1
-        for i, start, stop, n in zip(source[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True):
+        for i, start, stop, n in zip(
+            source[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True
+        ):
             yield self.sources[i], start, stop - start, n

@@ -66,7 +66,13 @@ class Files:
 
 def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
     """The parquet files beside the tars of a run, None where there are none with a column `key`."""
-    start_of = _there({shard.removesuffix(".tar") + ".parquet": start for shard, start in zip(shards, starts, strict=False) if _may_have_one(shard)})
+    start_of = _there(
+        {
+            shard.removesuffix(".tar") + ".parquet": start
+            for shard, start in zip(shards, starts, strict=False)
+            if _may_have_one(shard)
+        }
+    )
     if not start_of:
         return None
     relation = _parquet_files(database, start_of)
@@ -81,7 +87,13 @@ def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: S
 
 def own(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
     """The parquet files that are shards of a run themselves, None where there are none."""
-    start_of = _there({shard: start for shard, start in zip(shards, starts, strict=False) if shard.lower().endswith(".parquet") and not read_once(shard)})
+    start_of = _there(
+        {
+            shard: start
+            for shard, start in zip(shards, starts, strict=False)
+            if shard.lower().endswith(".parquet") and not read_once(shard)
+        }
+    )
     if not start_of:
         return None
     what = "the parquet files of the input"
@@ -121,7 +133,9 @@ def named(database: duckdb.DuckDBPyConnection, patterns: Sequence[str], *, uids:
     for path, (_, columns) in zip(paths, tables, strict=True):
         if by not in columns:
             none = ", and the samples of this run have no uid" if "uid" in columns and not uids else ""
-            raise SelectionError(f"--metadata {path!r} has no column 'key' or 'uid' to find samples by{none}; it has {', '.join(columns)}")
+            raise SelectionError(
+                f"--metadata {path!r} has no column 'key' or 'uid' to find samples by{none}; it has {', '.join(columns)}"
+            )
     if len({columns[by] in _INTEGERS for _, columns in tables}) > 1:
         types[by] = "VARCHAR"
     relation = " UNION ALL BY NAME ".join(f"(FROM {relation})" for relation, _ in tables)
@@ -181,7 +195,9 @@ def _why(error: duckdb.Error) -> str:
 # --- joining ---------------------------------------------------------------------------------
 
 
-def write_columns(database: duckdb.DuckDBPyConnection, files: Files, columns: Sequence[str], path: Path, starts: np.ndarray) -> int:
+def write_columns(
+    database: duckdb.DuckDBPyConnection, files: Files, columns: Sequence[str], path: Path, starts: np.ndarray
+) -> int:
     """Write `columns` of the files to a parquet file with one row for every row of the view `scores`.
 
     `starts` is the position of every shard's first row, and the number of all rows behind them. Returns
@@ -197,12 +213,16 @@ def write_columns(database: duckdb.DuckDBPyConnection, files: Files, columns: Se
         database.register("places", arrow_table({"file": names, "first": [files.start_of[name] for name in names]}))
         joined += f" AND theirs.{_FIRST} = mine.first"
     try:
-        [(rows,)] = database.execute(f"COPY ({joined} ORDER BY mine.position) TO {literal(str(path))} (FORMAT parquet)").fetchall()
+        [(rows,)] = database.execute(
+            f"COPY ({joined} ORDER BY mine.position) TO {literal(str(path))} (FORMAT parquet)"
+        ).fetchall()
         [(without,)] = database.execute(f"SELECT count(*) FROM {reading(path)} WHERE {FOUND} IS NULL").fetchall()
     except duckdb.Error as error:
         raise SelectionError(f"{files.what}{_why(error)}") from error
     if rows > starts[-1]:
-        raise SelectionError(f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of each")
+        raise SelectionError(
+            f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of each"
+        )
     if without == rows:
         raise SelectionError(f"{files.what}: no row for any sample of the run, none has the same {files.by!r}")
     return int(without)

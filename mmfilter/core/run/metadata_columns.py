@@ -49,7 +49,10 @@ class MoreColumns:
 
     def widen(self, database: duckdb.DuckDBPyConnection, view: str, wider: str) -> None:
         """Make the view `wider`, of a view of the score tables and the fetched columns."""
-        more = "".join(f" POSITIONAL JOIN (SELECT * EXCLUDE ({metadata.FOUND}) FROM {metadata.reading(path)})" for path in self.paths)
+        more = "".join(
+            f" POSITIONAL JOIN (SELECT * EXCLUDE ({metadata.FOUND}) FROM {metadata.reading(path)})"
+            for path in self.paths
+        )
         database.execute(f"CREATE VIEW {wider} AS SELECT * FROM {view}{more}")
 
     def _looked_for(self, database: duckdb.DuckDBPyConnection) -> list[metadata.Files]:
@@ -71,13 +74,17 @@ class MoreColumns:
         without = metadata.write_columns(database, files, columns, path, self._starts)
         self.paths.append(path)
         if without:
-            self.notes.append(f"{files.what}: no row for {without:,} of {int(self._starts[-1]):,} samples, {', '.join(columns)} is null there")
+            self.notes.append(
+                f"{files.what}: no row for {without:,} of {int(self._starts[-1]):,} samples, {', '.join(columns)} is null there"
+            )
 
     def _check_unchanged(self, paths: set[str]) -> None:
         """Raise `SelectionError` for a shard whose rows may not be those of its score table any more."""
         for shard in self._shards:
             if shard.path in paths and stamp(shard.path) != shard.stamp:
-                raise SelectionError(f"shard {shard.path!r} has changed since it was scored, its rows may be others; score it again")
+                raise SelectionError(
+                    f"shard {shard.path!r} has changed since it was scored, its rows may be others; score it again"
+                )
 
 
 def _has_uids(database: duckdb.DuckDBPyConnection) -> bool:

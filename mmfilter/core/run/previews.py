@@ -42,14 +42,19 @@ def looks(tables: ScoreTables, positions: Sequence[int] | np.ndarray) -> list[Lo
     keys = tables.at(wanted, ("key",))["key"].tolist()
     ranges = [
         (members.sources[source], offset, nbytes)
-        for source, offset, nbytes in zip(*(column.tolist() for column in (members.source, members.offset, members.nbytes)), strict=True)
+        for source, offset, nbytes in zip(
+            *(column.tolist() for column in (members.source, members.offset, members.nbytes)), strict=True
+        )
     ]
     found: list[Look] = []
     with OpenShards(members.options) as sources:
         for first in range(0, len(wanted), _AT_ONCE):
             some = slice(first, first + _AT_ONCE)
             contents = _contents(sources, ranges[some])
-            found += [_look(content, part[0], key, settings) for content, part, key in zip(contents, ranges[some], keys[some], strict=True)]
+            found += [
+                _look(content, part[0], key, settings)
+                for content, part, key in zip(contents, ranges[some], keys[some], strict=True)
+            ]
     return [found[i] for i in place.tolist()]
 
 
@@ -60,7 +65,11 @@ def problems(found: Sequence[Look]) -> list[str]:
 
 def one_line(text: str, at_most: int) -> str:
     """Text from anywhere, safe on a terminal: in one line, without control characters, cut with an ellipsis."""
-    shown = " ".join("".join(" " if char.isspace() else char for char in text if char.isspace() or unicodedata.category(char)[0] != "C").split())
+    shown = " ".join(
+        "".join(
+            " " if char.isspace() else char for char in text if char.isspace() or unicodedata.category(char)[0] != "C"
+        ).split()
+    )
     return shown if len(shown) <= at_most else shown[: at_most - 1].rstrip() + "…"
 
 
@@ -76,7 +85,11 @@ def _read(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes | Look
     try:
         found: list[bytes | Look] = list(read_ranges(sources, ranges))
     except ShardError as error:
-        found = [Look(problem=str(error))] if len(ranges) == 1 else [content for part in ranges for content in _read(sources, [part])]
+        found = (
+            [Look(problem=str(error))]
+            if len(ranges) == 1
+            else [content for part in ranges for content in _read(sources, [part])]
+        )
     yield from found
 
 

@@ -89,7 +89,9 @@ class ScoreTables:
             raise self._damaged(error) from error
         if among is not None:
             database.register("given", arrow_table({"among": among, "place": np.arange(len(among))}))
-            database.execute("CREATE VIEW candidates AS SELECT scores.*, given.place AS __mmfilter_at FROM scores POSITIONAL JOIN given WHERE given.among")
+            database.execute(
+                "CREATE VIEW candidates AS SELECT scores.*, given.place AS __mmfilter_at FROM scores POSITIONAL JOIN given WHERE given.among"
+            )
         if locked:
             lock(database, (*self._paths, *self._more.paths))
         return database
@@ -108,7 +110,9 @@ class ScoreTables:
         return self._database.execute(sql)
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"the score tables of run {str(self.run.path)!r} cannot be read ({reason_of(error)}); score the shard again")
+        return RunError(
+            f"the score tables of run {str(self.run.path)!r} cannot be read ({reason_of(error)}); score the shard again"
+        )
 
     # --- questions, each one scan ---
 
@@ -129,7 +133,9 @@ class ScoreTables:
         by = next((name for name in self.types if name.lower() == by.lower()), by)  # as in SQL
         plain = by in self.types or re.fullmatch(r"\w+", by) is not None
         condition = None if where is None else Expression("--where", where, condition=True)
-        self._find(({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor())))
+        self._find(
+            ({by} if plain else set()) | (set() if condition is None else condition.columns(self._database.cursor()))
+        )
         if not plain or self.types.get(by, "").startswith(DECIMAL):
             passes = np.ma.getdata(self._fetch(condition, "1 AS v")["p"])
             return Column(*self.numbers("--by", by, passes & self.scored), passes)
@@ -153,7 +159,9 @@ class ScoreTables:
         try:
             found = database.execute(f"SELECT {what}, {test} AS p FROM scores").fetchnumpy()
         except duckdb.Error as error:
-            raise self._damaged(error) if condition is None else condition.error(f"fails: {reason_of(error)}") from error
+            raise (
+                self._damaged(error) if condition is None else condition.error(f"fails: {reason_of(error)}")
+            ) from error
         self._check_rows(len(found["p"]))
         return found
 
@@ -170,7 +178,9 @@ class ScoreTables:
     def parts(self, option: str, text: str, among: np.ndarray) -> np.ndarray:
         """(rows,) for the rows of a mask the number, from 0, of their value of an expression, null being one too; −1 elsewhere."""
         numbers = np.full(self.rows, -1, np.int32)
-        for at, found, _ in self._evaluate(Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False):
+        for at, found, _ in self._evaluate(
+            Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False
+        ):
             numbers[at] = found
         return numbers
 
@@ -184,7 +194,9 @@ class ScoreTables:
         expression.check(database, self._there)
         value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
         try:
-            database.execute(f"CREATE TEMP TABLE found AS SELECT i, {made('v')} AS v FROM (SELECT __mmfilter_at AS i, {value} AS v FROM candidates AS scores)")
+            database.execute(
+                f"CREATE TEMP TABLE found AS SELECT i, {made('v')} AS v FROM (SELECT __mmfilter_at AS i, {value} AS v FROM candidates AS scores)"
+            )
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason_of(error)}") from error
         for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
@@ -207,11 +219,15 @@ class ScoreTables:
                 raise SelectionError(f"no column {name!r}; {hint}the score table has {self._there}")
             raise SelectionError(f"the score table has no column {name!r}; {hint}{there}")
         if name not in numeric:
-            raise SelectionError(f"column {name!r} of the score table is no number ({self.types[name].lower()}); {there}")
+            raise SelectionError(
+                f"column {name!r} of the score table is no number ({self.types[name].lower()}); {there}"
+            )
 
     def _check_rows(self, rows: int) -> None:
         if rows != self.rows:
-            raise RunError(f"the score tables of run {str(self.run.path)!r} hold {rows:,} rows but say {self.rows:,}; score the shards again")
+            raise RunError(
+                f"the score tables of run {str(self.run.path)!r} hold {rows:,} rows but say {self.rows:,}; score the shards again"
+            )
 
     def first_by_key(self, among: np.ndarray, n: int) -> np.ndarray:
         """Positions of the first `n` rows by key, then shard, then row, where `among` is true."""
@@ -232,8 +248,12 @@ class ScoreTables:
         ).fetchnumpy()
         position = np.flatnonzero(kept)
         shard = np.searchsorted(self.starts, position, side="right") - 1
-        if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(found["r"], position - self.starts[shard]):
-            raise RunError(f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again")
+        if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(
+            found["r"], position - self.starts[shard]
+        ):
+            raise RunError(
+                f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again"
+            )
         columns = (shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
         members = Members([scored.path for scored in self.shards], *columns, options=self.options)
         if copies is None:
@@ -245,7 +265,9 @@ class ScoreTables:
             place=np.arange(self.rows),
         ).fetchnumpy()
         order = np.lexsort((again["place"], again["n"]))
-        return members.with_copies(np.searchsorted(position, again["place"][order]), again["n"][order], again["h"][order])
+        return members.with_copies(
+            np.searchsorted(position, again["place"][order]), again["n"][order], again["h"][order]
+        )
 
     def keys(self, positions: np.ndarray) -> Iterator[list[str]]:
         """Chunks of the keys at positions, in their order; one may come more than once."""
@@ -281,8 +303,13 @@ class ScoreTables:
         among = np.zeros(self.rows, bool)
         among[positions] = True
         names = ", ".join(f"scores.{identifier(column)}" for column in columns)
-        found = self._query(f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among).fetchnumpy()
-        return {name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column) for name, column in found.items()}
+        found = self._query(
+            f"SELECT {names} FROM scores POSITIONAL JOIN given WHERE given.among", among=among
+        ).fetchnumpy()
+        return {
+            name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.ma.getdata(column)
+            for name, column in found.items()
+        }
 
     def with_key(self, key: str) -> np.ndarray:
         """Positions of the rows with this key."""
@@ -306,7 +333,9 @@ class ScoreTables:
         """
         names = ", ".join(map(identifier, columns))
         there = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in columns)
-        digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()["h"]
+        digest = self._query(f"SELECT CASE WHEN ok AND {there} THEN hash({names}) END AS h FROM scores").fetchnumpy()[
+            "h"
+        ]
         among = _repeated(np.ma.getdata(digest), ~np.ma.getmaskarray(digest))
         group = np.arange(self.rows)
         if among.any():

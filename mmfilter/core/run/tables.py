@@ -101,7 +101,11 @@ class TableWriter:
 
     def write_columns(self, columns: Mapping[str, Any]) -> None:
         """Append one row group from whole columns (arrays, or lists with None)."""
-        self._writer.write_table(pa.table({field.name: pa.array(columns[field.name], field.type) for field in self._schema}, schema=self._schema))
+        self._writer.write_table(
+            pa.table(
+                {field.name: pa.array(columns[field.name], field.type) for field in self._schema}, schema=self._schema
+            )
+        )
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Store `metadata` in the file and move it into place."""
@@ -152,11 +156,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, Any]:
             coded = column.dictionary_encode()
             found[name] = coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy()
         else:
-            found[name] = np.ma.array(column.fill_null(0).to_numpy(), mask=column.is_null().to_numpy(zero_copy_only=False))
+            found[name] = np.ma.array(
+                column.fill_null(0).to_numpy(), mask=column.is_null().to_numpy(zero_copy_only=False)
+            )
     return found
 
 
-def read_codes(path: Path, columns: Sequence[str], wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+def read_codes(
+    path: Path, columns: Sequence[str], wanted: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     """Batches of a code table: rows in the shard, and list columns as (lengths, flattened values).
 
     With `wanted`, rows in the shard in ascending order, only those are yielded, and row groups without
@@ -173,14 +181,24 @@ def read_codes(path: Path, columns: Sequence[str], wanted: np.ndarray | None = N
                         continue
                 yield from _code_batches(file, number, columns, wanted)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise RunError(f"code table {str(path)!r} cannot be read ({error}); delete it and score the shard again") from error
+        raise RunError(
+            f"code table {str(path)!r} cannot be read ({error}); delete it and score the shard again"
+        ) from error
 
 
-def _code_batches(file: pq.ParquetFile, number: int, columns: Sequence[str], wanted: np.ndarray | None) -> Iterator[tuple[np.ndarray, dict]]:
+def _code_batches(
+    file: pq.ParquetFile, number: int, columns: Sequence[str], wanted: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, dict]]:
     for batch in file.iter_batches(4096, row_groups=[number], columns=["row", *columns], use_threads=False):
         rows = batch.column("row").to_numpy()
         if wanted is not None:
             batch = batch.filter(pa.array(np.isin(rows, wanted)))
             rows = batch.column("row").to_numpy()
         lists = ((name, batch.column(name)) for name in columns)
-        yield rows, {name: (pc.list_value_length(column).to_numpy(), column.flatten().to_numpy(zero_copy_only=False)) for name, column in lists}
+        yield (
+            rows,
+            {
+                name: (pc.list_value_length(column).to_numpy(), column.flatten().to_numpy(zero_copy_only=False))
+                for name, column in lists
+            },
+        )

@@ -98,7 +98,11 @@ class SAE:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SAE:
         """The same SAE on another device."""
         tensors = {name: getattr(self, name) for name in TENSORS}
-        moved = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
+        moved = {
+            name: tensor.to(device=device, dtype=dtype or tensor.dtype)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
         return replace(self, **moved)
 
     def encode(self, states: torch.Tensor, *, max_active: int = 50) -> TokenCodes:
@@ -108,8 +112,12 @@ class SAE:
         Raises `SAEError` when the width differs.
         """
         if states.shape[-1] != self.d_model:
-            raise SAEError(f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model")
-        return TokenCodes.concatenate([self._encode_chunk(part, max_active) for part in states.split(self._chunk)], self.n_features)
+            raise SAEError(
+                f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model"
+            )
+        return TokenCodes.concatenate(
+            [self._encode_chunk(part, max_active) for part in states.split(self._chunk)], self.n_features
+        )
 
     @property
     def _chunk(self) -> int:

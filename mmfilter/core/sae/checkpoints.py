@@ -95,7 +95,9 @@ def check_whole(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(LFS):
-        raise SAEError(f"SAE file {name!r} is a git-lfs pointer, not the weights: run `git lfs pull` in that repository")
+        raise SAEError(
+            f"SAE file {name!r} is a git-lfs pointer, not the weights: run `git lfs pull` in that repository"
+        )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise SAEError(f"SAE file {name!r} is a web page, not weights: {FETCH}")
 
@@ -128,7 +130,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
         try:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         except ValueError as error:
-            raise SAEError(f"SAE file {str(path)!r} holds Python objects, which an npz of weights does not need: refused ({_line(error)})") from error
+            raise SAEError(
+                f"SAE file {str(path)!r} holds Python objects, which an npz of weights does not need: refused ({_line(error)})"
+            ) from error
 
 
 def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
@@ -136,7 +140,9 @@ def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
     with path.open("rb") as file:
         head = file.read(32)
         if head.startswith(b"\x80") and TORCH_MAGIC not in head:
-            raise SAEError(f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors")
+            raise SAEError(
+                f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors"
+            )
         if head.startswith(b"{"):  # a line of JSON, then the weights
             file.seek(0)
             content[HEADER] = json.loads(file.readline())
@@ -150,7 +156,9 @@ def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
             file.seek(0)
             loaded = torch.load(file, map_location="cpu", weights_only=False, pickle_module=INERT)
     if not isinstance(loaded, Mapping):
-        raise SAEError(f"SAE file {str(path)!r} holds {_kind(loaded)}, expected a dictionary of tensors: save its state_dict() instead")
+        raise SAEError(
+            f"SAE file {str(path)!r} holds {_kind(loaded)}, expected a dictionary of tensors: save its state_dict() instead"
+        )
     return {**content, **{str(name): value for name, value in loaded.items()}}
 
 
@@ -166,7 +174,9 @@ def _line(error: Exception) -> str:
     text = str(error)
     for marker in ("Unsupported global: ", "Unsupported class "):
         if marker in text:
-            return marker.lower() + text.split(marker, 1)[1].split(" was ")[0].split(" whose ")[0].replace("GLOBAL ", "")
+            return marker.lower() + text.split(marker, 1)[1].split(" was ")[0].split(" whose ")[0].replace(
+                "GLOBAL ", ""
+            )
     return " ".join(text.split())[:160]
 
 
@@ -197,13 +207,17 @@ class _InertUnpickler(pickle.Unpickler):
     """Knows tensors; every other class becomes a `Record` of that name, whose calls do nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
+        is_type = module == "torch" and (
+            name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
+        )
         if (module, name) in SAFE or is_type:
             return super().find_class(module, name)
         return type(name, (Record,), {"__module__": module})
 
 
-INERT = types.SimpleNamespace(Unpickler=_InertUnpickler, load=lambda file, **_: _InertUnpickler(file).load(), __name__="inert")
+INERT = types.SimpleNamespace(
+    Unpickler=_InertUnpickler, load=lambda file, **_: _InertUnpickler(file).load(), __name__="inert"
+)
 
 
 def _kind(value: Any) -> str:

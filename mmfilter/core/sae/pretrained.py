@@ -22,7 +22,15 @@ from mmfilter.core.sae.layouts import interpret
 from mmfilter.errors import SAEError
 
 HUB, SAELENS = "hf:", "saelens:"
-WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz", "checkpoints/final.safetensors", "ae.pt", "sae.pt")
+WEIGHTS = (
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "params.safetensors",
+    "params.npz",
+    "checkpoints/final.safetensors",
+    "ae.pt",
+    "sae.pt",
+)
 """Names that publishers give the weights, the surest first."""
 NOT_WEIGHTS = ("sparsity.", "optim", "trainer_state", "activations_store", "activation_whitening")
 
@@ -36,7 +44,9 @@ def load_sae(source: str | Path, options: SAEOptions = NO_OPTIONS, *, convert: b
     """
     source = str(source)
     if options.allow_pickle and not convert:
-        raise SAEError("SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST")
+        raise SAEError(
+            "SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST"
+        )
     if source in cards.card_names():
         card = cards.load_card(source)
         return load_sae(card.sae, replace(card.sae_options, **options.stated()), convert=convert)
@@ -66,14 +76,18 @@ def find_weights(path: Path, source: str, options: SAEOptions = NO_OPTIONS) -> P
     """The file with the weights, where `path` is it or the folder around it; raises `SAEError`."""
     if not path.is_dir():
         if not path.exists() and not (path.suffix in SUFFIXES and path.parent.is_dir()):
-            raise SAEError(f"SAE {source!r} is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID or a card's name")
+            raise SAEError(
+                f"SAE {source!r} is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID or a card's name"
+            )
         check_whole(path)
         return path
     found = [path / name for name in WEIGHTS if (path / name).exists()][:1] or list(_other_weights(path))
     if options.layer is not None:
         found = [file for file in _all_weights(path) if _layer(file.relative_to(path)) == options.layer]
         if not found:
-            raise SAEError(f"SAE {source!r} has no file of layer {options.layer}; it has {_some(path, list(_all_weights(path)))}")
+            raise SAEError(
+                f"SAE {source!r} has no file of layer {options.layer}; it has {_some(path, list(_all_weights(path)))}"
+            )
     if len(found) == 1:
         return found[0]
     raise SAEError(
@@ -94,7 +108,9 @@ def _all_weights(folder: Path) -> Iterator[Path]:
 
 
 def _layer(path: Path) -> int | None:
-    found = re.findall(r"(?:layers?|blocks?|trainer)[._-]?(\d+)|(?:^|[/_-])L(\d+)(?=[RAM_/-])", str(path), re.IGNORECASE)
+    found = re.findall(
+        r"(?:layers?|blocks?|trainer)[._-]?(\d+)|(?:^|[/_-])L(\d+)(?=[RAM_/-])", str(path), re.IGNORECASE
+    )
     return int(next(filter(None, found[-1]))) if found else None
 
 
@@ -146,15 +162,21 @@ def hub_snapshot(place: HubPlace) -> Path:
 
     allowed, ignored = _patterns(place.path)
     try:
-        folder = Path(snapshot_download(place.repo, revision=place.revision, allow_patterns=allowed, ignore_patterns=ignored))
+        folder = Path(
+            snapshot_download(place.repo, revision=place.revision, allow_patterns=allowed, ignore_patterns=ignored)
+        )
     except LocalEntryNotFoundError as error:
-        raise SAEError(f"SAE '{place}' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch {place} where there is a network") from error
+        raise SAEError(
+            f"SAE '{place}' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch {place} where there is a network"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise SAEError(
             f"SAE '{place}' cannot be downloaded: {' '.join(str(error).split())[:200]}; check the name, and `hf auth login` if it is gated"
         ) from error
     if not (folder / place.path).exists():
-        raise SAEError(f"SAE '{place}' is not in the hub's cache, which has other parts of {place.repo}: mmfilter sae fetch {place}")
+        raise SAEError(
+            f"SAE '{place}' is not in the hub's cache, which has other parts of {place.repo}: mmfilter sae fetch {place}"
+        )
     return folder
 
 
@@ -164,5 +186,9 @@ def _patterns(path: str) -> tuple[list[str] | None, list[str] | None]:
         return None, ["*/*"]  # the top alone: a repository can hold terabytes below it
     above, _, name = path.rpartition("/")
     folders = [above, above.rpartition("/")[0]] if Path(name).suffix in SUFFIXES else [path, above]
-    beside = [f"{folder}/{config}".lstrip("/") for folder in folders for config in ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")]
+    beside = [
+        f"{folder}/{config}".lstrip("/")
+        for folder in folders
+        for config in ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
+    ]
     return [path, *([] if Path(name).suffix in SUFFIXES else [f"{path}/*"]), *beside], None

@@ -33,7 +33,12 @@ def linear_of_any_length(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 def by_onednn(x: torch.Tensor) -> bool:
     """Whether products with x are oneDNN's."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}

@@ -165,7 +165,9 @@ class PooledCodes:
     """(samples,) sum over tokens of the activations"""
 
 
-def pool(codes: TokenCodes, sample: torch.Tensor, side: torch.Tensor, n_samples: int) -> tuple[PooledCodes, PooledCodes]:
+def pool(
+    codes: TokenCodes, sample: torch.Tensor, side: torch.Tensor, n_samples: int
+) -> tuple[PooledCodes, PooledCodes]:
     """Pool token codes over the image side and the text side of each sample.
 
     `sample` (n_tokens,) says which sample a token belongs to, `side` (n_tokens,) is IMAGE or TEXT.

@@ -101,9 +101,13 @@ def load_weights(path: Path) -> FeatureWeights:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-        return FeatureWeights(**tensors, n_samples=int(metadata["n_samples"]), metadata=json.loads(metadata["reference"]))
+        return FeatureWeights(
+            **tensors, n_samples=int(metadata["n_samples"]), metadata=json.loads(metadata["reference"])
+        )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SAEError(f"feature weights {str(path)!r} cannot be read ({error}); delete the file to fit them again") from error
+        raise SAEError(
+            f"feature weights {str(path)!r} cannot be read ({error}); delete the file to fit them again"
+        ) from error
 
 
 class Reference:
@@ -125,7 +129,9 @@ class Reference:
         self._winners: _Winners | None = None
         self.n_samples = 0
 
-    def observe(self, codes: TokenCodes, token_id: torch.Tensor, sample: torch.Tensor, side: torch.Tensor, n_samples: int) -> None:
+    def observe(
+        self, codes: TokenCodes, token_id: torch.Tensor, sample: torch.Tensor, side: torch.Tensor, n_samples: int
+    ) -> None:
         """First pass. `token_id`, `sample` (0 … n_samples − 1) and `side` are (n_tokens,)."""
         side_of, feature = side[codes.token].cpu(), codes.feature.cpu()
         value, sample_of = codes.value.float().cpu(), sample[codes.token].cpu()
@@ -137,7 +143,12 @@ class Reference:
         self._tokens += torch.bincount(flat, minlength=2 * self._n).view(2, self._n)
         self._maximum.view(-1).scatter_reduce_(0, flat, value, "amax")
         self.n_samples += n_samples
-        for buffer, entries in ((self._feature, feature), (self._value, value), (self._token, token_id[codes.token].cpu()), (self._side, side_of)):
+        for buffer, entries in (
+            (self._feature, feature),
+            (self._value, value),
+            (self._token, token_id[codes.token].cpu()),
+            (self._side, side_of),
+        ):
             buffer.append(entries)
         self._buffered += len(value)
         if self._buffered > BUFFER_ENTRIES:
@@ -145,12 +156,19 @@ class Reference:
 
     def _compact(self) -> None:
         """Keep each feature's strongest tokens; ties go to the earlier token."""
-        feature, value, token, side = (torch.cat(part) for part in (self._feature, self._value, self._token, self._side))
+        feature, value, token, side = (
+            torch.cat(part) for part in (self._feature, self._value, self._token, self._side)
+        )
         order = token.argsort(stable=True)
         order = order[value[order].argsort(stable=True, descending=True)]
         order = order[feature[order].argsort(stable=True)]
         kept = order[_rank_in_group(feature[order]) < STRONGEST]
-        self._feature, self._value, self._token, self._side = [feature[kept]], [value[kept]], [token[kept]], [side[kept]]
+        self._feature, self._value, self._token, self._side = (
+            [feature[kept]],
+            [value[kept]],
+            [token[kept]],
+            [side[kept]],
+        )
         self._buffered = len(kept)
 
     def choose(self) -> None:

@@ -46,7 +46,12 @@ SCORES: Mapping[str, Score] = {
         Score("l1", "sum of activations a token", f"{_HERE}.sparsity:l1", 6),
         Score("l1_image", "sum of activations an image token", f"{_HERE}.sparsity:l1_image"),
         Score("l1_text", "sum of activations a caption token", f"{_HERE}.sparsity:l1_text"),
-        Score("similarity", "cosine of the mean codes of both sides, rare features first", f"{_HERE}.similarity:similarity", 1),
+        Score(
+            "similarity",
+            "cosine of the mean codes of both sides, rare features first",
+            f"{_HERE}.similarity:similarity",
+            1,
+        ),
         Score("support", "share of the caption's activation that the image has too", f"{_HERE}.support:support", 2),
         Score("raw", "cosine of the mean states of both sides, without an SAE: the baseline", f"{_HERE}.raw:raw", 7),
         Score("random", "a seeded number of the sample's key: the control", None, 8),

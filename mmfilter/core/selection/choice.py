@@ -121,7 +121,11 @@ def quotas(top: Top, parts: np.ndarray) -> np.ndarray:
 
 
 def _keep_largest_of_parts(
-    decision: np.ndarray, values: np.ndarray, parts: np.ndarray, allowed: np.ndarray, first_by_key: Callable[[np.ndarray, int], np.ndarray]
+    decision: np.ndarray,
+    values: np.ndarray,
+    parts: np.ndarray,
+    allowed: np.ndarray,
+    first_by_key: Callable[[np.ndarray, int], np.ndarray],
 ) -> None:
     left = np.flatnonzero(decision == Decision.KEPT)
     if not len(left):
@@ -149,7 +153,9 @@ def _keep_largest_of_parts(
     decision[order[place < free[parts[order]]]] = Decision.KEPT
 
 
-def _keep_largest(decision: np.ndarray, values: np.ndarray, n: int, first_by_key: Callable[[np.ndarray, int], np.ndarray]) -> None:
+def _keep_largest(
+    decision: np.ndarray, values: np.ndarray, n: int, first_by_key: Callable[[np.ndarray, int], np.ndarray]
+) -> None:
     left = decision == Decision.KEPT
     sizes = values[left]
     if len(sizes) <= n:

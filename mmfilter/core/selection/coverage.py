@@ -115,7 +115,9 @@ def lazy_greedy(samples: Amounts, coverage: Coverage, n: int, *, loss: float = 0
     return np.array(chosen, np.int64)
 
 
-def choose_in_chunks(chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int, at_once: int) -> np.ndarray:
+def choose_in_chunks(
+    chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int, at_once: int
+) -> np.ndarray:
     """`n` of the numbers in all chunks, chosen with the samples of `at_once` of them in memory, or one chunk's.
 
     Smaller numbers come first where gains are equal; `load` gives the samples of ascending numbers.
@@ -132,10 +134,17 @@ def choose_in_chunks(chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], 
     if n * len(chunks) <= at_once:
         return _greedi(chunks, load, coverage, n)
     shares = _shares([len(chunk) for chunk in chunks], n)
-    return np.concatenate([chunk[lazy_greedy(load(chunk), coverage, share, loss=LOSS)] for chunk, share in zip(chunks, shares, strict=True)])
+    return np.concatenate(
+        [
+            chunk[lazy_greedy(load(chunk), coverage, share, loss=LOSS)]
+            for chunk, share in zip(chunks, shares, strict=True)
+        ]
+    )
 
 
-def _greedi(chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int) -> np.ndarray:
+def _greedi(
+    chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int
+) -> np.ndarray:
     found = []
     for chunk in chunks:
         alone = coverage.fresh()

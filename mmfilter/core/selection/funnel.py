@@ -78,7 +78,12 @@ class Selection:
 
 
 def counted(
-    settings: SelectSettings, tables: ScoreTables, decision: np.ndarray, column: Column, parts: np.ndarray | None, copies: np.ndarray | None
+    settings: SelectSettings,
+    tables: ScoreTables,
+    decision: np.ndarray,
+    column: Column,
+    parts: np.ndarray | None,
+    copies: np.ndarray | None,
 ) -> Selection:
     counts = dict(zip(Decision, np.bincount(decision, minlength=len(Decision)).tolist(), strict=True))
     candidates = tables.rows - counts[Decision.NOT_IN_WHERE]
@@ -125,7 +130,9 @@ def _way(settings: SelectSettings, n_parts: int | None) -> str:
         return "kept"
     if settings.per is not None:
         return f"kept by --top {settings.top} in each of {n_parts:,} groups of --per {settings.per!r}"
-    return f"kept by --top {settings.top}" + (" --diverse" if settings.diverse else f" --match {str(settings.match)!r}" if settings.match else "")
+    return f"kept by --top {settings.top}" + (
+        " --diverse" if settings.diverse else f" --match {str(settings.match)!r}" if settings.match else ""
+    )
 
 
 def labels_of(settings: SelectSettings) -> dict[Decision, str]:

@@ -33,8 +33,12 @@ SAME_CODES = ("model_hash", "revision", "layer", "prompt", "text_context", "sae_
 
 def profiles(codes: Codes, idf: np.ndarray) -> Amounts:
     """The profiles of samples, as amounts."""
-    rows, ids, shares = (np.concatenate(parts) for parts in zip(*(_shares(getattr(codes, side), idf) for side in SIDES), strict=True))
-    order = np.argsort((rows << 32) | ids)  # at most two of a kind, and a + b is b + a: no need for a stable one, which is slower
+    rows, ids, shares = (
+        np.concatenate(parts) for parts in zip(*(_shares(getattr(codes, side), idf) for side in SIDES), strict=True)
+    )
+    order = np.argsort(
+        (rows << 32) | ids
+    )  # at most two of a kind, and a + b is b + a: no need for a stable one, which is slower
     rows, ids, shares = rows[order], ids[order], shares[order]
     first = np.flatnonzero(np.r_[len(rows) > 0, (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])])
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows[first], minlength=len(codes)))])
@@ -59,11 +63,15 @@ def target_of(target: ScoreTables, candidates: ScoreTables, idf: np.ndarray) -> 
     differing = [name for name in SAME_CODES if mine.get(name) != theirs.get(name)]
     if differing:
         said = ", ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in differing[:2])
-        raise SelectionError(f"--match {str(target.run.path)!r} was scored otherwise ({said}): score it with the settings of {str(candidates.run.path)!r}")
+        raise SelectionError(
+            f"--match {str(target.run.path)!r} was scored otherwise ({said}): score it with the settings of {str(candidates.run.path)!r}"
+        )
     total = np.zeros(len(idf))
     for codes, _ in CodeTables(target).read():
         if any(len(side.ids) and side.ids.max() >= len(idf) for side in (codes.image, codes.text)):
-            raise SelectionError(f"--match {str(target.run.path)!r} has features that {str(candidates.run.path)!r} lacks: it belongs to another SAE")
+            raise SelectionError(
+                f"--match {str(target.run.path)!r} has features that {str(candidates.run.path)!r} lacks: it belongs to another SAE"
+            )
         found = profiles(codes, idf)
         total += np.bincount(found.ids, found.amounts, minlength=len(idf))
     if not total.sum():
@@ -92,14 +100,18 @@ class Covering:
     def __call__(self, among: np.ndarray, n: int) -> np.ndarray:
         """Positions of `n` of the rows of a mask; raises `SelectionError` when none of them has a feature of the target."""
         order = self._scores.first_by_key(among, int(among.sum()))
-        order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][::-1]  # the best first, ties stay by key
+        order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][
+            ::-1
+        ]  # the best first, ties stay by key
         sizes = np.sort(self._values[order])
         ranks = np.searchsorted(sizes, self._values[order], side="right") / len(order)
         self._progress.start("choosing", None)
         coverage = Coverage(self._target, n)
         chosen = choose_in_chunks(self._chunks(order), self._loader(order, ranks), coverage, n, AT_ONCE)
         if not coverage.value:
-            raise SelectionError(f"no candidate has a feature that {self._option} asks for, so none is better than another; leave it out for the best by score")
+            raise SelectionError(
+                f"no candidate has a feature that {self._option} asks for, so none is better than another; leave it out for the best by score"
+            )
         return order[chosen]
 
     def _chunks(self, order: np.ndarray) -> list[np.ndarray]:
@@ -134,7 +146,9 @@ class Covering:
                 parts.append((lengths, some.ids[inside], some.amounts[inside] * weights[rows].astype(np.float32)))
                 n += len(some)
             if n != len(places):
-                raise RunError(f"the code tables of run {str(self._scores.run.path)!r} lack samples that have scores; score the shards again")
+                raise RunError(
+                    f"the code tables of run {str(self._scores.run.path)!r} lack samples that have scores; score the shards again"
+                )
             if not parts:
                 return Amounts(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
             lengths, ids, amounts = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -72,7 +72,15 @@ class SelectSettings:
         self._check_ways()
 
     def _check_ways(self) -> None:
-        ways = [option for option, given in (("--per", self.per is not None), ("--diverse", self.diverse), ("--match", self.match is not None)) if given]
+        ways = [
+            option
+            for option, given in (
+                ("--per", self.per is not None),
+                ("--diverse", self.diverse),
+                ("--match", self.match is not None),
+            )
+            if given
+        ]
         if len(ways) > 1:
             raise SelectionError(f"{' and '.join(ways)} are different ways to choose; give one of them")
         if ways and self.top is None:
@@ -82,7 +90,9 @@ class SelectSettings:
         if self.format not in get_args(Format):
             raise SelectionError(f"--format {self.format!r} is unknown; choose from {', '.join(get_args(Format))}")
         if self.to_folder and self.output is None and not self.dry_run:
-            raise SelectionError(f"{self.format} cannot go to stdout: give a new folder with -o DIR, or --format tar or keys")
+            raise SelectionError(
+                f"{self.format} cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"
+            )
         if self.format == "datacomp" and self.shuffle is not None:
             raise SelectionError("--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out")
 

@@ -22,7 +22,13 @@ DENSE_UP_TO = 32
 
 
 def add_auxiliary(
-    gradients: Weights, inputs: torch.Tensor, error: torch.Tensor, weights: Weights, dead: torch.Tensor, settings: TrainSettings, batch_tokens: int
+    gradients: Weights,
+    inputs: torch.Tensor,
+    error: torch.Tensor,
+    weights: Weights,
+    dead: torch.Tensor,
+    settings: TrainSettings,
+    batch_tokens: int,
 ) -> torch.Tensor:
     """Add the derivatives of L_aux by W_enc, b_enc and W_dec to `gradients`; returns L_aux.
 
@@ -46,7 +52,9 @@ def add_auxiliary(
     return loss
 
 
-def _add_dense(sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: torch.Tensor, few: Weights, k: int, scale: float) -> torch.Tensor:
+def _add_dense(
+    sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: torch.Tensor, few: Weights, k: int, scale: float
+) -> torch.Tensor:
     active = pre.relu_()
     if k < pre.shape[1]:
         value, place = active.topk(k, dim=1, sorted=False)
@@ -61,7 +69,9 @@ def _add_dense(sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: to
     return loss
 
 
-def _add_sparse(sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: torch.Tensor, few: Weights, k: int, scale: float) -> torch.Tensor:
+def _add_sparse(
+    sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: torch.Tensor, few: Weights, k: int, scale: float
+) -> torch.Tensor:
     entries = strongest_of_each(lambda: [(0, pre)], k, *pre.shape).positive()
     parts, values = entries.decode_with_dots(few.W_dec)
     remainder = parts.detach() + error

@@ -43,7 +43,9 @@ class BufferSettings:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise SAEError(f"the buffer has {name} {getattr(self, name)!r}; expected a whole number from 1")
         if self.capacity < 2 * self.batch_size:
-            raise SAEError(f"the buffer has capacity {self.capacity}; expected at least 2 batches of {self.batch_size}, better 32")
+            raise SAEError(
+                f"the buffer has capacity {self.capacity}; expected at least 2 batches of {self.batch_size}, better 32"
+            )
         if self.image_fraction is not None and not 0 <= self.image_fraction <= 1:
             raise SAEError(f"the buffer has image_fraction {self.image_fraction!r}; expected a fraction from 0 to 1")
         if self.sink_factor is not None and not self.sink_factor > 1:
@@ -77,7 +79,10 @@ class ShuffleBuffer:
         if settings.image_fraction is None:
             parts = [(settings.capacity, settings.batch_size)]
         else:
-            image, image_batch = round(settings.image_fraction * settings.capacity), round(settings.image_fraction * settings.batch_size)
+            image, image_batch = (
+                round(settings.image_fraction * settings.capacity),
+                round(settings.image_fraction * settings.batch_size),
+            )
             parts = [(image, image_batch), (settings.capacity - image, settings.batch_size - image_batch)]
         self._pools = [Pool(capacity, d_model, [settings.seed, i], dtype) for i, (capacity, _) in enumerate(parts)]
         self._shares = [share for _, share in parts]
@@ -96,14 +101,18 @@ class ShuffleBuffer:
         Raises `SAEError` when the width differs or a state is not finite; nothing of the call is taken in then.
         """
         if states.ndim != 2 or states.shape[1] != self.d_model or side.shape != states.shape[:1]:
-            raise SAEError(f"{origin} gives states {tuple(states.shape)} and sides {tuple(side.shape)}; expected (tokens, {self.d_model}) and (tokens,)")
+            raise SAEError(
+                f"{origin} gives states {tuple(states.shape)} and sides {tuple(side.shape)}; expected (tokens, {self.d_model}) and (tokens,)"
+            )
         states, side = states.detach().cpu(), side.to("cpu", torch.uint8)
         norms = torch.linalg.vector_norm(states, dim=1, dtype=torch.float32)
         bad = (~norms.isfinite()).nonzero()[:, 0]
         if len(bad):
             token = int(bad[0])
             kind = "image" if side[token] == IMAGE else "text"
-            raise SAEError(f"{origin} has a state that is not finite ({kind} token {token} of {len(states)}): run the model in float32 or leave the sample out")
+            raise SAEError(
+                f"{origin} has a state that is not finite ({kind} token {token} of {len(states)}): run the model in float32 or leave the sample out"
+            )
         for which in (IMAGE, TEXT):
             self._seen[which] += int((side == which).sum())
         self._pending.append((states, side, norms))
@@ -154,7 +163,10 @@ class ShuffleBuffer:
     def _drop_sinks(self) -> int:
         if self.settings.sink_factor is None:
             return 0
-        dropped = [sum(column) for column in zip(*(pool.drop_far(self.settings.sink_factor) for pool in self._pools), strict=True)]
+        dropped = [
+            sum(column)
+            for column in zip(*(pool.drop_far(self.settings.sink_factor) for pool in self._pools), strict=True)
+        ]
         for which in (IMAGE, TEXT):
             self._sinks[which] += dropped[which]
         return sum(dropped)
@@ -172,7 +184,10 @@ class ShuffleBuffer:
             values.append(about)
         if self._pending:
             names = ("states", "side", "norms")
-            tensors |= {f"pending.{name}": torch.cat(column) for name, column in zip(names, zip(*self._pending, strict=True), strict=True)}
+            tensors |= {
+                f"pending.{name}": torch.cat(column)
+                for name, column in zip(names, zip(*self._pending, strict=True), strict=True)
+            }
         return tensors, {"settings": asdict(self.settings), "pools": values, "seen": self._seen, "sinks": self._sinks}
 
     def restore(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:

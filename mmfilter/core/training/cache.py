@@ -51,13 +51,24 @@ def write_cache(folder: Path, about: dict[str, Any], batches: Iterator[States], 
         os.rename(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SAEError(f"cache {str(folder)!r} could not be written ({error.strerror or error}): free space, or train without --cache") from error
+        raise SAEError(
+            f"cache {str(folder)!r} could not be written ({error.strerror or error}): free space, or train without --cache"
+        ) from error
 
 
 class CachedStates:
     """Blocks of a cache, without end: every epoch in another random order. Takes the place of `ShardStates`."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, seed: int, rank: int = 0, processes: int = 1, position: Position | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        *,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        position: Position | None = None,
+    ) -> None:
         manifest = _manifest(folder)
         differing = [name for name in about if manifest["about"].get(name) != about[name]]
         if differing:
@@ -101,5 +112,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     sizes = {"states.bin": manifest["tokens"] * manifest["d_model"] * 2, "sides.bin": manifest["tokens"]}
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise SAEError(f"cache {str(folder)!r} is damaged: {name} should have {size:,} bytes; delete the folder and run again")
+            raise SAEError(
+                f"cache {str(folder)!r} is damaged: {name} should have {size:,} bytes; delete the folder and run again"
+            )
     return manifest

@@ -29,7 +29,13 @@ from mmfilter.errors import SAEError
 
 KIND = "mmfilter sae checkpoint"
 FORMAT = 1
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 
@@ -39,7 +45,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)))]
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, buffer: ShuffleBuffer | None = None, *, source: Any = None, keep: int = 1) -> Path:
+def save_checkpoint(
+    folder: Path, trainer: Trainer, buffer: ShuffleBuffer | None = None, *, source: Any = None, keep: int = 1
+) -> Path:
     """Write a checkpoint into `folder`, then delete all but the `keep` newest; every process calls this.
 
     `source` is anything that JSON can hold and that tells the caller where to go on reading. Raises `SAEError`
@@ -64,7 +72,9 @@ def save_checkpoint(folder: Path, trainer: Trainer, buffer: ShuffleBuffer | None
         shutil.rmtree(temporary, ignore_errors=True)
         older = checkpoints(folder)
         kept = f"{older[-1].name!r} is kept" if older else "there is none before it"
-        raise SAEError(f"checkpoint {str(final)!r} could not be written ({error.strerror or error}); {kept}: free space or use another folder") from error
+        raise SAEError(
+            f"checkpoint {str(final)!r} could not be written ({error.strerror or error}); {kept}: free space or use another folder"
+        ) from error
     if rank == 0:
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -82,7 +92,14 @@ def _write(folder: Path, trainer: Trainer, buffer: ShuffleBuffer | None, source:
     rank, processes = collective.world()
     if rank == 0:
         tensors, values = trainer.state()
-        about = {"kind": KIND, "format": FORMAT, "version": __version__, "processes": processes, "settings": trainer.settings.to_mapping(), "trainer": values}
+        about = {
+            "kind": KIND,
+            "format": FORMAT,
+            "version": __version__,
+            "processes": processes,
+            "settings": trainer.settings.to_mapping(),
+            "trainer": values,
+        }
         _write_tensors(folder / "trainer.safetensors", tensors)
         _write_json(folder / "checkpoint.json", about)
     tensors, values = buffer.state() if buffer else ({}, None)
@@ -98,13 +115,17 @@ def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None =
     rank, processes = collective.world()
     about = _read_json(path, "checkpoint.json")
     if about.get("kind") != KIND or about.get("format") != FORMAT:
-        raise SAEError(f"{str(path)!r} is no checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, format {about.get('format')!r}")
+        raise SAEError(
+            f"{str(path)!r} is no checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, format {about.get('format')!r}"
+        )
     _check_same(path, "settings", about["settings"], trainer.settings.to_mapping())
     _check_same(path, "width", {"d_model": about["trainer"]["d_model"]}, {"d_model": trainer.d_model})
     _check_same(path, "processes", {"processes": about["processes"]}, {"processes": processes})
     mine = _read_json(path, f"process-{rank}.json")
     if (buffer is None) != (mine["buffer"] is None):
-        raise SAEError(f"checkpoint {str(path)!r} was made {'with' if mine['buffer'] else 'without'} a buffer: continue it the same way")
+        raise SAEError(
+            f"checkpoint {str(path)!r} was made {'with' if mine['buffer'] else 'without'} a buffer: continue it the same way"
+        )
     trainer.restore(_read_tensors(path, "trainer.safetensors"), about["trainer"])
     if buffer is not None:
         _, now = buffer.state()
@@ -117,7 +138,9 @@ def _check_same(path: Path, what: str, old: dict[str, Any], new: dict[str, Any])
     differing = [name for name in new if old.get(name) != new[name]]
     if differing:
         said = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])
-        raise SAEError(f"checkpoint {str(path)!r} was made with other {what} ({said}): use another folder, or the old {what}")
+        raise SAEError(
+            f"checkpoint {str(path)!r} was made with other {what} ({said}): use another folder, or the old {what}"
+        )
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

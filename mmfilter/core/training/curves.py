@@ -49,7 +49,9 @@ def curves_page(log: Path, settings: TrainSettings) -> str:
     rows = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line]
     panels = [panel(title, rows, names) for title, names in PANELS.items()]
     facts = {name: value for name, value in settings.to_mapping().items() if value not in (None, [], ())}
-    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
+    table = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+    )
     last = rows[-1] if rows else {}
     done, fvu, l0 = last.get("tokens", 0), last.get("fvu", math.nan), last.get("l0", math.nan)
     head = f"{done:,} tokens in {last.get('step', 0):,} steps; FVU {fvu:.3f}, L0 {l0:.1f} at the end"
@@ -62,13 +64,22 @@ def curves_page(log: Path, settings: TrainSettings) -> str:
 def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> str:
     """One chart with the curves that the log has."""
     curves = {
-        name: thinned([(row["tokens"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]) for name in names
+        name: thinned(
+            [
+                (row["tokens"], row[name])
+                for row in rows
+                if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
+            ]
+        )
+        for name in names
     }
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return ""
     values = sorted(value for points in curves.values() for _, value in points)
-    top = values[min(len(values) - 1, int(0.99 * len(values)))] or 1.0  # the first steps of a loss would flatten the rest
+    top = (
+        values[min(len(values) - 1, int(0.99 * len(values)))] or 1.0
+    )  # the first steps of a loss would flatten the rest
     right = max(x for points in curves.values() for x, _ in points) or 1
     axes = "".join(
         f'<line x1="{LEFT}" x2="{WIDE}" y1="{y(top * part, top):.1f}" y2="{y(top * part, top):.1f}" stroke="#e5e5e5"/>'
@@ -85,7 +96,11 @@ def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> str:
         + '"/>'
         for name, points in curves.items()
     )
-    key = "".join(f'<b><span style="color:{COLOURS[name]}">━</span> {NAMES[name]}</b>' for name in curves) if len(curves) > 1 else ""
+    key = (
+        "".join(f'<b><span style="color:{COLOURS[name]}">━</span> {NAMES[name]}</b>' for name in curves)
+        if len(curves) > 1
+        else ""
+    )
     picture = f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{title}">{axes}{ticks}{lines}</svg>'
     return f'<section><h2>{title}</h2>{picture}<div class="key">{key} over tokens</div></section>'
 

@@ -22,7 +22,15 @@ from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.weights import Weights
 
 
-def dense_step(x: torch.Tensor, side: torch.Tensor, weights: Weights, settings: TrainSettings, *, sparsity: float, batch_tokens: int) -> Outcome:
+def dense_step(
+    x: torch.Tensor,
+    side: torch.Tensor,
+    weights: Weights,
+    settings: TrainSettings,
+    *,
+    sparsity: float,
+    batch_tokens: int,
+) -> Outcome:
     """The outcome for scaled states x (tokens, d_model), this process' part of a batch of `batch_tokens`.
 
     `side` (tokens,) is IMAGE or TEXT; `sparsity` is the share of the sparsity coefficient that counts by now.
@@ -31,7 +39,11 @@ def dense_step(x: torch.Tensor, side: torch.Tensor, weights: Weights, settings: 
     inputs = x - weights.b_dec if settings.subtract_b_dec else x
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else x.dtype
     decoder = weights.W_dec.to(dtype)
-    kind = _JumpReLU(weights, settings) if settings.architecture == "jumprelu" else _ReLU(weights, settings, sparsity / (batch_tokens * d))
+    kind = (
+        _JumpReLU(weights, settings)
+        if settings.architecture == "jumprelu"
+        else _ReLU(weights, settings, sparsity / (batch_tokens * d))
+    )
     gradients, firing, errors = weights.zeros(), Firing.none(settings.n_features, x), []
     for start, pre in EncoderProduct(weights.W_enc, weights.b_enc, dtype).chunks(inputs):
         part = slice(start, start + len(pre))
@@ -106,7 +118,10 @@ class _JumpReLU:
         l0, coefficient = count / batch_tokens, sparsity * settings.l0_coefficient
         if settings.l0_penalty == "target":
             excess = l0 / settings.target_l0 - 1
-            term, by_l0 = coefficient * excess.square() / collective.world()[1], 2 * coefficient * excess / settings.target_l0
+            term, by_l0 = (
+                coefficient * excess.square() / collective.world()[1],
+                2 * coefficient * excess / settings.target_l0,
+            )
         else:
             term, by_l0 = coefficient * mine / d, torch.full_like(l0, coefficient / d)
         self._by_threshold -= by_l0 / batch_tokens * self._near / self._width

@@ -15,7 +15,9 @@ from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.crossmodal import FeatureWeights
 
 
-def fit_run_weights(shards: list[str], backbone: Backbone, sae: SAE, inputs: InputOptions, pairs: int, workers: int, progress: Any) -> FeatureWeights:
+def fit_run_weights(
+    shards: list[str], backbone: Backbone, sae: SAE, inputs: InputOptions, pairs: int, workers: int, progress: Any
+) -> FeatureWeights:
     """Weights fitted on the heads of the training shards, as `score` fits them."""
     with closing(Feed(backbone, DecodeSettings(inputs.caption), batch_size=pairs, workers=workers)) as feed:
         return fit_weights(

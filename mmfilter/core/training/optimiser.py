@@ -28,7 +28,9 @@ class Optimiser:
     def __init__(self, weights: Weights, settings: TrainSettings) -> None:
         self._weights, self._settings = weights, settings
         self._unit_rows = settings.architecture != "relu"
-        self._adam = torch.optim.Adam(list(weights.named().values()), lr=settings.lr, betas=BETAS, eps=EPSILON, fused=True)
+        self._adam = torch.optim.Adam(
+            list(weights.named().values()), lr=settings.lr, betas=BETAS, eps=EPSILON, fused=True
+        )
 
     def update(self, gradients: Weights, rate: float) -> torch.Tensor:
         """One step at learning rate `rate`; returns the norm of the gradient before clipping.
@@ -39,7 +41,9 @@ class Optimiser:
         if self._unit_rows:
             _remove_parallel(gradients.W_dec, self._weights.W_dec)
         given = gradients.named()
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in given.values()]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(gradient) for gradient in given.values()])
+        )
         factor = (self._settings.clip / norm.clamp(min=self._settings.clip)).to(norm.dtype)
         for name, weight in self._weights.named().items():
             weight.grad = given[name]

@@ -45,7 +45,14 @@ LOG, PAGE, MANIFEST, CHECKPOINTS, STATISTICS, WEIGHTS = (
 class TrainRun:
     """One training from its first pair to the folder it leaves."""
 
-    def __init__(self, shards: list[str], backbone: Backbone, settings: TrainRunSettings, device: DeviceSettings, progress: TrainProgress) -> None:
+    def __init__(
+        self,
+        shards: list[str],
+        backbone: Backbone,
+        settings: TrainRunSettings,
+        device: DeviceSettings,
+        progress: TrainProgress,
+    ) -> None:
         self.shards, self.backbone, self.settings, self.progress = shards, backbone, settings, progress
         self.device = device
         self.rank, self.processes = collective.world()
@@ -72,7 +79,11 @@ class TrainRun:
         tokens = settings.tokens or self._default_tokens(epoch)
         for name, variant in settings.variants().items():
             check_memory(
-                variant.resolved(self.backbone.d_model), self.backbone.d_model, settings.capacity, len(settings.variants()), self.device.resolved_device
+                variant.resolved(self.backbone.d_model),
+                self.backbone.d_model,
+                settings.capacity,
+                len(settings.variants()),
+                self.device.resolved_device,
             )
             self.trainers[name] = self._trainer(replace(variant, tokens=tokens, seed=settings.seed), found)
         any_settings = next(iter(self.trainers.values())).settings
@@ -107,7 +118,14 @@ class TrainRun:
         )  # fmt: skip
 
     def _cached(self, position: Position | None) -> CachedStates:
-        return CachedStates(self.settings.cache, self.about(), seed=self.settings.seed, rank=self.rank, processes=self.processes, position=position)
+        return CachedStates(
+            self.settings.cache,
+            self.about(),
+            seed=self.settings.seed,
+            rank=self.rank,
+            processes=self.processes,
+            position=position,
+        )
 
     def _make_cache(self, folder: Path) -> None:
         if not folder.exists() and self.first:
@@ -128,7 +146,11 @@ class TrainRun:
         if saved is not None:
             return saved["tokens"]
         batch = self.settings.train.batch_size
-        return MOST_TOKENS if epoch is None else int(min(MOST_TOKENS, max(batch, -(-MOST_EPOCHS * epoch // batch) * batch)))
+        return (
+            MOST_TOKENS
+            if epoch is None
+            else int(min(MOST_TOKENS, max(batch, -(-MOST_EPOCHS * epoch // batch) * batch)))
+        )
 
     def about(self) -> dict[str, Any]:
         """What the states are of; names and sizes, so that a folder may be moved."""
@@ -138,7 +160,9 @@ class TrainRun:
             "prompt": self.backbone.prompt,
             "text_context": self.backbone.text_context,
             "caption": self.settings.caption,
-            "shards": [[shard.rpartition("/")[2], size] for shard, size in zip(self.shards, sizes_of(self.shards), strict=True)],
+            "shards": [
+                [shard.rpartition("/")[2], size] for shard, size in zip(self.shards, sizes_of(self.shards), strict=True)
+            ],
         } | ({} if self.settings.images is None else {"images": os.path.basename(self.settings.images.rstrip("/"))})
 
     def _source(self, position: Position | None) -> ShardStates | CachedStates:
@@ -187,7 +211,10 @@ class TrainRun:
         """What may not change when a training goes on."""
         variants = {name: trainer.settings.to_mapping() for name, trainer in self.trainers.items()}
         any_settings = next(iter(self.trainers.values())).settings
-        buffer = {name: getattr(self.settings, name) for name in ("capacity", "image_fraction", "sink_factor", "pairs", "seed")}
+        buffer = {
+            name: getattr(self.settings, name)
+            for name in ("capacity", "image_fraction", "sink_factor", "pairs", "seed")
+        }
         return self.about() | {
             "tokens": any_settings.tokens,
             "variants": variants,
@@ -198,7 +225,13 @@ class TrainRun:
 
     def _save(self) -> None:
         for i, (name, trainer) in enumerate(self.trainers.items()):
-            save_checkpoint(self._checkpoints(name), trainer, None if i else self.buffer, source=self.source.position.mapping(), keep=2)
+            save_checkpoint(
+                self._checkpoints(name),
+                trainer,
+                None if i else self.buffer,
+                source=self.source.position.mapping(),
+                keep=2,
+            )
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -235,7 +268,9 @@ class TrainRun:
         if self.first:
             shutil.rmtree(self.settings.output / CHECKPOINTS)
         tokens = max(trainer.tokens for trainer in self.trainers.values()) - before
-        return TrainSummary(trained, seconds, tokens, self.source.reasons, self.buffer.counts.sinks, self.source.failures)
+        return TrainSummary(
+            trained, seconds, tokens, self.source.reasons, self.buffer.counts.sinks, self.source.failures
+        )
 
     def _time_to_save(self, saved: float) -> bool:
         """The first process decides for all."""
@@ -260,7 +295,11 @@ class TrainRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text("utf-8").splitlines() if line and json.loads(line)["step"] <= self.trainers[name].step_count]
+            kept = [
+                line
+                for line in path.read_text("utf-8").splitlines()
+                if line and json.loads(line)["step"] <= self.trainers[name].step_count
+            ]
         file = path.open("w", encoding="utf-8", buffering=1)
         file.writelines(f"{line}\n" for line in kept)
         return file
@@ -281,11 +320,23 @@ class TrainRun:
                 save_file(figures, temporary)
             if self.settings.weights:
                 self.progress.start("fitting feature weights", None)
-                fit_run_weights(self.shards, self.backbone, sae, self.settings.inputs, self.settings.pairs, self.settings.workers, self.progress).save(
-                    folder / WEIGHTS
-                )
+                fit_run_weights(
+                    self.shards,
+                    self.backbone,
+                    sae,
+                    self.settings.inputs,
+                    self.settings.pairs,
+                    self.settings.workers,
+                    self.progress,
+                ).save(folder / WEIGHTS)
             (folder / PAGE).write_text(curves_page(folder / LOG, trainer.settings), "utf-8")
-            about = {"kind": "mmfilter sae", "version": __version__, "trained_on": self.about(), "settings": trainer.settings.to_mapping(), "hash": sae.hash}
+            about = {
+                "kind": "mmfilter sae",
+                "version": __version__,
+                "trained_on": self.about(),
+                "settings": trainer.settings.to_mapping(),
+                "hash": sae.hash,
+            }
             write_json(folder / MANIFEST, about | {"last_step": flat(last) if last else None})
         return Trained(folder, trainer.settings, last)
 

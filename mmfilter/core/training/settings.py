@@ -87,24 +87,38 @@ class TrainSettings:
         for name in COUNTS:
             _check(self, name, _is_count(getattr(self, name)), "a whole number from 1")
         for name in POSITIVE:
-            _check(self, name, getattr(self, name) is None or (_is_number(getattr(self, name)) and getattr(self, name) > 0), "a number above 0")
+            _check(
+                self,
+                name,
+                getattr(self, name) is None or (_is_number(getattr(self, name)) and getattr(self, name) > 0),
+                "a number above 0",
+            )
         for name in NOT_NEGATIVE:
             _check(self, name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0")
         for name in FRACTIONS:
-            _check(self, name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a fraction from 0 to below 1")
+            _check(
+                self,
+                name,
+                _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1,
+                "a fraction from 0 to below 1",
+            )
         _check(self, "seed", isinstance(self.seed, int) and not isinstance(self.seed, bool), "a whole number")
         _check(self, "subtract_b_dec", isinstance(self.subtract_b_dec, bool), "true or false")
         self._check_together()
 
     def _check_together(self) -> None:
         if self.warm_up + self.decay > 1:
-            raise SAEError(f"training has warm_up {self.warm_up!r} and decay {self.decay!r}; together they may be at most 1")
+            raise SAEError(
+                f"training has warm_up {self.warm_up!r} and decay {self.decay!r}; together they may be at most 1"
+            )
         if self.n_features is not None and self.k > self.n_features:
             raise SAEError(f"training has k={self.k} and n_features={self.n_features}; k may be at most n_features")
         if not all(_is_number(size) and size > 0 for size in self.groups):
             raise SAEError(f"training has groups {self.groups!r}; expected counts of features, or fractions below 1")
         if self.groups and not self.sparse:
-            raise SAEError(f"training has groups with architecture {self.architecture!r}; Matryoshka prefixes go with batchtopk and topk")
+            raise SAEError(
+                f"training has groups with architecture {self.architecture!r}; Matryoshka prefixes go with batchtopk and topk"
+            )
 
     @property
     def sparse(self) -> bool:
@@ -154,7 +168,11 @@ class TrainSettings:
 
     def sparsity(self, tokens: int) -> float:
         """Share of the L1 or L0 coefficient that counts in that step."""
-        return min(1.0, (tokens + self.batch_size) / (self.sparsity_warm_up * self.tokens)) if self.sparsity_warm_up else 1.0
+        return (
+            min(1.0, (tokens + self.batch_size) / (self.sparsity_warm_up * self.tokens))
+            if self.sparsity_warm_up
+            else 1.0
+        )
 
 
 def _is_number(value: Any) -> bool:

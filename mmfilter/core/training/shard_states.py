@@ -56,7 +56,15 @@ class ShardStates:
     """
 
     def __init__(
-        self, shards: list[str], backbone: Backbone, inputs: InputOptions, *, batch_size: int, workers: int, seed: int, position: Position | None = None
+        self,
+        shards: list[str],
+        backbone: Backbone,
+        inputs: InputOptions,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        position: Position | None = None,
     ) -> None:
         if not shards:
             raise SAEError("training has fewer shards than processes: split the shards, or start fewer processes")
@@ -68,7 +76,11 @@ class ShardStates:
         self.failures: list[ShardError] = []
 
     def __iter__(self) -> Iterator[States]:
-        with closing(Feed(self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers)) as feed:
+        with closing(
+            Feed(
+                self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers
+            )
+        ) as feed:
             while True:
                 used = False
                 for states in self._epoch(feed):
@@ -80,11 +92,19 @@ class ShardStates:
 
     def once(self) -> Iterator[States]:
         """One epoch, in order."""
-        with closing(Feed(self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers)) as feed:
+        with closing(
+            Feed(
+                self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers
+            )
+        ) as feed:
             yield from self._epoch(feed)
 
     def _why(self) -> str:
-        return ", ".join(f"{count:,}: {reason}" for reason, count in self.reasons.items()) or "; ".join(map(str, self.failures)) or "they are empty"
+        return (
+            ", ".join(f"{count:,}: {reason}" for reason, count in self.reasons.items())
+            or "; ".join(map(str, self.failures))
+            or "they are empty"
+        )
 
     def _epoch(self, feed: Feed) -> Iterator[States]:
         order = list(range(len(self._shards)))
@@ -128,7 +148,9 @@ def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
     bad = (~torch.isfinite(found.states).all(1)).nonzero()[:, 0]
     if len(bad):
         key = keys[int(found.sample[bad[0]])]
-        raise SAEError(f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the sample out; checkpoints are kept")
+        raise SAEError(
+            f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the sample out; checkpoints are kept"
+        )
 
 
 def sizes_of(shards: Sequence[str]) -> list[int | None]:

@@ -29,7 +29,14 @@ REFINED_MORE = 4
 
 
 def sparse_step(
-    x: torch.Tensor, side: torch.Tensor, weights: Weights, settings: TrainSettings, *, dead: torch.Tensor, batch_tokens: int, batch_topk: BatchTopK
+    x: torch.Tensor,
+    side: torch.Tensor,
+    weights: Weights,
+    settings: TrainSettings,
+    *,
+    dead: torch.Tensor,
+    batch_tokens: int,
+    batch_topk: BatchTopK,
 ) -> Outcome:
     """The outcome for scaled states x (tokens, d_model), this process' part of a batch of `batch_tokens`.
 
@@ -58,7 +65,9 @@ def sparse_step(
     return Outcome(gradients, errors[-1], Firing.of(entries, side), loss + auxiliary, auxiliary, threshold)
 
 
-def active_entries(inputs: torch.Tensor, weights: Weights, settings: TrainSettings, batch_topk: BatchTopK) -> tuple[Entries, torch.Tensor | None]:
+def active_entries(
+    inputs: torch.Tensor, weights: Weights, settings: TrainSettings, batch_topk: BatchTopK
+) -> tuple[Entries, torch.Tensor | None]:
     """The features that the encoder's input (tokens, d_model) makes active, and the threshold of `batchtopk`."""
     rounded = settings.dtype == "bfloat16"
     product = EncoderProduct(weights.W_enc, weights.b_enc, torch.bfloat16 if rounded else inputs.dtype)
@@ -71,7 +80,9 @@ def active_entries(inputs: torch.Tensor, weights: Weights, settings: TrainSettin
         return candidates.with_values(candidates.dots(inputs, weights.W_enc) + weights.b_enc[candidates.feature])
 
     if settings.architecture == "batchtopk":
-        return batch_topk.choose(chunks, settings.k, tokens, n, device=inputs.device, refine=refine if rounded else None)
+        return batch_topk.choose(
+            chunks, settings.k, tokens, n, device=inputs.device, refine=refine if rounded else None
+        )
     if not rounded:
         return strongest_of_each(chunks, settings.k, tokens, n).positive(), None
     wider = min(settings.k + -(-settings.k // REFINED_MORE), n)
@@ -92,5 +103,7 @@ def _by_segment(entries: Entries, groups: tuple[int, ...]) -> tuple[Entries, tor
         return entries, entries.row
     ends = torch.tensor(groups, device=entries.feature.device)
     row, order = (torch.bucketize(entries.feature, ends, right=True) * entries.n_rows + entries.row).sort(stable=True)
-    layered = Entries(row, entries.feature[order], entries.value[order], len(groups) * entries.n_rows, entries.n_features)
+    layered = Entries(
+        row, entries.feature[order], entries.value[order], len(groups) * entries.n_rows, entries.n_features
+    )
     return layered, entries.row[order]

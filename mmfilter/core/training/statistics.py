@@ -86,7 +86,9 @@ def _square_norms(rows: torch.Tensor) -> torch.Tensor:
 
 def _quality(tokens: float, squares: float, errors: float, active: float, sum_squared: float) -> Quality:
     variance = squares - sum_squared / tokens if tokens else 0.0
-    return Quality(int(tokens), errors / variance if variance > 0 else float("nan"), active / tokens if tokens else float("nan"))
+    return Quality(
+        int(tokens), errors / variance if variance > 0 else float("nan"), active / tokens if tokens else float("nan")
+    )
 
 
 @dataclass

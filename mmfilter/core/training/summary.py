@@ -72,7 +72,10 @@ class TrainRunSettings:
         shapes = [(width, k) for width in self.widths or (self.train.n_features,) for k in self.ks or (self.train.k,)]
         if len(shapes) == 1:
             return {"": replace(self.train, n_features=shapes[0][0], k=shapes[0][1])}
-        return {f"{f'width-{width}-' if width else ''}k-{k}": replace(self.train, n_features=width, k=k) for width, k in shapes}
+        return {
+            f"{f'width-{width}-' if width else ''}k-{k}": replace(self.train, n_features=width, k=k)
+            for width, k in shapes
+        }
 
 
 class TrainProgress(Protocol):

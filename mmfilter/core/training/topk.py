@@ -65,7 +65,14 @@ class BatchTopK:
         self._bound: float | None = None
 
     def choose(
-        self, chunks: Chunks, k: int, n_tokens: int, n_features: int, *, device: torch.device, refine: Refine | None = None
+        self,
+        chunks: Chunks,
+        k: int,
+        n_tokens: int,
+        n_features: int,
+        *,
+        device: torch.device,
+        refine: Refine | None = None,
     ) -> tuple[Entries, torch.Tensor]:
         """The chosen entries and the threshold: the smallest chosen activation, or 0 if all that is positive is too little."""
         first = _first_bound(chunks, k) if self._bound is None else self._bound

@@ -34,7 +34,15 @@ class Trainer:
     the batch to `step`, and all keep the same weights.
     """
 
-    def __init__(self, settings: TrainSettings, d_model: int, mean: torch.Tensor, device: torch.device | str = "cpu", *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        d_model: int,
+        mean: torch.Tensor,
+        device: torch.device | str = "cpu",
+        *,
+        scale: float = 1.0,
+    ) -> None:
         """`mean` (d_model,) is where b_dec starts, in raw units; `Trainer.fitted` measures it and the scale."""
         if mean.shape != (d_model,) or not torch.isfinite(mean).all():
             raise SAEError(f"training needs a mean of {d_model} finite numbers; it was given {tuple(mean.shape)}")
@@ -57,7 +65,9 @@ class Trainer:
         mean = states.double().mean(0)
         square = (states.double() - mean).square().sum(1).mean()
         if not square > 0:
-            raise SAEError(f"training needs a sample of states that differ; it was given {tuple(states.shape)} without variance")
+            raise SAEError(
+                f"training needs a sample of states that differ; it was given {tuple(states.shape)} without variance"
+            )
         return Trainer(settings, states.shape[1], mean.float(), device, scale=float((states.shape[1] / square).sqrt()))
 
     @property
@@ -82,7 +92,9 @@ class Trainer:
         Raises `SAEError`, with the weights as they were, when the loss is not finite.
         """
         if states.ndim != 2 or states.shape[1] != self.d_model or not len(states):
-            raise SAEError(f"training takes states of shape (tokens, {self.d_model}); it was given {tuple(states.shape)}")
+            raise SAEError(
+                f"training takes states of shape (tokens, {self.d_model}); it was given {tuple(states.shape)}"
+            )
         x = states.to(self.device, torch.float32) * self.scale
         sides = torch.full((len(x),), IMAGE, device=self.device) if side is None else side.to(self.device, torch.int64)
         batch_tokens = collective.total(len(x), self.device)
@@ -94,7 +106,9 @@ class Trainer:
         collective.maximum_(outcome.firing.maximum)
         (quality, image, text), (loss, auxiliary) = sums.shared(outcome.loss, outcome.auxiliary)
         if not math.isfinite(loss):
-            raise SAEError(f"training has a loss of {loss} at step {self.step_count + 1}: the batch holds states that are not finite, or lr is too high")
+            raise SAEError(
+                f"training has a loss of {loss} at step {self.step_count + 1}: the batch holds states that are not finite, or lr is too high"
+            )
         rate = self.settings.rate(self.tokens)
         norm = self._optimiser.update(outcome.gradients, rate)
         self._count(outcome, [image.tokens, text.tokens])
@@ -114,8 +128,23 @@ class Trainer:
 
     def _outcome(self, x: torch.Tensor, side: torch.Tensor, batch_tokens: int) -> Outcome:
         if self.settings.sparse:
-            return sparse_step(x, side, self.weights, self.settings, dead=self.dead, batch_tokens=batch_tokens, batch_topk=self._batch_topk)
-        return dense_step(x, side, self.weights, self.settings, sparsity=self.settings.sparsity(self.tokens), batch_tokens=batch_tokens)
+            return sparse_step(
+                x,
+                side,
+                self.weights,
+                self.settings,
+                dead=self.dead,
+                batch_tokens=batch_tokens,
+                batch_topk=self._batch_topk,
+            )
+        return dense_step(
+            x,
+            side,
+            self.weights,
+            self.settings,
+            sparsity=self.settings.sparsity(self.tokens),
+            batch_tokens=batch_tokens,
+        )
 
     def _count(self, outcome: Outcome, tokens: list[int]) -> None:
         self.step_count += 1
@@ -154,7 +183,10 @@ class Trainer:
         `batchtopk` becomes a jumprelu with its frozen threshold. Without a step taken it has none, and
         `SAEError` is raised.
         """
-        w, settings = {name: tensor.detach().float().cpu().clone() for name, tensor in self.weights.named().items()}, self.settings
+        w, settings = (
+            {name: tensor.detach().float().cpu().clone() for name, tensor in self.weights.named().items()},
+            self.settings,
+        )
         if settings.architecture == "relu":
             norms = torch.linalg.vector_norm(w["W_dec"], dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             w |= {"W_enc": w["W_enc"] * norms, "b_enc": w["b_enc"] * norms[:, 0], "W_dec": w["W_dec"] / norms}
@@ -164,7 +196,10 @@ class Trainer:
         if settings.architecture == "batchtopk":
             if not self.step_count:
                 raise SAEError("training has no threshold to export before its first step; train it first")
-            options = {"activation": "jumprelu", "threshold": torch.full((settings.n_features,), self.threshold / self.scale)}
+            options = {
+                "activation": "jumprelu",
+                "threshold": torch.full((settings.n_features,), self.threshold / self.scale),
+            }
         if settings.architecture == "jumprelu":
             options["threshold"] = w["log_threshold"].exp() / self.scale
         return SAE(
@@ -207,7 +242,9 @@ class Trainer:
         """Take over what `state` returned, in a trainer of the same settings and width."""
         for name, tensor in self.weights.named().items():
             tensor.copy_(tensors[f"weights.{name}"])
-        self._optimiser.restore({name.removeprefix("adam."): tensor for name, tensor in tensors.items() if name.startswith("adam.")})
+        self._optimiser.restore(
+            {name.removeprefix("adam."): tensor for name, tensor in tensors.items() if name.startswith("adam.")}
+        )
         self.since_fired.copy_(tensors["since_fired"])
         for name, tensor in vars(self.statistics).items():
             tensor.copy_(tensors[f"statistics.{name}"])

@@ -35,7 +35,10 @@ def sketches(n: int, seed: int = 0, dims: int = 64) -> np.ndarray:
 def test_the_grid_is_whole_in_half_precision_and_its_cosines_are_exact():
     vectors = sketches(500)
     assert np.array_equal(vectors, vectors.astype(np.float16).astype(np.float32))
-    assert np.array_equal(vectors * GRID, np.rint(vectors * GRID)) and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 2e-3
+    assert (
+        np.array_equal(vectors * GRID, np.rint(vectors * GRID))
+        and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 2e-3
+    )
     whole = np.rint(vectors * GRID).astype(np.int64)
     exact = whole @ whole.T
     order = np.random.default_rng(1).permutation(64)
@@ -51,7 +54,10 @@ def test_k_means_puts_every_vector_into_its_nearest_cluster_and_loses_none():
     assert np.array_equal(centroids, again)  # FAISS or numpy
     home = (sample @ centroids.T).argmax(1)
     spread = (sample * centroids[home]).sum(1).mean()
-    assert len(np.unique(home)) == 40 and spread > (sample * sample[:40][(sample @ sample[:40].T).argmax(1)]).sum(1).mean() + 0.05
+    assert (
+        len(np.unique(home)) == 40
+        and spread > (sample * sample[:40][(sample @ sample[:40].T).argmax(1)]).sum(1).mean() + 0.05
+    )
 
 
 def test_identical_vectors_leave_no_centroid_undefined():
@@ -101,7 +107,9 @@ def run(tmp_path_factory):
 
 def opened(run, folder, quiet, at_most):
     scores = ScoreTables(RunDirectory(run))
-    return open_index(CodeTables(scores), np.flatnonzero(scores.scored), IndexSettings(), folder, quiet, at_most=at_most)
+    return open_index(
+        CodeTables(scores), np.flatnonzero(scores.scored), IndexSettings(), folder, quiet, at_most=at_most
+    )
 
 
 @pytest.fixture
@@ -121,7 +129,9 @@ def test_what_is_found_is_that_of_brute_force(run, tmp_path, quiet, monkeypatch,
     exact = vectors @ vectors.T
     place = np.argsort(position)
     assert np.array_equal(np.sort(position), np.flatnonzero(ScoreTables(RunDirectory(run)).scored))
-    assert np.array_equal(exact[np.arange(len(position))[:, None], place[np.searchsorted(position, found, sorter=place)]], similarity)
+    assert np.array_equal(
+        exact[np.arange(len(position))[:, None], place[np.searchsorted(position, found, sorter=place)]], similarity
+    )
     wanted = -np.sort(-exact, axis=1)[:, :12]
     close = wanted >= 0.8
     assert np.mean(similarity[close] == wanted[close]) >= (1 if flat else 0.999) and close.sum() > 2000
@@ -171,7 +181,9 @@ def test_few_queries_read_their_clusters_and_many_read_all_once(run, tmp_path, q
     few = index.search(vectors[:2], 5)
     assert len(read) == 1 and read[0] <= 2 * index.about["clusters_searched"]
     many = index.search(vectors, 5)
-    assert read[1:] == [index.about["clusters"]] and all(np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True))
+    assert read[1:] == [index.about["clusters"]] and all(
+        np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True)
+    )
     index.search(vectors[:2], 5)
     assert len(read) == 2
 
@@ -181,7 +193,10 @@ def test_clusters_are_the_same_in_any_order_and_with_any_number_of_threads(run, 
 
     samples = clustered(1500, seed=40)
     order = np.random.default_rng(2).permutation(len(samples))
-    moved = [Sample(**{**vars(samples[i]), "shard": f"/data/m{n % 5}.tar", "row": n // 5}) for n, i in enumerate(order.tolist())]
+    moved = [
+        Sample(**{**vars(samples[i]), "shard": f"/data/m{n % 5}.tar", "row": n // 5})
+        for n, i in enumerate(order.tolist())
+    ]
     other = write_run(tmp_path / "other", moved, group=77)
     found = []
     for path, n in ((run, 1), (other, 3)):
@@ -190,7 +205,9 @@ def test_clusters_are_the_same_in_any_order_and_with_any_number_of_threads(run, 
         starts = np.load(tmp_path / f"index{n}" / "starts.npy")
         vectors = np.concatenate([some for _, some in index.blocks()])
         found.append([sorted(map(bytes, vectors[a:b].astype(np.float16))) for a, b in itertools.pairwise(starts)])
-        assert (tmp_path / f"index{n}" / "index.faiss").read_bytes() == (tmp_path / "index1" / "index.faiss").read_bytes()
+        assert (tmp_path / f"index{n}" / "index.faiss").read_bytes() == (
+            tmp_path / "index1" / "index.faiss"
+        ).read_bytes()
     assert found[0] == found[1]
 
 
@@ -206,7 +223,12 @@ def test_an_index_of_another_format_is_made_anew(run, tmp_path, quiet, small):
 
 def test_a_damaged_index_is_named(run, tmp_path, quiet, small):
     folder = tmp_path / "index"
-    for name, wrong in (("vectors.f16", b"short"), ("index.faiss", b"nothing"), ("positions.npy", b""), ("starts.npy", b"x")):
+    for name, wrong in (
+        ("vectors.f16", b"short"),
+        ("index.faiss", b"nothing"),
+        ("positions.npy", b""),
+        ("starts.npy", b"x"),
+    ):
         opened(run, tmp_path / "index", quiet, 1 << 30)
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(wrong)
@@ -237,7 +259,9 @@ class Broken:
     """A GPU index that runs out of memory."""
 
     def search(self, vectors, k):
-        raise RuntimeError("Error in virtual void* x() at y.cpp:67: Error: 'err == cudaSuccess' failed: StandardGpuResources: alloc fail")
+        raise RuntimeError(
+            "Error in virtual void* x() at y.cpp:67: Error: 'err == cudaSuccess' failed: StandardGpuResources: alloc fail"
+        )
 
 
 def test_a_gpu_that_gives_up_is_a_note_and_the_cpu_goes_on(run, tmp_path, quiet):
@@ -249,7 +273,14 @@ def test_a_gpu_that_gives_up_is_a_note_and_the_cpu_goes_on(run, tmp_path, quiet)
     assert quiet.notes == ["the GPU cannot search on (StandardGpuResources: alloc fail): searching on the CPU"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("faiss-gpu installed but libx is missing"), OSError("libcublas.so.12: cannot open"), ImportError("no symbol")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("faiss-gpu installed but libx is missing"),
+        OSError("libcublas.so.12: cannot open"),
+        ImportError("no symbol"),
+    ],
+)
 def test_a_faiss_that_cannot_be_loaded_is_one_line(monkeypatch, error):
     import builtins
 
@@ -264,4 +295,7 @@ def test_a_faiss_that_cannot_be_loaded_is_one_line(monkeypatch, error):
     with pytest.raises(MMFilterError) as caught:
         load_faiss()
     anew = "pip uninstall faiss-cpu faiss-gpu, then pip install 'mmfilter[cpu]'"
-    assert str(caught.value) == f"FAISS is installed but cannot be loaded ({error}); install what it lacks, or it anew: {anew}"
+    assert (
+        str(caught.value)
+        == f"FAISS is installed but cannot be loaded ({error}); install what it lacks, or it anew: {anew}"
+    )

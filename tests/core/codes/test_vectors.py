@@ -22,7 +22,9 @@ def codes_of(samples: list[Sample]) -> Codes:
         features = [sorted(getattr(sample, name).items(), key=lambda item: -item[1]) for sample in samples]
         lengths = np.array([len(items) for items in features])
         flat = [item for items in features for item in items]
-        return SideCodes.of_lengths(lengths, np.array([j for j, _ in flat], np.uint32), np.array([value for _, value in flat], np.float16))
+        return SideCodes.of_lengths(
+            lengths, np.array([j for j, _ in flat], np.uint32), np.array([value for _, value in flat], np.float16)
+        )
 
     return Codes(np.arange(len(samples)), side("image"), side("text"))
 
@@ -53,9 +55,17 @@ def test_cosines_have_the_same_bits_either_way_and_in_any_company():
 
 def test_cosines_of_a_known_pair_and_of_nothing():
     idf = np.array([1.0, 2.0, 0.0])
-    side = SideCodes.of_lengths(np.array([2, 2, 0, 1]), np.array([0, 1, 1, 0, 2], np.uint32), np.array([3, 2, 1.5, 4, 9], np.float16))
+    side = SideCodes.of_lengths(
+        np.array([2, 2, 0, 1]), np.array([0, 1, 1, 0, 2], np.uint32), np.array([3, 2, 1.5, 4, 9], np.float16)
+    )
     # idf · mean: (3, 4), (4, 3), nothing, and a feature that all samples have
-    assert cosines(side, idf, np.array([0, 0, 0, 2, 3]), np.array([1, 0, 2, 2, 3])).tolist() == [np.float32(0.96), 1, 0, 0, 0]
+    assert cosines(side, idf, np.array([0, 0, 0, 2, 3]), np.array([1, 0, 2, 2, 3])).tolist() == [
+        np.float32(0.96),
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("sides", [("image",), ("text",), ("image", "text")])
@@ -87,7 +97,9 @@ def test_the_rarity_is_that_of_the_score(tmp_path):
 
     run = RunDirectory(write_run(tmp_path / "run", clustered(30)))
     zeros = {name: np.zeros(FEATURES, np.float32) for name in ("omega", "image_maximum", "text_maximum")}
-    zeros |= {name: np.zeros(FEATURES, np.int64) for name in ("image_samples", "text_samples", "image_tokens", "text_tokens")}
+    zeros |= {
+        name: np.zeros(FEATURES, np.int64) for name in ("image_samples", "text_samples", "image_tokens", "text_tokens")
+    }
     save_file(zeros | load_file(run.weights), run.weights, {"n_samples": str(REFERENCE), "reference": "{}"})
     theirs = load_weights(run.weights).idf
     assert torch.allclose(torch.tensor(CodeTables(ScoreTables(run)).idf).float(), theirs, atol=1e-6)
@@ -103,7 +115,9 @@ def test_codes_are_read_as_written_whole_and_in_part(tmp_path):
     for i, sample in enumerate(ordered):
         for name in ("image", "text"):
             one = getattr(whole, name).take(np.array([i]))
-            assert dict(zip(one.ids.tolist(), one.means.tolist(), strict=True)) == {j: float(np.float16(v)) for j, v in getattr(sample, name).items()}
+            assert dict(zip(one.ids.tolist(), one.means.tolist(), strict=True)) == {
+                j: float(np.float16(v)) for j, v in getattr(sample, name).items()
+            }
     chosen = whole.position[np.random.default_rng(0).random(len(whole)) < 0.05]
     part, wanted = tables.take(chosen), whole.take(np.searchsorted(whole.position, chosen))
     for name in ("image", "text"):

@@ -14,10 +14,23 @@ N = 400
 
 
 def fidelity(image: float = 0.2, text: float = 0.3) -> Fidelity:
-    return Fidelity(SideFidelity(1000, image, 0.9, 20.0, 90, 3, 1 - image), SideFidelity(1000, text, 0.8, 20.0, 80, 3, 1 - text), 100, 5, 75)
+    return Fidelity(
+        SideFidelity(1000, image, 0.9, 20.0, 90, 3, 1 - image),
+        SideFidelity(1000, text, 0.8, 20.0, 80, 3, 1 - text),
+        100,
+        5,
+        75,
+    )
 
 
-def judge(trained: dict[str, float], random: dict[str, float] | None = None, *, image_fvu: float = 0.2, along: float = 0.0, seed: int = 0) -> Judgement:
+def judge(
+    trained: dict[str, float],
+    random: dict[str, float] | None = None,
+    *,
+    image_fvu: float = 0.2,
+    along: float = 0.0,
+    seed: int = 0,
+) -> Judgement:
     """Scores that are noise plus a shift for true pairs; `along` adds so much of the caption length to every score."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 50, N).astype(float)
@@ -25,7 +38,9 @@ def judge(trained: dict[str, float], random: dict[str, float] | None = None, *, 
     def column(shift: float) -> np.ndarray:
         return rng.normal(size=(2, N)) + np.array([[shift], [0.0]]) + along * np.stack([lengths, lengths])
 
-    columns = {name: column(trained.get(name, 0.0)) for name in formulas()} | {"caption_tokens": np.stack([lengths, lengths])}
+    columns = {name: column(trained.get(name, 0.0)) for name in formulas()} | {
+        "caption_tokens": np.stack([lengths, lengths])
+    }
     twins = {name: column((random or {}).get(name, 0.0)) for name in formulas() if name != "raw"}
     return Judgement(weigh(columns, twins, lengths, draws=400, seed=seed), fidelity(image_fvu))
 
@@ -68,7 +83,10 @@ def test_verdicts(case):
     best, sae = found.best, max((score for score in found.scores.values() if score.random), key=lambda score: score.auc)
     correlation = f"{found.scores['similarity'].length_correlation:.2f}"
     wanted = {
-        "nothing": (None, f"No score tells true captions from shuffled ones here (best: {best.name}, AUC {best.auc:.3f}; 0.5 is chance): do not rank by them."),
+        "nothing": (
+            None,
+            f"No score tells true captions from shuffled ones here (best: {best.name}, AUC {best.auc:.3f}; 0.5 is chance): do not rank by them.",
+        ),
         "trained": (
             "similarity",
             f"similarity tells true captions from shuffled ones very well (AUC {figures['similarity']}), better than the raw states without an SAE "
@@ -89,7 +107,10 @@ def test_verdicts(case):
             f"raw tells true captions from shuffled ones very well (AUC {figures['raw']}), while no score through the SAE does (best: "
             f"{sae.name}, {sae.auc:.3f}); rank with --by raw.",
         ),
-        "length": ("similarity", f"it goes with caption length (rank correlation {correlation}), so it will favour long captions; rank with --by similarity."),
+        "length": (
+            "similarity",
+            f"it goes with caption length (rank correlation {correlation}), so it will favour long captions; rank with --by similarity.",
+        ),
         "blind": (
             "similarity",
             "; the SAE hardly reconstructs image tokens (FVU 0.97), so look for one trained on this model and layer; rank with --by similarity.",
@@ -103,7 +124,11 @@ def test_perfect_and_useless_scores():
     perfect, useless = np.stack([np.ones(50), np.zeros(50)]), np.ones((2, 50))
     columns = {name: perfect if name == "similarity" else useless for name in formulas()}
     found = weigh(columns, {"similarity": useless}, np.arange(50.0), draws=200, seed=0)
-    assert (found["similarity"].auc, found["similarity"].interval, found["similarity"].above_chance) == (1.0, (1.0, 1.0), True)
+    assert (found["similarity"].auc, found["similarity"].interval, found["similarity"].above_chance) == (
+        1.0,
+        (1.0, 1.0),
+        True,
+    )
     assert (found["raw"].auc, found["raw"].interval, found["raw"].above_chance) == (0.5, (0.5, 0.5), False)
     assert np.isnan(found["raw"].length_correlation)
     assert Judgement(found, fidelity()).recommended == "similarity"
@@ -118,4 +143,6 @@ def test_the_default_is_kept_unless_another_score_is_clearly_better():
 def test_both_sides_that_are_hardly_reconstructed_are_named():
     columns = {name: np.ones((2, 50)) for name in formulas()}
     found = Judgement(weigh(columns, {}, np.arange(50.0), draws=100, seed=0), fidelity(1.2, 0.95)).verdict
-    assert found.endswith("; the SAE hardly reconstructs image and text tokens (FVU 1.20, 0.95), so look for one trained on this model and layer.")
+    assert found.endswith(
+        "; the SAE hardly reconstructs image and text tokens (FVU 1.20, 0.95), so look for one trained on this model and layer."
+    )

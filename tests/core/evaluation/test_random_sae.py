@@ -50,7 +50,11 @@ def test_it_is_as_sparse_as_the_trained_one(activation, options, subtract):
 def test_an_sae_that_fires_everywhere_has_a_twin_that_does():
     sae = make("jumprelu")
     dense = SAE(sae.W_enc, sae.b_enc + 100, sae.W_dec, sae.b_dec)
-    assert len(random_sae(dense, states(), seed=0).encode(states()).value) == TOKENS * 50 == len(dense.encode(states()).value)
+    assert (
+        len(random_sae(dense, states(), seed=0).encode(states()).value)
+        == TOKENS * 50
+        == len(dense.encode(states()).value)
+    )
 
 
 def test_without_a_centre_of_its_own_it_is_centred_on_the_states():
@@ -78,7 +82,10 @@ def test_cuts_leave_what_is_wanted():
 def test_as_many_features_co_occur_at_its_threshold():
     sae, x = make("jumprelu"), states()
     sample, side = torch.arange(TOKENS) // 20, torch.arange(TOKENS) % 2
-    batches = [Activations(x[half], sample[half] - sample[half][0], side[half], side[half], 5) for half in (slice(0, 100), slice(100, 200))]
+    batches = [
+        Activations(x[half], sample[half] - sample[half][0], side[half], side[half], 5)
+        for half in (slice(0, 100), slice(100, 200))
+    ]
     twin = random_twin(sae, batches, 20.0, seed=0)
 
     def co_occurring(sae: SAE, threshold: float) -> int:
@@ -114,7 +121,15 @@ def test_the_decoder_has_the_best_scale(activation, options, subtract):
 
     def error(scale: float) -> float:
         other = SAE(
-            fitted.W_enc, fitted.b_enc, fitted.W_dec * scale, fitted.b_dec, fitted.activation, fitted.threshold, fitted.k, subtract, fitted.normalisation
+            fitted.W_enc,
+            fitted.b_enc,
+            fitted.W_dec * scale,
+            fitted.b_dec,
+            fitted.activation,
+            fitted.threshold,
+            fitted.k,
+            subtract,
+            fitted.normalisation,
         )
         return float((other.decode(codes, x).double() - x.double()).square().sum())
 

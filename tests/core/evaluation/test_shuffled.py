@@ -28,7 +28,9 @@ def test_nobody_keeps_the_words_of_the_own_caption(seed):
     assert all(captions[i] != captions[source[i]] for i in kept)
     assert sorted(source[kept]) == sorted(kept)  # those who get a caption give theirs
     most = max(map(captions.count, captions))
-    assert len(kept) == min(80, 2 * (80 - most))  # as many as there can be: each of the most frequent needs one that is not
+    assert len(kept) == min(
+        80, 2 * (80 - most)
+    )  # as many as there can be: each of the most frequent needs one that is not
 
 
 def test_case_and_spaces_do_not_make_another_caption():

@@ -23,9 +23,16 @@ NO_LOSS = {
 }
 FIRST = ("llava", "qwen2_vl", "emu3", "gemma3")
 """Two plain families, one whose pictures go by size, one that bounds its logits"""
-OTHERS = [name for name in ZOO if name not in (*FIRST, *NO_LOSS, "siglip2", "mllama", "florence2", "instructblip_t5", "smolvlm")]
+OTHERS = [
+    name
+    for name in ZOO
+    if name not in (*FIRST, *NO_LOSS, "siglip2", "mllama", "florence2", "instructblip_t5", "smolvlm")
+]
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*")]  # of the warnings of transformers' families there are many kinds
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*"),
+]  # of the warnings of transformers' families there are many kinds
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,9 @@ def made(tmp_path_factory):
             specimen = build(name)
             folder = save(specimen, tmp_path_factory.mktemp(name))
             layer = -1 if name in ("clip", "siglip") else LAYER
-            settings = LoadSettings(dtype=torch.float32 if "moe" in name else torch.float64, whole=True)  # torch groups experts in float32 only
+            settings = LoadSettings(
+                dtype=torch.float32 if "moe" in name else torch.float64, whole=True
+            )  # torch groups experts in float32 only
             found[name] = specimen, load_backbone(str(folder), layer, prompt=specimen.prompt, settings=settings)
         return found[name]
 
@@ -47,7 +56,10 @@ def made(tmp_path_factory):
 
 def prepared(specimen, backbone):
     inputs = backbone.prepare([picture(i, specimen.sizes[i % 2]) for i in range(3)], CAPTIONS)
-    tensors = {name: tensor.to(backbone.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.tensors.items()}
+    tensors = {
+        name: tensor.to(backbone.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.tensors.items()
+    }
     return tensors, inputs.side
 
 
@@ -78,12 +90,16 @@ def by_hand(model, backbone: Backbone, tensors, side, change=None) -> list[float
 def check_family(specimen, backbone: Backbone) -> None:
     tensors, side = prepared(specimen, backbone)
     clean = caption_loss(backbone, tensors, side)
-    assert clean.total.tolist() == pytest.approx(by_hand(specimen.model.to(backbone.dtype), backbone, tensors, side), rel=1e-5)
+    assert clean.total.tolist() == pytest.approx(
+        by_hand(specimen.model.to(backbone.dtype), backbone, tensors, side), rel=1e-5
+    )
     assert clean.n_tokens.tolist() == (side == TEXT).sum(1).tolist()
     exact = caption_loss(backbone, tensors, side, lambda states: states)
     assert torch.equal(exact.total, clean.total)
     zeroed = caption_loss(backbone, tensors, side, zeros)
-    assert zeroed.total.tolist() == pytest.approx(by_hand(backbone.model, backbone, tensors, side, torch.zeros_like), rel=1e-5)
+    assert zeroed.total.tolist() == pytest.approx(
+        by_hand(backbone.model, backbone, tensors, side, torch.zeros_like), rel=1e-5
+    )
     assert not torch.allclose(zeroed.total, clean.total, rtol=1e-3)
 
 
@@ -111,7 +127,14 @@ def test_a_model_that_reads_its_prompt_in_both_directions_is_found_out(made):
 def test_captions_of_one_token_cannot_tell(made):
     backbone = made("paligemma")[1]
     inputs = backbone.prepare([picture(0, (80, 60))], ["a"])
-    assert sees_ahead(backbone, {name: t.double() if t.is_floating_point() else t for name, t in inputs.tensors.items()}, inputs.side) is None
+    assert (
+        sees_ahead(
+            backbone,
+            {name: t.double() if t.is_floating_point() else t for name, t in inputs.tensors.items()},
+            inputs.side,
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", NO_LOSS)
@@ -121,7 +144,15 @@ def test_models_that_predict_no_tokens_say_so(made, name):
 
 def test_a_stream_of_several_versions_says_so(made):
     class Stub:
-        model = type("Model", (), {"config": type("Config", (), {"model_type": "gemma3n", "is_encoder_decoder": False, "altup_num_inputs": 4})})
+        model = type(
+            "Model",
+            (),
+            {
+                "config": type(
+                    "Config", (), {"model_type": "gemma3n", "is_encoder_decoder": False, "altup_num_inputs": 4}
+                )
+            },
+        )
 
     Stub.model.config.get_text_config = classmethod(lambda cls: cls)
     assert why_no_loss(Stub()) == "'gemma3n' keeps several versions of its stream, of which the SAE reconstructs one"
@@ -136,16 +167,22 @@ def test_a_perfect_sae_gives_the_clean_loss_and_chunks_do_not_matter(made, monke
     assert torch.allclose(caption_loss(backbone, tensors, side, reconstruction(sae)).total, clean.total, rtol=1e-12)
     halved = SAE(sae.W_enc, sae.b_enc, sae.W_dec / 2, sae.b_dec)
     wanted = by_hand(backbone.model, backbone, tensors, side, lambda state: state / 2)
-    assert caption_loss(backbone, tensors, side, reconstruction(halved)).total.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert caption_loss(backbone, tensors, side, reconstruction(halved)).total.tolist() == pytest.approx(
+        wanted, rel=1e-5
+    )
     monkeypatch.setattr("mmfilter.core.evaluation.splice.DENSE_CHUNK_ELEMENTS", 64 * 5)
-    assert caption_loss(backbone, tensors, side, reconstruction(halved)).total.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert caption_loss(backbone, tensors, side, reconstruction(halved)).total.tolist() == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_only_caption_tokens_reach_the_head(made):
     specimen, backbone = made("llava")
     tensors, side = prepared(specimen, backbone)
     seen = []
-    handle = backbone.model.lm_head.register_forward_hook(lambda _head, args, _output: seen.append(tuple(args[0].shape)))
+    handle = backbone.model.lm_head.register_forward_hook(
+        lambda _head, args, _output: seen.append(tuple(args[0].shape))
+    )
     caption_loss(backbone, tensors, side)
     handle.remove()
     assert seen == [(1, int((side == TEXT).sum()), 32)]
@@ -155,7 +192,10 @@ def test_a_whole_model_has_the_states_of_the_truncated_one_and_refuses_a_layer_t
     specimen, backbone = made("llava")
     tensors, side = prepared(specimen, backbone)
     folder = save(specimen, tmp_path / "again")
-    whole, cut = (load_backbone(str(folder), LAYER, prompt=specimen.prompt, settings=LoadSettings(dtype=torch.float64, whole=w)) for w in (True, False))
+    whole, cut = (
+        load_backbone(str(folder), LAYER, prompt=specimen.prompt, settings=LoadSettings(dtype=torch.float64, whole=w))
+        for w in (True, False)
+    )
     with torch.inference_mode():
         assert torch.equal(cut.forward(tensors)[side >= 0], whole.forward(tensors)[side >= 0])
     assert len(whole._layers) == 4 and len(cut._layers) == LAYER + 1

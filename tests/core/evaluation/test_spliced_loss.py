@@ -31,7 +31,10 @@ def test_when_it_means_nothing_and_when_care_is_due():
         "the model's own loss on the captions, 7.50, is no better than guessing evenly among 1,000 tokens (6.91): it is no language model of them"
     )
     assert all(math.isnan(share) for share in bad.recovered.values())
-    assert loss(2.0, 2.005).meaningless == "zeroing the states takes the loss from 2.000 to 2.005: there is nothing to recover"
+    assert (
+        loss(2.0, 2.005).meaningless
+        == "zeroing the states takes the loss from 2.000 to 2.005: there is nothing to recover"
+    )
     assert loss(math.nan, math.nan, n_tokens=0).meaningless == "no caption token has a finite loss"
     assert loss(6.5, 8.0).caution == (
         "the model's own loss, 6.50, is above the 6.00 of guessing by the frequencies of these tokens alone: it is a poor language model of these captions"

@@ -62,7 +62,10 @@ def test_a_mislabelled_image_is_read_as_what_it_is():
 
 
 def test_other_formats_are_refused():
-    assert pair({"jpg": encoded(Image.new("RGB", (4, 4)), "GIF"), "txt": b"x"}).reason == "image cannot be decoded: it is no JPEG, PNG or WebP"
+    assert (
+        pair({"jpg": encoded(Image.new("RGB", (4, 4)), "GIF"), "txt": b"x"}).reason
+        == "image cannot be decoded: it is no JPEG, PNG or WebP"
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_caption():
@@ -76,7 +79,11 @@ REASONS = {
     "surrogate": ({"json": b'{"caption": "\\ud800"}'}, {}, "caption is not UTF-8: it holds a lone surrogate"),
     "turns": ({"json": b'{"conversations": [1]}'}, {}, "conversations has a turn without a 'value' text"),
     "txt only": ({"json": b'{"caption": "x"}'}, {"caption": "txt"}, "no caption: no txt among the members (jpg, json)"),
-    "field": ({"txt": b"x", "json": b"{}"}, {"caption": "alt"}, "no caption: no 'alt' in the json (members: jpg, json, txt)"),
+    "field": (
+        {"txt": b"x", "json": b"{}"},
+        {"caption": "alt"},
+        "no caption: no 'alt' in the json (members: jpg, json, txt)",
+    ),
 }
 
 
@@ -87,7 +94,9 @@ def test_reasons(case):
 
 
 def test_a_conversation_is_its_turns():
-    record = b'{"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]}'
+    record = (
+        b'{"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]}'
+    )
     assert pair({"jpg": picture(1), "json": record}).caption == "What is it?\nA dog."
 
 

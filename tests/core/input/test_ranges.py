@@ -36,7 +36,9 @@ class Counted(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.removeprefix("counted://"))
 
     def _open(self, path, mode="rb", **settings):
-        return super()._open(path, mode, **settings) if mode == "wb" else CountedFile(super()._open(path).getvalue(), self)
+        return (
+            super()._open(path, mode, **settings) if mode == "wb" else CountedFile(super()._open(path).getvalue(), self)
+        )
 
 
 class CountedFile(io.BytesIO):
@@ -78,7 +80,8 @@ def test_requests_cover_every_range_and_join_near_ones(seed, monkeypatch):
     monkeypatch.setattr(ranges, "MAX_REQUEST", 1 << 20)
     randomness = random.Random(seed)
     asked = [
-        (randomness.choice("ab"), randomness.randrange(4 << 20), randomness.choice([1, 512, 10_000, 300_000, 1 << 20])) for _ in range(randomness.randrange(40))
+        (randomness.choice("ab"), randomness.randrange(4 << 20), randomness.choice([1, 512, 10_000, 300_000, 1 << 20]))
+        for _ in range(randomness.randrange(40))
     ]
     made, places = coalesce(asked)
     for (shard, offset, nbytes), (number, start) in zip(asked, places, strict=True):
@@ -86,10 +89,16 @@ def test_requests_cover_every_range_and_join_near_ones(seed, monkeypatch):
         assert (shard, offset) == (other, begin + start) and start + nbytes <= length
     assert all(length <= ranges.MAX_REQUEST for _, _, length in made)
     for (shard, begin, length), (other, following, size) in itertools.pairwise(made):
-        assert shard != other or following > begin + length + ranges.MAX_GAP or following + size - begin > ranges.MAX_REQUEST, "could have been joined"
+        assert (
+            shard != other
+            or following > begin + length + ranges.MAX_GAP
+            or following + size - begin > ranges.MAX_REQUEST
+        ), "could have been joined"
     for shard, begin, length in made:
         end = begin
-        for a, b in sorted((o, o + n) for other, o, n in asked if other == shard and begin <= o and o + n <= begin + length):
+        for a, b in sorted(
+            (o, o + n) for other, o, n in asked if other == shard and begin <= o and o + n <= begin + length
+        ):
             assert a - end <= ranges.MAX_GAP, "a gap that is not worth reading"
             end = max(end, b)
         assert end == begin + length
@@ -100,10 +109,19 @@ def test_bytes_come_back_in_the_order_asked_for(counted, tmp_path):
     (tmp_path / "local").write_bytes(content[::-1])
     url = counted("a", content)
     randomness = random.Random(1)
-    asked = [(randomness.choice([url, str(tmp_path / "local")]), randomness.randrange(2 << 20), randomness.randrange(1, 100_000)) for _ in range(50)]
+    asked = [
+        (
+            randomness.choice([url, str(tmp_path / "local")]),
+            randomness.randrange(2 << 20),
+            randomness.randrange(1, 100_000),
+        )
+        for _ in range(50)
+    ]
     with OpenShards() as sources:
         found = list(read_ranges(sources, asked))
-    assert found == [(content if shard == url else content[::-1])[offset : offset + nbytes] for shard, offset, nbytes in asked]
+    assert found == [
+        (content if shard == url else content[::-1])[offset : offset + nbytes] for shard, offset, nbytes in asked
+    ]
 
 
 def test_a_stream_holds_a_bounded_number_of_bytes(counted, monkeypatch):
@@ -144,14 +162,18 @@ def test_of_a_remote_shard_only_what_is_kept_is_read(remote_run, tmp_path, form)
     rows = pq.read_table(RunDirectory(run).scores("x-0")).to_pylist()
     best = sorted(sorted(rows, key=lambda row: -row["similarity"])[:4], key=lambda row: row["row"])
     written = tmp_path / ("best/00000000.tar" if form == "shards" else "best")
-    assert written.read_bytes() == b"".join(content[row["offset"] : row["offset"] + row["nbytes"]] for row in best) + bytes(1024)
+    assert written.read_bytes() == b"".join(
+        content[row["offset"] : row["offset"] + row["nbytes"]] for row in best
+    ) + bytes(1024)
 
 
 def test_copies_of_remote_samples_get_keys_of_their_own(remote_run, tmp_path):
     run, content = remote_run
     select(run, SelectSettings(top="2", repeat="2", output=tmp_path / "best"))
     rows = pq.read_table(RunDirectory(run).scores("x-0")).to_pylist()
-    keys = [row["key"] for row in sorted(sorted(rows, key=lambda row: -row["similarity"])[:2], key=lambda row: row["row"])]
+    keys = [
+        row["key"] for row in sorted(sorted(rows, key=lambda row: -row["similarity"])[:2], key=lambda row: row["row"])
+    ]
     (tmp_path / "x.tar").write_bytes(content)
     source = {sample.key: sample.members for sample in read_samples(str(tmp_path / "x.tar"))}
     found = {sample.key: sample.members for sample in read_samples(str(tmp_path / "best/00000000.tar"))}
@@ -177,7 +199,9 @@ def test_other_formats_read_remote_shards_in_the_same_way(tmp_path, counted):
     select(tmp_path / "run", SelectSettings(top="3", format="parquet", output=tmp_path / "best"))
     assert sum(requests()) == sum(row["nbytes"] for row in rows[-3:]) and len(requests()) == 1
     pairs = pq.read_table(tmp_path / "best/data/00000000.parquet").to_pylist()
-    assert [(pair["key"], pair["image"]["bytes"]) for pair in pairs] == [(f"{i:02d}", good("x", i)[0][1]) for i in (57, 58, 59)]
+    assert [(pair["key"], pair["image"]["bytes"]) for pair in pairs] == [
+        (f"{i:02d}", good("x", i)[0][1]) for i in (57, 58, 59)
+    ]
 
 
 def test_a_server_that_gives_whole_files(remote_run, tmp_path):
@@ -191,7 +215,10 @@ def test_a_server_that_gives_whole_files(remote_run, tmp_path):
 def test_what_a_remote_shard_can_lack(counted):
     url = counted("short", b"x" * 1000)
     with OpenShards() as sources:
-        with pytest.raises(ShardError, match=r"^shard 'counted:///short' has become shorter since it was scored: score it again; it ends at byte 1,000$"):
+        with pytest.raises(
+            ShardError,
+            match=r"^shard 'counted:///short' has become shorter since it was scored: score it again; it ends at byte 1,000$",
+        ):
             list(read_ranges(sources, [(url, 512, 1024)]))
         with pytest.raises(ShardError, match=r"^shard 'counted:///none' does not exist; check the URL$"):
             list(read_ranges(sources, [(url, 0, 10), ("counted:///none", 512, 1024)]))
@@ -199,5 +226,10 @@ def test_what_a_remote_shard_can_lack(counted):
 
 def test_a_local_shard_that_ends_early(tmp_path):
     (tmp_path / "short").write_bytes(b"x" * 1000)
-    with OpenShards() as sources, pytest.raises(ShardError, match=r"/short' has become shorter since it was scored: score it again; it ends at byte 1,000$"):
+    with (
+        OpenShards() as sources,
+        pytest.raises(
+            ShardError, match=r"/short' has become shorter since it was scored: score it again; it ends at byte 1,000$"
+        ),
+    ):
         list(read_ranges(sources, [(str(tmp_path / "short"), 512, 1024)]))

@@ -36,7 +36,9 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def tar(tmp_path_factory) -> bytes:
     """A shard of 60 samples, some 300 KB."""
-    return write_tar(tmp_path_factory.mktemp("tar") / "a.tar", [member for i in range(60) for member in good(f"k{i:02d}", i)]).read_bytes()
+    return write_tar(
+        tmp_path_factory.mktemp("tar") / "a.tar", [member for i in range(60) for member in good(f"k{i:02d}", i)]
+    ).read_bytes()
 
 
 def put(place: str, path: Path) -> str:
@@ -47,7 +49,10 @@ def put(place: str, path: Path) -> str:
 
 
 def read(shard: str, **options) -> list[tuple]:
-    return [(sample.key, sample.row, sample.offset, sample.nbytes, sample.members, sample.problem) for sample in read_samples(shard, **options)]
+    return [
+        (sample.key, sample.row, sample.offset, sample.nbytes, sample.members, sample.problem)
+        for sample in read_samples(shard, **options)
+    ]
 
 
 def error_of(call, *args) -> str:
@@ -80,17 +85,25 @@ def test_patterns_on_s3(s3: Log, tmp_path, tar):
     fsspec.filesystem("s3").invalidate_cache()
     s3.clear()
     assert expand(["s3://bucket/patterns/{0..1}.tar"]) == both
-    assert [(request.method, request.path) for request in s3.requests] == [("HEAD", "/bucket/patterns/0.tar")], "the first is looked at, no more"
+    assert [(request.method, request.path) for request in s3.requests] == [("HEAD", "/bucket/patterns/0.tar")], (
+        "the first is looked at, no more"
+    )
 
 
 def test_other_inputs_on_s3_are_the_local_ones(s3: Log, tmp_path):
     found = pairs(12)
-    folder, llava, parquet = as_folder(tmp_path / "folder", found), as_llava(tmp_path / "llava/data.json", found), as_parquet(tmp_path / "rows.parquet", found)
+    folder, llava, parquet = (
+        as_folder(tmp_path / "folder", found),
+        as_llava(tmp_path / "llava/data.json", found),
+        as_parquet(tmp_path / "rows.parquet", found),
+    )
     assert [shard] == expand([put("folder", folder) + "/"]) if (shard := "s3://bucket/folder/") else None
     assert read(shard) == read(f"{folder}/")
     url = put("llava", tmp_path / "llava")
     options = InputOptions(images=f"{url}/images")
-    assert read(f"{url}/data.json", options=options) == read(str(llava), options=InputOptions(images=str(tmp_path / "llava/images")))
+    assert read(f"{url}/data.json", options=options) == read(
+        str(llava), options=InputOptions(images=str(tmp_path / "llava/images"))
+    )
     assert read(put("rows.parquet", parquet)) == read(str(parquet))
     assert len({stamp(name).etag for name in (shard, f"{url}/data.json", "s3://bucket/rows.parquet")}) == 3
 
@@ -100,7 +113,9 @@ def test_an_image_that_is_not_there_is_a_bad_sample_but_a_store_that_fails_is_no
     (tmp_path / "llava/images/000000003.jpg").unlink()
     url = put("holes", tmp_path / "llava")
     options = InputOptions(images=f"{url}/images")
-    assert [sample[5] for sample in read(f"{url}/data.json", options=options)] == [None] * 3 + ["no such file: '000000003.jpg'"] + [None] * 4
+    assert [sample[5] for sample in read(f"{url}/data.json", options=options)] == [None] * 3 + [
+        "no such file: '000000003.jpg'"
+    ] + [None] * 4
     s3.fault = times(100, 501, "000000005.jpg")
     assert error_of(lambda: read(f"{url}/data.json", options=options)).startswith(
         f"shard '{url}/images/000000005.jpg' cannot be read: the server answers 501 ("
@@ -114,24 +129,32 @@ def test_an_image_that_is_not_there_is_a_bad_sample_but_a_store_that_fails_is_no
 def test_web_servers_with_and_without_byte_ranges(tar, tmp_path, ranges, sizes):
     (tmp_path / "a.tar").write_bytes(tar)
     rows = as_parquet(tmp_path / "rows.parquet", pairs(9))
-    with http_server({"/a.tar": tar, "/rows.parquet": rows.read_bytes(), "/a.tar?x=[1]": tar}, ranges=ranges, sizes=sizes) as web:
+    with http_server(
+        {"/a.tar": tar, "/rows.parquet": rows.read_bytes(), "/a.tar?x=[1]": tar}, ranges=ranges, sizes=sizes
+    ) as web:
         assert expand([f"{web.url}/a.tar?x=[1]"]) == [f"{web.url}/a.tar?x=[1]"]
         assert read(f"{web.url}/a.tar") == read(str(tmp_path / "a.tar"))
         assert web.nbytes("a.tar") == len(tar) if ranges else web.nbytes("a.tar") <= 3 * len(tar)
         assert read(f"{web.url}/rows.parquet") == read(str(rows))
         assert stamp(f"{web.url}/a.tar").size == (len(tar) if sizes else None)
         if not ranges:
-            said = "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"
+            said = (
+                "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"
+            )
             assert error_of(remote.check_ranges, f"{web.url}/a.tar") == f"shard '{web.url}/a.tar' {said}"
 
 
 def test_ranges_of_a_web_server(tar):
     asked = [(random.Random(i).randrange(len(tar) - 1000), 1000) for i in range(20)]
     with http_server({"/a.tar": tar}) as web:
-        assert fetch([(f"{web.url}/a.tar", start, start + n) for start, n in asked]) == [tar[start : start + n] for start, n in asked]
+        assert fetch([(f"{web.url}/a.tar", start, start + n) for start, n in asked]) == [
+            tar[start : start + n] for start, n in asked
+        ]
         assert web.nbytes() == 20 * 1000
         web.fault = times(9, 503)
-        assert fetch([(f"{web.url}/a.tar", start, start + n) for start, n in asked[:8]]) == [tar[start : start + n] for start, n in asked[:8]], "some come late"
+        assert fetch([(f"{web.url}/a.tar", start, start + n) for start, n in asked[:8]]) == [
+            tar[start : start + n] for start, n in asked[:8]
+        ], "some come late"
 
 
 def test_a_web_server_without_etags_is_told_by_its_times():
@@ -142,7 +165,9 @@ def test_a_web_server_without_etags_is_told_by_its_times():
 # --- what goes wrong ---
 
 
-@pytest.mark.parametrize("fault", [times(2, 503, after=1), times(2, CUT, after=2), times(1, 429), times(1, 500, method="HEAD")])
+@pytest.mark.parametrize(
+    "fault", [times(2, 503, after=1), times(2, CUT, after=2), times(1, 429), times(1, 500, method="HEAD")]
+)
 def test_what_passes_costs_nothing_but_time(tar, tmp_path, fault):
     (tmp_path / "a.tar").write_bytes(tar)
     with http_server({"/a.tar": tar}) as web:
@@ -150,13 +175,20 @@ def test_what_passes_costs_nothing_but_time(tar, tmp_path, fault):
         assert read(f"{web.url}/a.tar") == read(str(tmp_path / "a.tar"))
 
 
-@pytest.mark.parametrize(("status", "said"), [(CUT, "cannot be read: ClientPayloadError: Response payload is not completed"), (503, "answers 503")])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(CUT, "cannot be read: ClientPayloadError: Response payload is not completed"), (503, "answers 503")],
+)
 def test_what_does_not_pass_ends_the_shard(tar, status, said):
     with http_server({"/a.tar": tar}) as web:
         url = f"{web.url}/a.tar"
         web.fault = times(100, status, after=2)
         message = error_of(read, url)
-        assert message.startswith(f"shard {url!r} cannot be read: ") and said in message and message.endswith("; try again later")
+        assert (
+            message.startswith(f"shard {url!r} cannot be read: ")
+            and said in message
+            and message.endswith("; try again later")
+        )
         assert len(web.gets()) == 2 + 3, "three tries of the third block"
 
 
@@ -177,7 +209,10 @@ def test_what_a_web_server_refuses(tar):
                 == f"shard '{web.url}/a.tar' is refused ({status}: {name}); check the credentials, and that they may read it"
             )
         web.fault = lambda _: 410
-        assert error_of(expand, [f"{web.url}/a.tar"]) == f"shard '{web.url}/a.tar' cannot be read: the server answers 410 (Gone); try again later"
+        assert (
+            error_of(expand, [f"{web.url}/a.tar"])
+            == f"shard '{web.url}/a.tar' cannot be read: the server answers 410 (Gone); try again later"
+        )
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"  # where nobody listens
@@ -210,14 +245,19 @@ def own_certificate(folder: Path) -> tuple[Path, Path]:
     made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
     signed = made.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1)).sign(key, hashes.SHA256())
     (folder / "cert").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "key").write_bytes(secret)
     return folder / "cert", folder / "key"
 
 
 def test_what_s3_refuses(s3: Log, monkeypatch):
     assert error_of(expand, ["s3://bucket/none.tar"]) == "shard 's3://bucket/none.tar' does not exist; check the URL"
-    assert error_of(expand, ["s3://bucket/none*.tar"]) == "shard 's3://bucket/none*.tar' matches no file; check the bucket and the pattern"
+    assert (
+        error_of(expand, ["s3://bucket/none*.tar"])
+        == "shard 's3://bucket/none*.tar' matches no file; check the bucket and the pattern"
+    )
     assert (
         error_of(expand, ["s3://nobucket/a.tar"])
         == "shard 's3://nobucket/a.tar' is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
@@ -230,9 +270,15 @@ def test_what_s3_refuses(s3: Log, monkeypatch):
             "shard 's3://bucket/none.tar' is refused (403: Forbidden); check the credentials, and that they may read it"
         )
         message = error_of(expand, ["s3://bucket/*.tar"])
-        assert message.startswith("shard 's3://bucket/*.tar' is refused (403: The AWS Access Key Id you provided does not exist")
+        assert message.startswith(
+            "shard 's3://bucket/*.tar' is refused (403: The AWS Access Key Id you provided does not exist"
+        )
     finally:
-        urllib.request.urlopen(urllib.request.Request(f"{s3.url}/moto-api/reset-auth", b"inf", {"Content-Type": "text/plain"}, method="POST")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(
+                f"{s3.url}/moto-api/reset-auth", b"inf", {"Content-Type": "text/plain"}, method="POST"
+            )
+        ).close()
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a.tar", "s3://bucket/*.tar"])
@@ -257,7 +303,11 @@ def test_s3_without_credentials(s3: Log, monkeypatch, url):
             "adlfs",
             "shard 'abfs://bucket/a.tar' needs a package that is not installed: Install adlfs to access Azure Datalake Gen2 and Azure Blob Storage",
         ),
-        ("https://host/a.tar", "aiohttp", "reading https:// URLs needs an optional package: pip install 'mmfilter[http]'"),
+        (
+            "https://host/a.tar",
+            "aiohttp",
+            "reading https:// URLs needs an optional package: pip install 'mmfilter[http]'",
+        ),
     ],
 )
 def test_packages_that_are_not_installed(url, package, message):
@@ -265,7 +315,10 @@ def test_packages_that_are_not_installed(url, package, message):
         f"import sys; sys.modules[{package!r}] = None\nfrom mmfilter.core.input.shards import expand\n"
         f"try:\n    expand([{url!r}])\nexcept Exception as error:\n    print(error)"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == message
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == message
+    )
 
 
 @pytest.mark.parametrize("pattern", ["a.tar", "*.tar"])
@@ -274,7 +327,10 @@ def test_a_store_that_says_nothing(s3: Log, monkeypatch, pattern):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
         message = error_of(expand, [f"s3://bucket/{pattern}"])
-    assert message == f"shard 's3://bucket/{pattern}' has not answered for half a minute; check the host, and the network or proxy"
+    assert (
+        message
+        == f"shard 's3://bucket/{pattern}' has not answered for half a minute; check the host, and the network or proxy"
+    )
 
 
 def test_credentials_are_not_waited_for(s3: Log, monkeypatch):
@@ -289,7 +345,10 @@ def test_credentials_are_not_waited_for(s3: Log, monkeypatch):
 
 
 def test_a_protocol_that_nobody_knows():
-    assert error_of(expand, ["foo://a/b.tar"]) == "shard 'foo://a/b.tar' has a protocol that fsspec does not know, 'foo'; it knows s3, gs, https, hf and others"
+    assert (
+        error_of(expand, ["foo://a/b.tar"])
+        == "shard 'foo://a/b.tar' has a protocol that fsspec does not know, 'foo'; it knows s3, gs, https, hf and others"
+    )
 
 
 def test_a_file_reads_like_a_local_one(tar):

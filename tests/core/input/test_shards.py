@@ -121,7 +121,12 @@ def test_global_pax_header_belongs_to_no_sample(write):
 def test_directories_are_ignored_and_links_are_a_problem(write):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind in [("1.d", tarfile.DIRTYPE), ("1.jpg", tarfile.SYMTYPE), ("2.jpg", tarfile.LNKTYPE), ("3.jpg", tarfile.REGTYPE)]:
+        for name, kind in [
+            ("1.d", tarfile.DIRTYPE),
+            ("1.jpg", tarfile.SYMTYPE),
+            ("2.jpg", tarfile.LNKTYPE),
+            ("3.jpg", tarfile.REGTYPE),
+        ]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "elsewhere"
             tar.addfile(info)
@@ -297,7 +302,9 @@ def test_what_is_no_tar_is_refused(write, tmp_path):
     assert error_of(str(tmp_path / "none.tar")) == "does not exist; check the path"
 
 
-@pytest.mark.parametrize("record", [b"x", b"9 path=a", b"99 path=a\n", b"0 path=a\n", b"-3 path=a\n", b"12 size=-1\n", b"11 size=1e9\n"])
+@pytest.mark.parametrize(
+    "record", [b"x", b"9 path=a", b"99 path=a\n", b"0 path=a\n", b"-3 path=a\n", b"12 size=-1\n", b"11 size=1e9\n"]
+)
 def test_a_damaged_pax_header_is_refused(write, record):
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, len(record)
@@ -308,7 +315,9 @@ def test_a_damaged_pax_header_is_refused(write, record):
 def test_a_bomb_of_an_extension_header_is_not_read(write):
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, 5_000_000_000
-    assert error_of(write(info.tobuf() + bytes(5000))) == ("is damaged, fetch it again: an extension header of 5,000,000,000 bytes at byte 0")
+    assert error_of(write(info.tobuf() + bytes(5000))) == (
+        "is damaged, fetch it again: an extension header of 5,000,000,000 bytes at byte 0"
+    )
 
 
 def test_damage_of_any_kind_is_a_shard_error_or_nothing():
@@ -319,7 +328,9 @@ def test_damage_of_any_kind_is_a_shard_error_or_nothing():
         at = randomness.randrange(len(content) - 512)
         header = at // 512 * 512
         content[at] = randomness.randrange(256)
-        content[header + 148 : header + 156] = b"%06o\0 " % (sum(content[header : header + 148]) + sum(content[header + 156 : header + 512]) + 256)
+        content[header + 148 : header + 156] = b"%06o\0 " % (
+            sum(content[header : header + 148]) + sum(content[header + 156 : header + 512]) + 256
+        )
         try:
             samples = read("-", stdin=io.BytesIO(content))
         except ShardError as error:
@@ -362,7 +373,9 @@ def test_urls_and_stdin_stay_as_they_are():
     import fsspec
 
     fsspec.filesystem("memory").pipe("/stay/0.tar", b"")
-    assert expand(["memory://stay/{0..1}.tar"]) == ["memory://stay/0.tar", "memory://stay/1.tar"], "the first is there, the other is met when it is read"
+    assert expand(["memory://stay/{0..1}.tar"]) == ["memory://stay/0.tar", "memory://stay/1.tar"], (
+        "the first is there, the other is met when it is read"
+    )
     with pytest.raises(ShardError) as caught:
         expand(["memory://stay/{2..3}.tar"])
     assert str(caught.value) == "shard 'memory://stay/2.tar' does not exist; check the URL"
@@ -373,16 +386,25 @@ def test_urls_and_stdin_stay_as_they_are():
     ("patterns", "message"),
     [
         (["none.tar"], "shard 'none.tar' does not exist; check the path, or give a pattern such as 'data/*.tar'"),
-        (["{00001..00003}.tar"], "shard '00003.tar' does not exist; check the path, or give a pattern such as 'data/*.tar'"),
+        (
+            ["{00001..00003}.tar"],
+            "shard '00003.tar' does not exist; check the path, or give a pattern such as 'data/*.tar'",
+        ),
         (["z*.tar"], "shard 'z*.tar' matches no file; check the folder and the pattern"),
         (["sub.tar"], "shard 'sub.tar' is a directory; name the shards in it: 'sub.tar/*.tar'"),
-        (["{0..1.tar"], "shard '{0..1.tar' has unbalanced braces; write a range as {00000..00099} and a choice as {a,b}"),
+        (
+            ["{0..1.tar"],
+            "shard '{0..1.tar' has unbalanced braces; write a range as {00000..00099} and a choice as {a,b}",
+        ),
         (["-", "00000.tar"], "shard '-' (stdin) must be the only shard; give the others in another run"),
         (
             ["pipe:cat 00000.tar"],
             "shard 'pipe:cat 00000.tar' is a command and would run a shell; run it yourself and pipe its output in: COMMAND | mmfilter score -, or allow it with --allow-pipe",
         ),
-        (["nosuch://a/*.tar"], "shard 'nosuch://a/*.tar' has a protocol that fsspec does not know, 'nosuch'; it knows s3, gs, https, hf and others"),
+        (
+            ["nosuch://a/*.tar"],
+            "shard 'nosuch://a/*.tar' has a protocol that fsspec does not know, 'nosuch'; it knows s3, gs, https, hf and others",
+        ),
     ],
 )
 def test_what_cannot_be_expanded_says_why(folder, patterns, message):
@@ -397,13 +419,19 @@ def test_a_path_that_no_table_can_hold(folder):
     assert expand(["good*.tar"]) == [str(folder / "good\u3000.tar")]
     with pytest.raises(ShardError) as caught:
         expand(["bad*.tar"])
-    assert str(caught.value).endswith(r"bad\udcff.tar' has a line break or bytes that are no UTF-8 in its path; rename it")
+    assert str(caught.value).endswith(
+        r"bad\udcff.tar' has a line break or bytes that are no UTF-8 in its path; rename it"
+    )
 
 
 def test_a_stamp_tells_change(write):
     shard = write(tar_bytes(pairs(1)))
     before = stamp(shard)
-    assert before == Stamp(10_240, os.stat(shard).st_mtime_ns) == Stamp.from_metadata({"size": 10_240, "mtime_ns": before.mtime_ns})
+    assert (
+        before
+        == Stamp(10_240, os.stat(shard).st_mtime_ns)
+        == Stamp.from_metadata({"size": 10_240, "mtime_ns": before.mtime_ns})
+    )
     os.utime(shard, ns=(0, 5))
     assert stamp(shard) == Stamp(10_240, 5)
     assert stamp("-") == Stamp()

@@ -16,7 +16,13 @@ from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
 from tests.conftest import picture
 
-CAPTIONS = ["a red apple", "face with tears of joy on a blue background", "tree", "\U0001f600 café, naïve", "house next to a dog"]
+CAPTIONS = [
+    "a red apple",
+    "face with tears of joy on a blue background",
+    "tree",
+    "\U0001f600 café, naïve",
+    "house next to a dog",
+]
 
 
 def images(n: int = 5) -> list[Image.Image]:
@@ -63,7 +69,9 @@ def test_control_tokens_in_captions_are_broken_up(tiny, caption):
     assert inputs.tokens[0, 0] == 25
 
 
-@pytest.mark.parametrize(("prompt", "around"), [("<s>USER: <image>\n{caption}\nASSISTANT:", True), ("<s>{caption} <image>", True)])
+@pytest.mark.parametrize(
+    ("prompt", "around"), [("<s>USER: <image>\n{caption}\nASSISTANT:", True), ("<s>{caption} <image>", True)]
+)
 def test_the_template_is_on_no_side(tiny, prompt, around):
     card, _, _ = tiny
     backbone = load_backbone(card.model, card.layer, prompt=prompt)
@@ -122,7 +130,11 @@ def test_missing_weights_are_an_error(tiny, tmp_path):
     shutil.copytree(tiny[0].model, folder, ignore=shutil.ignore_patterns("sae"))
     tensors = load_file(folder / "model.safetensors")
     dropped = next(name for name in tensors if "layers.0" in name and "language_model" in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != dropped},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ModelError, match="lacks 1 weights, first"):
         load_backbone(str(folder), 1)
 

@@ -28,7 +28,14 @@ CAPTIONS = ["a red bus in the rain", "two cats sleeping on an old blue sofa by t
 TOWERS, REFUSED = ("clip", "siglip", "siglip2"), ("mllama",)
 STREAMS = [name for name in ZOO if name not in (*TOWERS, *REFUSED)]
 LAYER = 1
-VISION_MIXERS = ("out_proj.weight", "o_proj.weight", "attn.proj.weight", "proj_out.weight", "projection_layer.weight", "in_proj_weight")
+VISION_MIXERS = (
+    "out_proj.weight",
+    "o_proj.weight",
+    "attn.proj.weight",
+    "proj_out.weight",
+    "projection_layer.weight",
+    "in_proj_weight",
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,7 +94,9 @@ def test_truncated_states_equal_the_whole_models(case, record_property):
     for image, caption in zip(case.pictures(), CAPTIONS, strict=True):
         tensors = case.backbone.prepare([image], [caption]).tensors
         real = tensors["attention_mask"].bool()
-        worst = max(worst, float((case.backbone.forward(tensors)[real] - whole_hidden_states(case, tensors)[real]).abs().max()))
+        worst = max(
+            worst, float((case.backbone.forward(tensors)[real] - whole_hidden_states(case, tensors)[real]).abs().max())
+        )
     record_property("family", family_name(case.specimen.model.config))
     record_property("class", type(case.specimen.model).__name__)
     record_property("truncated - whole", worst)
@@ -130,7 +139,11 @@ def test_a_batch_gives_the_states_of_single_pairs(case, record_property):
 
 
 SHAPES = [(240, 180), (150, 310), (420, 120)]
-PLACED = [name for name in STREAMS if name not in ("blip2_opt", "blip2_t5", "instructblip_llama", "instructblip_t5", "idefics2", "florence2")]
+PLACED = [
+    name
+    for name in STREAMS
+    if name not in ("blip2_opt", "blip2_t5", "instructblip_llama", "instructblip_t5", "idefics2", "florence2")
+]
 CELLS_APART = {"chameleon": 1.0, "emu3": 1.0}
 """The painted square is as large as a cell of these, and covers parts of its neighbours"""
 
@@ -184,12 +197,17 @@ def painted(backbone: Backbone, shape: tuple[int, int], slack: float) -> list[bo
         other = canvas.copy()
         ImageDraw.Draw(other).rectangle((x - 3, y - 3, x + 3, y + 3), fill=(255, 0, 255))
         inputs = backbone.prepare([canvas, other], ["x", "x"])
-        first, second = (embedding[side == IMAGE] for embedding, side in zip(backbone.embedded(inputs.tensors), inputs.side, strict=True))
+        first, second = (
+            embedding[side == IMAGE]
+            for embedding, side in zip(backbone.embedded(inputs.tensors), inputs.side, strict=True)
+        )
         change = (first - second).norm(dim=1)
         if slack:  # how far a code changes says nothing, so all that do must be near
             spots = [boxes[j] for j in change.nonzero()[:, 0].tolist()]
             if spots:  # the code of a place may stay what it was
-                hits.append(all(spot is not None and _covers(spot, x / shape[0], y / shape[1], slack) for spot in spots))
+                hits.append(
+                    all(spot is not None and _covers(spot, x / shape[0], y / shape[1], slack) for spot in spots)
+                )
         else:
             found = boxes[int(change.argmax())]
             hits.append(found is not None and _covers(found, x / shape[0], y / shape[1]))
@@ -231,7 +249,9 @@ def test_a_picture_that_the_processor_refuses_is_no_crash_when_lengths_are_guess
 
 @pytest.mark.parametrize("case", ["blip2_opt"], indirect=True)
 def test_latent_tokens_have_no_place(case):
-    with pytest.raises(ModelError, match="image tokens of 'blip-2' have no place in the picture: a Q-Former or perceiver"):
+    with pytest.raises(
+        ModelError, match="image tokens of 'blip-2' have no place in the picture: a Q-Former or perceiver"
+    ):
         case.backbone.boxes(case.backbone.prepare(case.pictures(), CAPTIONS), 0)
 
 
@@ -243,7 +263,9 @@ def test_a_text_alone_that_a_processor_cannot_take_is_explained(case):
 
 def test_cross_attention_is_refused_with_the_reason(tmp_path):
     folder = save(build("mllama"), tmp_path)
-    with pytest.raises(ModelError, match="'mllama' cannot be scored: it reads the picture through cross-attention layers"):
+    with pytest.raises(
+        ModelError, match="'mllama' cannot be scored: it reads the picture through cross-attention layers"
+    ):
         load_backbone(str(folder), LAYER)
 
 
@@ -272,15 +294,21 @@ def test_both_towers_end_in_one_space(name, tmp_path, record_property):
     with torch.inference_mode():
         out = specimen.model(**inputs.tensors)
         wanted_image, wanted_text = (
-            specimen.model.get_image_features(**{key: inputs.tensors[key] for key in inputs.tensors if key not in ("input_ids", "attention_mask")}),
-            specimen.model.get_text_features(**{key: inputs.tensors[key] for key in inputs.tensors if key in ("input_ids", "attention_mask")}),
+            specimen.model.get_image_features(
+                **{key: inputs.tensors[key] for key in inputs.tensors if key not in ("input_ids", "attention_mask")}
+            ),
+            specimen.model.get_text_features(
+                **{key: inputs.tensors[key] for key in inputs.tensors if key in ("input_ids", "attention_mask")}
+            ),
         )
     wanted_image, wanted_text = (getattr(wanted, "pooler_output", wanted) for wanted in (wanted_image, wanted_text))
     worst = 0.0
     for i, (image, caption) in enumerate(zip(pictures, CAPTIONS, strict=True)):
         mine = found.sample == i
         image_states, text_states = (found.states[mine & (found.side == side)] for side in (IMAGE, TEXT))
-        assert torch.allclose(image_states[0], wanted_image[i], atol=1e-5) and torch.allclose(text_states[-1], wanted_text[i], atol=1e-5)
+        assert torch.allclose(image_states[0], wanted_image[i], atol=1e-5) and torch.allclose(
+            text_states[-1], wanted_text[i], atol=1e-5
+        )
         normal = torch.nn.functional.normalize
         assert torch.allclose(normal(image_states[0], dim=0), out.image_embeds[i], atol=1e-5)
         assert len(text_states) == backbone.n_caption_tokens(caption) + 1  # and the embedding
@@ -306,7 +334,9 @@ def test_patches_of_a_tower_are_where_the_picture_changes_them(name, record_prop
     for shape in SHAPES:
         canvas = picture(3, shape)
         boxes = backbone.boxes(backbone.prepare([canvas], ["x"]), 0)
-        places = [i for i, box in enumerate(boxes) if box is not None and all(0.02 < edge < 0.98 for edge in _centre(box))]
+        places = [
+            i for i, box in enumerate(boxes) if box is not None and all(0.02 < edge < 0.98 for edge in _centre(box))
+        ]
         for i in places[:: max(1, len(places) // 8)]:
             x, y = (part * length for part, length in zip(_centre(boxes[i]), shape, strict=True))
             other = canvas.copy()
@@ -321,5 +351,7 @@ def test_patches_of_a_tower_are_where_the_picture_changes_them(name, record_prop
 
 def test_a_dual_encoder_has_no_layer_in_the_middle(tmp_path):
     folder = save(build("clip"), tmp_path)
-    with pytest.raises(ModelError, match="'clip' has two towers and no layer 3 in common: its SAE sits on the shared space, --layer -1"):
+    with pytest.raises(
+        ModelError, match="'clip' has two towers and no layer 3 in common: its SAE sits on the shared space, --layer -1"
+    ):
         load_backbone(str(folder), 3)

@@ -70,15 +70,22 @@ def test_a_layer_that_is_not_there(folder, layer):
 
 
 def test_a_hub_id_that_is_not_in_the_cache(monkeypatch):
-    with pytest.raises(ModelError, match=r"model 'nobody/nothing' cannot be loaded \(.*\); fetch it with: hf download nobody/nothing"):
+    with pytest.raises(
+        ModelError, match=r"model 'nobody/nothing' cannot be loaded \(.*\); fetch it with: hf download nobody/nothing"
+    ):
         load_backbone("nobody/nothing", 1)
 
 
-@pytest.mark.parametrize(("missing", "said"), [("model.safetensors", "safetensors"), ("config.json", "config.json"), ("tokenizer.json", "")])
+@pytest.mark.parametrize(
+    ("missing", "said"), [("model.safetensors", "safetensors"), ("config.json", "config.json"), ("tokenizer.json", "")]
+)
 def test_a_half_downloaded_folder(folder, tmp_path, missing, said):
     shutil.copytree(folder, tmp_path / "half")
     (tmp_path / "half" / missing).unlink()
-    with pytest.raises(ModelError, match=rf"cannot be loaded \(.*{said}.*\); it must hold config.json, \*.safetensors, tokenizer and processor files"):
+    with pytest.raises(
+        ModelError,
+        match=rf"cannot be loaded \(.*{said}.*\); it must hold config.json, \*.safetensors, tokenizer and processor files",
+    ):
         load_backbone(str(tmp_path / "half"), 1)
 
 
@@ -101,7 +108,10 @@ def test_pickled_weights_are_not_opened(folder, tmp_path):
 def test_foreign_code_runs_on_request_only(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"}}
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"},
+    }
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
     code = "from transformers import LlavaConfig, LlavaForConditionalGeneration\n\n\nclass Config(LlavaConfig):\n    model_type = 'theirs'\n\n\n"
     code += "class Model(LlavaForConditionalGeneration):\n    config_class = Config\n"
@@ -116,7 +126,11 @@ def test_foreign_code_runs_on_request_only(folder, tmp_path):
 def test_a_model_without_pictures_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="model type 'llama' cannot be scored: transformers has no image-text model of this type"):
+    with pytest.raises(
+        ModelError, match="model type 'llama' cannot be scored: transformers has no image-text model of this type"
+    ):
         load_backbone(str(tmp_path), 0)

@@ -94,7 +94,9 @@ def test_only_what_the_processor_refuses_is_dropped(tiny, tmp_path, batch_size):
         batches += got
         pairs += all_pairs
     assert [pair.row for pair in pairs] == list(range(11))
-    assert {pair.row: pair.reason for pair in pairs if pair.reason} == {2: "the processor refuses it: aspect ratio out of bounds"}
+    assert {pair.row: pair.reason for pair in pairs if pair.reason} == {
+        2: "the processor refuses it: aspect ratio out of bounds"
+    }
     assert sorted(row for batch in batches for row in batch) == [0, 1, *range(3, 11)]
 
 

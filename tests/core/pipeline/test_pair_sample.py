@@ -23,7 +23,9 @@ def test_heads_of_shards_spread_over_the_input(make_shard, quiet):
     shards = [make_shard(f"{i:05d}.tar", n=6, seed=10 * i) for i in range(12)]
     with gathered(shards, 20, quiet) as sample:
         assert sample.shards == [str(shards[i]) for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
-        assert [pair.caption for pair in sample.pairs] == [caption(10 * i + j) for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10) for j in (0, 1)]
+        assert [pair.caption for pair in sample.pairs] == [
+            caption(10 * i + j) for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10) for j in (0, 1)
+        ]
         assert (len(sample), sample.n_read, quiet.samples) == (20, 20, 20)
 
 
@@ -34,7 +36,9 @@ def test_bad_samples_are_counted_and_broken_shards_kept_up_to_the_break(make_sha
     with gathered([shard, other], 40, quiet) as sample:
         assert sample.reasons == {"image cannot be decoded": 1, "empty caption": 1, "no image": 1}
         assert [error.shard for error in sample.failures] == [str(other)]
-        assert sample.pairs[:3] == [pair for pair in sample.pairs if pair.key.startswith("00000000") and pair.caption in map(caption, range(3))]
+        assert sample.pairs[:3] == [
+            pair for pair in sample.pairs if pair.key.startswith("00000000") and pair.caption in map(caption, range(3))
+        ]
         assert 3 < len(sample) < 11 and sample.n_read == len(sample) + 3
 
 
@@ -47,14 +51,21 @@ def test_pairs_come_back_as_they_were_and_with_other_captions(make_shard, quiet,
             (0, picture(3), caption(3)), (1, picture(0), caption(0)),
         ]  # fmt: skip
         exchanged = list(sample.read([1, 1], ["one", "other"]))
-        assert [(raw.members["jpg"], raw.members[CAPTION].decode("utf-8-sig")) for raw in exchanged] == [(picture(1), "one"), (picture(1), "other")]
+        assert [(raw.members["jpg"], raw.members[CAPTION].decode("utf-8-sig")) for raw in exchanged] == [
+            (picture(1), "one"),
+            (picture(1), "other"),
+        ]
         assert sample.nbytes([3, 0]) == len(picture(3)) + len(picture(0))
 
 
 def test_captions_survive_the_round_trip(tmp_path, quiet):
     """Wherever they come from, and with whatever in them."""
     odd = ["\ufeffa mark in front", "two\nlines", "naïve 猫 🐈", "<image> </s>"]
-    members = [member for i, text in enumerate(odd) for member in ((f"{i}.jpg", picture(i)), (f"{i}.json", json.dumps({"alt": text}).encode()))]
+    members = [
+        member
+        for i, text in enumerate(odd)
+        for member in ((f"{i}.jpg", picture(i)), (f"{i}.json", json.dumps({"alt": text}).encode()))
+    ]
     shard = write_tar(tmp_path / "a.tar", members)
     with gathered([shard], 10, quiet, "alt") as sample:
         assert [pair.caption for pair in sample.pairs] == odd

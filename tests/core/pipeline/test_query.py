@@ -52,7 +52,9 @@ def hits(run: Path, capsys, *arguments: str) -> list[dict]:
 def test_codes_of_a_pair_of_the_run_are_those_of_its_table(folder, context):
     stored = CodeTables(ScoreTables(RunDirectory(folder / context))).take(np.array([7]))
     pair = encode_query(folder / context, folder / "7.jpg", caption(7), EncodeSettings(CPU))
-    assert means(pair.image) == pytest.approx(means(stored.image), rel=2e-3) and means(pair.text) == pytest.approx(means(stored.text), rel=2e-3)
+    assert means(pair.image) == pytest.approx(means(stored.image), rel=2e-3) and means(pair.text) == pytest.approx(
+        means(stored.text), rel=2e-3
+    )
     alone = encode_query(folder / context, folder / "7.jpg", None, EncodeSettings(CPU))
     assert not len(alone.text.ids) and set(alone.image.ids.tolist()) == set(pair.image.ids.tolist())
 
@@ -66,8 +68,14 @@ def test_an_image_of_the_run_finds_itself(folder, context, capsys):
 
 def test_words_of_the_run_find_their_sample(folder, capsys):
     found = hits(folder / "none", capsys, "--text", caption(7), "-n", "2")
-    assert found[0]["key"] == "007" and found[0]["cosine"] == found[0]["text"] == pytest.approx(1, abs=1e-5) and found[1]["cosine"] < 0.999
-    found = hits(folder / "image", capsys, "--text", caption(7), "-n", "1")  # read after a grey image, not after its own
+    assert (
+        found[0]["key"] == "007"
+        and found[0]["cosine"] == found[0]["text"] == pytest.approx(1, abs=1e-5)
+        and found[1]["cosine"] < 0.999
+    )
+    found = hits(
+        folder / "image", capsys, "--text", caption(7), "-n", "1"
+    )  # read after a grey image, not after its own
     assert found[0]["key"] == "007" and 0.5 < found[0]["cosine"] < 1
 
 
@@ -75,7 +83,11 @@ def test_a_pair_is_compared_on_both_sides_or_on_one(folder, capsys):
     pair = ("--image", str(folder / "7.jpg"), "--text", caption(7), "-n", "1")
     for on, sides in (("both", {"image", "text"}), ("image", {"image"}), ("text", {"text"})):
         [found] = hits(folder / "image", capsys, *pair, "--on", on)
-        assert found["key"] == "007" and found["cosine"] == pytest.approx(1, abs=1e-5) and found.keys() & {"image", "text"} == sides
+        assert (
+            found["key"] == "007"
+            and found["cosine"] == pytest.approx(1, abs=1e-5)
+            and found.keys() & {"image", "text"} == sides
+        )
 
 
 def test_what_cannot_be_looked_for_is_one_line(folder, capsys, tmp_path):
@@ -87,8 +99,14 @@ def test_what_cannot_be_looked_for_is_one_line(folder, capsys, tmp_path):
 
     run = folder / "image"
     (tmp_path / "notes.txt").write_text("no picture")
-    assert error(run, "--image", str(tmp_path / "none.jpg")) == f"image {str(tmp_path / 'none.jpg')!r} cannot be read: No such file or directory"
-    assert error(run, "--image", str(tmp_path / "notes.txt")) == "the query cannot be looked for: image cannot be decoded: it is no JPEG, PNG or WebP"
+    assert (
+        error(run, "--image", str(tmp_path / "none.jpg"))
+        == f"image {str(tmp_path / 'none.jpg')!r} cannot be read: No such file or directory"
+    )
+    assert (
+        error(run, "--image", str(tmp_path / "notes.txt"))
+        == "the query cannot be looked for: image cannot be decoded: it is no JPEG, PNG or WebP"
+    )
     assert error(run, "--text", " ") == "the query cannot be looked for: empty caption"
     assert error(tmp_path / "nowhere", "--text", "cat").startswith(f"{str(tmp_path / 'nowhere')!r} is no run")
 
@@ -121,7 +139,10 @@ def test_a_model_that_moved_is_named_by_option(folder, tmp_path, capsys):
     for more, said in (([], "model '/elsewhere/tiny'"), (["--model", before["model"]], "SAE '/elsewhere/tiny/sae'")):
         assert main([*words, *more]) == 1
         option = said.split()[0].lower()
-        assert capsys.readouterr().err == f"mmfilter: {said} of run {str(run)!r} is not there: say with --{option} where it is now\n"
+        assert (
+            capsys.readouterr().err
+            == f"mmfilter: {said} of run {str(run)!r} is not there: say with --{option} where it is now\n"
+        )
     for more in (["--model", "tiny"], ["--model", before["model"], "--sae", before["sae"]]):
         assert main([*words, *more]) == 0
         assert json.loads(capsys.readouterr().out)[0]["key"] == "007"
@@ -145,9 +166,15 @@ def test_other_families_take_queries_too(family, make_shard, tmp_path):
     (tmp_path / "it.jpg").write_bytes(picture(number))
     pair, image, text = (
         encode_query(run, file, words, EncodeSettings(CPU))
-        for file, words in ((tmp_path / "it.jpg", caption(number)), (tmp_path / "it.jpg", None), (None, caption(number)))
+        for file, words in (
+            (tmp_path / "it.jpg", caption(number)),
+            (tmp_path / "it.jpg", None),
+            (None, caption(number)),
+        )
     )
-    assert means(pair.image) == pytest.approx(means(stored.image), rel=2e-3) and means(pair.text) == pytest.approx(means(stored.text), rel=2e-3)
+    assert means(pair.image) == pytest.approx(means(stored.image), rel=2e-3) and means(pair.text) == pytest.approx(
+        means(stored.text), rel=2e-3
+    )
     assert len(image.image.ids) and not len(image.text.ids) and len(text.text.ids) and not len(text.image.ids)
     if family != "blip2_t5":  # an encoder reads the image with the words behind it
         assert means(image.image) == pytest.approx(means(stored.image), rel=2e-3)

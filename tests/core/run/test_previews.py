@@ -30,16 +30,24 @@ def scored(run: Path, *inputs: Path, images: Path | None = None) -> ScoreTables:
     """The score tables of a run of these inputs."""
     shards, options = expand([*map(str, inputs)]), InputOptions(images=None if images is None else str(images))
     for i, shard in enumerate(shards):
-        rows = [{"key": s.key, "shard": shard, "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True} for s in read_samples(shard, options=options)]
+        rows = [
+            {"key": s.key, "shard": shard, "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True}
+            for s in read_samples(shard, options=options)
+        ]
         now, writer = stamp(shard), TableWriter(RunDirectory(run).scores(f"{i}"), score_table(SCORES))
         writer.write(rows)
         writer.finish({"shard": shard, "name": f"{i}", "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)})
-    about = {"inputs": [{"name": f"{i}", "shard": shard} for i, shard in enumerate(shards)], "settings": {"images": options.images}}
+    about = {
+        "inputs": [{"name": f"{i}", "shard": shard} for i, shard in enumerate(shards)],
+        "settings": {"images": options.images},
+    }
     write_json(RunDirectory(run).manifest, about)
     return ScoreTables(RunDirectory(run))
 
 
-@pytest.mark.parametrize(("make", "name"), [(as_tar, "a.tar"), (as_folder, "a"), (as_parquet, "a.parquet"), (as_llava, "a.json")])
+@pytest.mark.parametrize(
+    ("make", "name"), [(as_tar, "a.tar"), (as_folder, "a"), (as_parquet, "a.parquet"), (as_llava, "a.json")]
+)
 def test_any_input_shows_its_captions_and_image_files(make, name, tmp_path):
     wanted = pairs(N)
     tables = scored(tmp_path / "run", make(tmp_path / "in" / name, wanted), images=tmp_path / "in" / "images")
@@ -57,7 +65,10 @@ def test_one_that_cannot_be_read_leaves_the_others(tmp_path):
     found = looks(tables, [0, N + 1, 2 * N, 1])
     assert found[2] == Look(wanted[2 * N][2], wanted[2 * N][1])
     assert [look.image is None for look in found] == [True, True, False, True]
-    assert str(shards[0]) in found[0].problem and found[1].problem == f"shard {str(shards[1])!r} does not hold sample '{N + 1:09d}' where it was scored"
+    assert (
+        str(shards[0]) in found[0].problem
+        and found[1].problem == f"shard {str(shards[1])!r} does not hold sample '{N + 1:09d}' where it was scored"
+    )
     assert problems(found) == [found[0].problem, found[1].problem]
 
 
@@ -81,7 +92,11 @@ def test_the_page_holds_what_it_is_given_and_escapes_it(tmp_path):
     shown = Shown(Look("<script>alert(1)</script> & more", image), ("key 'a'",))
     write_page(page, "Title <b>", "about", [Tile("0.95", (shown, Shown(Look(problem="shard <gone>"), ())))])
     text = page.read_text("utf-8")
-    assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text and "Title &lt;b&gt;" in text
+    assert (
+        "<script>" not in text
+        and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
+        and "Title &lt;b&gt;" in text
+    )
     assert "shard &lt;gone&gt;" in text and "cannot be read" in text
     [encoded] = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
     assert base64.b64decode(encoded) == thumbnail(image)
@@ -90,7 +105,9 @@ def test_the_page_holds_what_it_is_given_and_escapes_it(tmp_path):
 
 
 def test_a_page_gets_no_name_of_another_kind(tmp_path):
-    with pytest.raises(SelectionError, match=r"^--page 'data\.tar' is the page to write: give a name that ends in \.html$"):
+    with pytest.raises(
+        SelectionError, match=r"^--page 'data\.tar' is the page to write: give a name that ends in \.html$"
+    ):
         check_page(Path("data.tar"))
     with pytest.raises(SelectionError, match=r"cannot be written: there is no folder"):
         check_page(tmp_path / "none" / "page.html")

@@ -26,7 +26,9 @@ def make(activation: str = "relu", *, subtract: bool = True, **options) -> SAE:
 
     if activation == "jumprelu":
         options.setdefault("threshold", normal(N).abs())
-    return SAE(normal(D, N), normal(N), normal(N, D), normal(D), activation=activation, subtract_b_dec=subtract, **options)
+    return SAE(
+        normal(D, N), normal(N), normal(N, D), normal(D), activation=activation, subtract_b_dec=subtract, **options
+    )
 
 
 def states() -> torch.Tensor:
@@ -40,7 +42,9 @@ def formula(sae: SAE, x: torch.Tensor, at_most: int) -> np.ndarray:
         x = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
     if sae.normalisation == "constant_norm_rescale":
         x = x * np.sqrt(D) / np.linalg.norm(x, axis=1, keepdims=True)
-    h = (x - (sae.b_dec.double().numpy() if sae.subtract_b_dec else 0)) @ sae.W_enc.double().numpy() + sae.b_enc.double().numpy()
+    h = (
+        x - (sae.b_dec.double().numpy() if sae.subtract_b_dec else 0)
+    ) @ sae.W_enc.double().numpy() + sae.b_enc.double().numpy()
     f = np.where(h > 0, h, 0)
     if sae.activation == "jumprelu":
         f = np.where(h > sae.threshold.double().numpy(), f, 0)
@@ -155,12 +159,17 @@ def test_the_strongest_are_exact_and_ties_go_to_lower_features(width, k, kind):
     assert (order.diff() > 0).all(), "sorted by token, then feature"
 
 
-@pytest.mark.parametrize("kind", ["all differ", "few values", "all equal", "infinite", "none positive", "some thresholds negative"])
+@pytest.mark.parametrize(
+    "kind", ["all differ", "few values", "all equal", "infinite", "none positive", "some thresholds negative"]
+)
 @pytest.mark.parametrize(("share", "k"), [(0.01, 3), (0.01, 50), (0.05, 20), (0.6, 5), (0.6, 900)])
 def test_above_the_threshold_at_most_k_exact_and_ties_go_to_lower_features(share, k, kind):
     width = 1003
     g = torch.Generator().manual_seed(k)
-    rows, threshold = torch.randn(13, width, generator=g), torch.full((width,), float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share))))
+    rows, threshold = (
+        torch.randn(13, width, generator=g),
+        torch.full((width,), float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share)))),
+    )
     if kind == "few values":
         rows = (rows * 2).round() + threshold
     if kind == "all equal":
@@ -208,7 +217,13 @@ def test_products_of_many_lengths_have_few_shapes(monkeypatch):
 
 def test_the_hash_sees_every_part():
     base = make("jumprelu")
-    others = [make("jumprelu", subtract=False), make("relu"), make("topk", k=3), make("topk", k=4), make("jumprelu", normalisation="layer_norm")]
+    others = [
+        make("jumprelu", subtract=False),
+        make("relu"),
+        make("topk", k=3),
+        make("topk", k=4),
+        make("jumprelu", normalisation="layer_norm"),
+    ]
     assert len({base.hash, *(other.hash for other in others)}) == 6
 
 

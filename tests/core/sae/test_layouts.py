@@ -33,7 +33,9 @@ def test_every_layout_has_a_case():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["gated", "topk, rescaled by decoder norm", "BatchTopKTrainingSAE training checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["gated", "topk, rescaled by decoder norm", "BatchTopKTrainingSAE training checkpoint"]
+)
 def test_saelens_opens_what_was_folded_here(name, tmp_path):
     """There and back: SAELens' files, opened and folded here, written, opened by SAELens again, are the same SAE."""
     made = next(case for case in CASES if case.layout == "saelens" and case.what == name).write(tmp_path / "theirs")
@@ -46,15 +48,31 @@ def test_saelens_opens_what_was_folded_here(name, tmp_path):
 STATED = {
     "sparsify": (
         dictionaries.sparsify_lmms,
-        {"model_name": "lmms-lab/llama3-llava-next-8b", "hf_hook_name": "model.layers.24", "layer": 24, "context_size": 2048},
+        {
+            "model_name": "lmms-lab/llama3-llava-next-8b",
+            "hf_hook_name": "model.layers.24",
+            "layer": 24,
+            "context_size": 2048,
+        },
     ),
     "gemma_scope": (language.gemma_scope, {"hook_name": "blocks.20.hook_resid_post", "layer": 20, "stated_l0": 71}),
     "gemma_scope_2": (
         language.gemma_scope_2,
-        {"model_name": "gemma-3-4b-it", "hook_name": "blocks.17.hook_resid_post", "hf_hook_name": "model.layers.17.output", "stated_l0": 60},
+        {
+            "model_name": "gemma-3-4b-it",
+            "hook_name": "blocks.17.hook_resid_post",
+            "hf_hook_name": "model.layers.17.output",
+            "stated_l0": 60,
+        },
     ),
-    "saelens_old": (saelens.saev_final, {"model_name": "mistral-7b", "hook_name": "blocks.16.hook_resid_post", "layer": 16}),
-    "llama_scope": (language.llama_scope, {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": "blocks.15.hook_resid_post", "layer": 15}),
+    "saelens_old": (
+        saelens.saev_final,
+        {"model_name": "mistral-7b", "hook_name": "blocks.16.hook_resid_post", "layer": 16},
+    ),
+    "llama_scope": (
+        language.llama_scope,
+        {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": "blocks.15.hook_resid_post", "layer": 15},
+    ),
     "qwen_scope": (language.qwen_scope, {"model_name": "Qwen/Qwen3-1.7B-Base", "layer": 12}),
     "goodfire": (language.goodfire, {"model_name": "meta-llama/Llama-3.1-8B-Instruct", "layer": 19}),
     "vit_prisma": (vision.prisma_topk, {"hook_name": "blocks.9.hook_resid_post", "layer": 9}),
@@ -71,9 +89,16 @@ def test_what_the_publisher_states_is_kept(name, tmp_path):
 
 @pytest.mark.parametrize("orientation", ["features_last", "features_first"])
 def test_a_square_matrix_opens_as_it_is_said_to_lie(orientation, tmp_path):
-    w = {"W_enc": torch.randn(D, D, generator=rng()), "W_dec": torch.randn(D, D, generator=rng(2)), "b_enc": torch.zeros(D), "b_dec": torch.zeros(D)}
+    w = {
+        "W_enc": torch.randn(D, D, generator=rng()),
+        "W_dec": torch.randn(D, D, generator=rng(2)),
+        "b_enc": torch.zeros(D),
+        "b_dec": torch.zeros(D),
+    }
     torch.save(w, tmp_path / "m.pt")
-    sae = load_sae(tmp_path, SAEOptions(layout="plain", activation="relu", subtract_b_dec=False, orientation=orientation))
+    sae = load_sae(
+        tmp_path, SAEOptions(layout="plain", activation="relu", subtract_b_dec=False, orientation=orientation)
+    )
     turn = (lambda matrix: matrix) if orientation == "features_last" else (lambda matrix: matrix.T)
     assert torch.equal(sae.W_enc, turn(w["W_enc"])) and torch.equal(sae.W_dec, turn(w["W_dec"]))
 

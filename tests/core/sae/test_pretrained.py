@@ -71,7 +71,10 @@ def test_a_card_names_its_sae(tiny):
 
 
 def test_a_card_carries_options(tmp_path, monkeypatch):
-    torch.save({"W_enc": normal(D, N), "b_enc": normal(N), "W_dec": normal(N, D), "b_dec": normal(D)}, tmp_path / "text-only_layer_3.pt")
+    torch.save(
+        {"W_enc": normal(D, N), "b_enc": normal(N), "W_dec": normal(N, D), "b_dec": normal(D)},
+        tmp_path / "text-only_layer_3.pt",
+    )
     (tmp_path / "mine.yaml").write_text("model: m\nlayer: 3\nsae: text-only_layer_3.pt\nsae_options: {k: 4}\n")
     monkeypatch.setattr("mmfilter.core.cards.cards.cards_folder", lambda: tmp_path)
     assert load_card("mine").sae_options == SAEOptions(k=4)
@@ -106,18 +109,32 @@ def test_the_hub_cache_without_a_network(hub):
 
 
 def test_what_the_cache_lacks_says_how_to_get_it(hub):
-    with pytest.raises(SAEError, match=r"^SAE 'hf:a/b/c' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch hf:a/b/c where"):
+    with pytest.raises(
+        SAEError,
+        match=r"^SAE 'hf:a/b/c' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch hf:a/b/c where",
+    ):
         load_sae("hf:a/b/c")
     hub("me/sae")
-    with pytest.raises(SAEError, match=r"^SAE 'hf:me/sae/c' is not in the hub's cache, which has other parts of me/sae: mmfilter sae fetch hf:me/sae/c$"):
+    with pytest.raises(
+        SAEError,
+        match=r"^SAE 'hf:me/sae/c' is not in the hub's cache, which has other parts of me/sae: mmfilter sae fetch hf:me/sae/c$",
+    ):
         load_sae("hf:me/sae/c")
 
 
 @pytest.mark.parametrize(
     ("path", "wanted", "not_wanted"),
     [
-        ("layers.24", {"layers.24/cfg.json", "layers.24/sae.safetensors", "config.json"}, {"layers.2/cfg.json", "layers.240/sae.safetensors"}),
-        ("a/L15R", {"a/L15R/hyperparams.json", "a/L15R/checkpoints/final.safetensors", "a/config.json"}, {"a/L16R/hyperparams.json", "config.json"}),
+        (
+            "layers.24",
+            {"layers.24/cfg.json", "layers.24/sae.safetensors", "config.json"},
+            {"layers.2/cfg.json", "layers.240/sae.safetensors"},
+        ),
+        (
+            "a/L15R",
+            {"a/L15R/hyperparams.json", "a/L15R/checkpoints/final.safetensors", "a/config.json"},
+            {"a/L16R/hyperparams.json", "config.json"},
+        ),
         ("layer3.sae.pt", {"layer3.sae.pt", "config.json"}, {"layer4.sae.pt", "x/cfg.json"}),
         ("t/ae.pt", {"t/ae.pt", "t/config.json", "config.json"}, {"t/other.pt", "u/config.json"}),
         ("", {"sae.pt", "config.json"}, {"layer_1/params.npz", "a/b/c"}),
@@ -134,18 +151,27 @@ def test_which_of_several(tmp_path):
     for layer in (1, 12):
         make(activation="topk", k=layer).save(tmp_path / f"blocks.{layer}.hook_resid_post")
     with pytest.raises(
-        SAEError, match=r"is no SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, blocks.12.*--sae-option layer=N"
+        SAEError,
+        match=r"is no SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, blocks.12.*--sae-option layer=N",
     ):
         load_sae(tmp_path)
     assert load_sae(tmp_path, SAEOptions(layer=12)).k == 12
-    with pytest.raises(SAEError, match=r"has no file of layer 2; it has blocks.1.hook_resid_post/sae_weights.safetensors"):
+    with pytest.raises(
+        SAEError, match=r"has no file of layer 2; it has blocks.1.hook_resid_post/sae_weights.safetensors"
+    ):
         load_sae(tmp_path, SAEOptions(layer=2))
 
 
 def test_several_files_in_one_folder(tmp_path):
     for layer in (3, 13):
-        torch.save({"W_enc": normal(N, D), "b_enc": normal(N), "W_dec": normal(D, N), "b_dec": normal(D)}, tmp_path / f"layer{layer}.sae.pt")
-    with pytest.raises(SAEError, match=r"holds several SAEs: layer13.sae.pt, layer3.sae.pt; name one, or its layer with --sae-option layer=N"):
+        torch.save(
+            {"W_enc": normal(N, D), "b_enc": normal(N), "W_dec": normal(D, N), "b_dec": normal(D)},
+            tmp_path / f"layer{layer}.sae.pt",
+        )
+    with pytest.raises(
+        SAEError,
+        match=r"holds several SAEs: layer13.sae.pt, layer3.sae.pt; name one, or its layer with --sae-option layer=N",
+    ):
         load_sae(tmp_path, SAEOptions(k=2))
     assert load_sae(tmp_path, SAEOptions(k=2, layer=3)).metadata["layer"] == 3
 
@@ -171,14 +197,20 @@ def test_saelens_opens_what_its_registry_knows(hub):
     config = {"d_model": D, "d_sae": N, "act_fn": "jumprelu", "jump_relu_threshold": 0.3, "norm_activation": "dataset-wise", "hook_point_in": "blocks.15.hook_resid_post",
               "dataset_average_activation_norm": {"in": D**0.5 / scale, "out": D**0.5 / scale}, "apply_decoder_bias_to_pre_encoder": False}  # fmt: skip
     (folder / "hyperparams.json").write_text(json.dumps(config))
-    theirs, ours = load_sae("saelens:llama_scope_lxr_8x/l15r_8x"), load_sae("hf:fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x")
+    theirs, ours = (
+        load_sae("saelens:llama_scope_lxr_8x/l15r_8x"),
+        load_sae("hf:fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x"),
+    )
     with torch.no_grad():
         peers = package.SAE.from_pretrained("llama_scope_lxr_8x", "l15r_8x")
         codes = peers.encode(states())
         torch.testing.assert_close(theirs.encode(states()).dense(), codes, atol=1e-5, rtol=1e-5)
         found = theirs.decode(theirs.encode(states()), states())
         torch.testing.assert_close(found, peers.decode(codes), atol=1e-5, rtol=1e-5)
-    assert theirs.metadata["hook_name"] == "blocks.15.hook_resid_post" and theirs.metadata["source"] == "saelens:llama_scope_lxr_8x/l15r_8x"
+    assert (
+        theirs.metadata["hook_name"] == "blocks.15.hook_resid_post"
+        and theirs.metadata["source"] == "saelens:llama_scope_lxr_8x/l15r_8x"
+    )
     assert int((codes > 0).sum()) > 17
     # SAELens' activations are larger by the scale; the reconstructions are the same
     torch.testing.assert_close(ours.encode(states()).dense() * scale, codes, atol=1e-4, rtol=1e-5)
@@ -195,7 +227,11 @@ def peer():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [("GatedSAE", {}), ("TopKSAE", {"k": 4, "rescale_acts_by_decoder_norm": True}), ("StandardSAE", {"normalize_activations": "layer_norm"})],
+    [
+        ("GatedSAE", {}),
+        ("TopKSAE", {"k": 4, "rescale_acts_by_decoder_norm": True}),
+        ("StandardSAE", {"normalize_activations": "layer_norm"}),
+    ],
 )
 def test_a_saelens_object_becomes_ours(cls, options):
     package = peer()
@@ -206,7 +242,9 @@ def test_a_saelens_object_becomes_ours(cls, options):
         for i, parameter in enumerate(theirs.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=i))
         codes = theirs.encode(states())
-        torch.testing.assert_close(convert(theirs, "x").encode(states(), max_active=N).dense(), codes, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            convert(theirs, "x").encode(states(), max_active=N).dense(), codes, atol=1e-5, rtol=1e-5
+        )
     assert int((codes > 0).sum()) > 17
 
 
@@ -223,7 +261,9 @@ def test_without_saelens_the_line_to_type_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(MissingExtra, match=r"SAE 'saelens:a/b' needs an optional package: pip install 'mmfilter\[sae-lens\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"SAE 'saelens:a/b' needs an optional package: pip install 'mmfilter\[sae-lens\]'"
+    ):
         load_sae("saelens:a/b")
 
 
@@ -240,23 +280,40 @@ def cut(path: Path) -> None:
 
 
 BROKEN = {
-    "weights missing": (lambda p: (p / "sae_weights.safetensors").unlink(), "has a configuration but no weights, a download that stopped: download it again"),
-    "stopped": (lambda p: (p / "sae_weights.safetensors").rename(p / "sae.incomplete"), "has no weights, but 'sae.incomplete', a download that stopped"),
+    "weights missing": (
+        lambda p: (p / "sae_weights.safetensors").unlink(),
+        "has a configuration but no weights, a download that stopped: download it again",
+    ),
+    "stopped": (
+        lambda p: (p / "sae_weights.safetensors").rename(p / "sae.incomplete"),
+        "has no weights, but 'sae.incomplete', a download that stopped",
+    ),
     "weights empty": (
         lambda p: (p / "sae_weights.safetensors").write_bytes(b""),
         "sae_weights.safetensors' is empty, a download that stopped: download it again",
     ),
     "weights cut": (lambda p: cut(p / "sae_weights.safetensors"), "sae_weights.safetensors' is damaged or cut short"),
     "lfs": (
-        lambda p: (p / "sae_weights.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        lambda p: (p / "sae_weights.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
         "is a git-lfs pointer, not the weights: run `git lfs pull` in that repository",
     ),
-    "web page": (lambda p: (p / "sae_weights.safetensors").write_text("<!DOCTYPE html><title>404</title>"), "is a web page, not weights"),
+    "web page": (
+        lambda p: (p / "sae_weights.safetensors").write_text("<!DOCTYPE html><title>404</title>"),
+        "is a web page, not weights",
+    ),
     "config empty": (lambda p: (p / "cfg.json").write_text(""), "cfg.json' is empty, a download that stopped"),
     "config cut": (lambda p: cut(p / "cfg.json"), "cfg.json' is damaged: "),
     "config a list": (lambda p: (p / "cfg.json").write_text("[]"), "holds list, expected a JSON object"),
-    "config missing": (lambda p: (p / "cfg.json").unlink(), "is in no layout known here: sae_weights.safetensors holds W_dec, W_enc, b_dec, b_enc; "),
-    "nothing": (lambda p: [file.unlink() for file in p.iterdir()], "has no weights: a folder of an SAE holds one of sae_weights.safetensors, sae.safetensors"),
+    "config missing": (
+        lambda p: (p / "cfg.json").unlink(),
+        "is in no layout known here: sae_weights.safetensors holds W_dec, W_enc, b_dec, b_enc; ",
+    ),
+    "nothing": (
+        lambda p: [file.unlink() for file in p.iterdir()],
+        "has no weights: a folder of an SAE holds one of sae_weights.safetensors, sae.safetensors",
+    ),
 }
 
 
@@ -271,7 +328,9 @@ def test_a_broken_download_is_one_line_with_the_next_step(name, tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     (tmp_path / "x.pt.incomplete").touch()
-    with pytest.raises(SAEError, match=r"x.pt' is not there; 'x.pt.incomplete' beside it is a download that stopped: download it again"):
+    with pytest.raises(
+        SAEError, match=r"x.pt' is not there; 'x.pt.incomplete' beside it is a download that stopped: download it again"
+    ):
         load_sae(tmp_path / "x.pt")
 
 
@@ -309,8 +368,16 @@ class VisionModelSAERunnerConfig:
 
 
 def legacy(path: Path, *, danger: Path | None = None) -> Path:
-    weights = {"W_enc": normal(D, N), "b_enc": normal(N, seed=1), "W_dec": normal(N, D, seed=2), "b_dec": normal(D, seed=3)}
-    torch.save({"cfg": VisionModelSAERunnerConfig(), "state_dict": weights} | ({"extra": Danger(danger)} if danger else {}), path)
+    weights = {
+        "W_enc": normal(D, N),
+        "b_enc": normal(N, seed=1),
+        "W_dec": normal(N, D, seed=2),
+        "b_dec": normal(D, seed=3),
+    }
+    torch.save(
+        {"cfg": VisionModelSAERunnerConfig(), "state_dict": weights} | ({"extra": Danger(danger)} if danger else {}),
+        path,
+    )
     return path
 
 
@@ -319,7 +386,10 @@ def test_a_pickle_with_more_than_tensors_is_refused_with_the_way_to_convert_it(t
     with pytest.raises(SAEError) as error:
         load_sae(path)
     said = f"SAE file '{path}' is a pickle that holds more than tensors (unsupported global: tests.core.sae.test_pretrained.VisionModelSAERunnerConfig)"
-    assert str(error.value) == f"{said} and could run code: mmfilter sae convert {path} DST --sae-option allow_pickle=true makes a safe folder of it"
+    assert (
+        str(error.value)
+        == f"{said} and could run code: mmfilter sae convert {path} DST --sae-option allow_pickle=true makes a safe folder of it"
+    )
 
 
 def test_a_pickle_opens_for_conversion_and_even_then_runs_nothing(tmp_path):
@@ -334,30 +404,44 @@ def test_a_pickle_opens_for_conversion_and_even_then_runs_nothing(tmp_path):
 
 def test_a_pickle_is_for_conversion_only(tmp_path):
     with pytest.raises(
-        SAEError, match=r"^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST$"
+        SAEError,
+        match=r"^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST$",
     ):
         load_sae(legacy(tmp_path / "sae.pt"), SAEOptions(allow_pickle=True))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_formats_of_pytorch(zipped, tmp_path):
-    weights = {"W_enc": normal(D, N), "b_enc": normal(N, seed=1), "W_dec": normal(N, D, seed=2), "b_dec": normal(D, seed=3)}
+    weights = {
+        "W_enc": normal(D, N),
+        "b_enc": normal(N, seed=1),
+        "W_dec": normal(N, D, seed=2),
+        "b_dec": normal(D, seed=3),
+    }
     torch.save(weights, tmp_path / "sae.pt", _use_new_zipfile_serialization=zipped)
     same(load_sae(tmp_path, SAEOptions(layout="plain", activation="relu", subtract_b_dec=True)), make())
 
 
 def test_a_whole_module_is_told(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "sae.pt")
-    with pytest.raises(SAEError, match=r"is a pickle that holds more than tensors \(unsupported global: torch.nn.modules.linear.Linear\)"):
+    with pytest.raises(
+        SAEError,
+        match=r"is a pickle that holds more than tensors \(unsupported global: torch.nn.modules.linear.Linear\)",
+    ):
         load_sae(tmp_path / "sae.pt")
-    with pytest.raises(SAEError, match=r"holds an object of class Linear, expected a dictionary of tensors: save its state_dict\(\) instead"):
+    with pytest.raises(
+        SAEError,
+        match=r"holds an object of class Linear, expected a dictionary of tensors: save its state_dict\(\) instead",
+    ):
         load_sae(tmp_path / "sae.pt", SAEOptions(allow_pickle=True), convert=True)
 
 
 @pytest.mark.parametrize("options", [SAEOptions(), SAEOptions(allow_pickle=True)])
 def test_a_pickle_that_is_no_pytorch_file(options, tmp_path):
     (tmp_path / "sae.pkl").write_bytes(pickle.dumps({"a": Danger(tmp_path / "made")}))
-    with pytest.raises(SAEError, match=r"sae.pkl' is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors") as error:
+    with pytest.raises(
+        SAEError, match=r"sae.pkl' is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors"
+    ) as error:
         load_sae(tmp_path / "sae.pkl", options, convert=True)
     assert not (tmp_path / "made").exists() and "\n" not in str(error.value)
 
@@ -375,7 +459,13 @@ def test_an_npz_with_objects_is_refused(tmp_path):
 def test_options_are_parsed_by_kind():
     parsed = parse_options(["k=5", "scale=1.5", "subtract_b_dec=false", "layout=plain", "normalisation=layer_norm"])
     assert parsed == SAEOptions(k=5, scale=1.5, subtract_b_dec=False, layout="plain", normalisation="layer_norm")
-    assert parsed.stated() == {"k": 5, "scale": 1.5, "subtract_b_dec": False, "layout": "plain", "normalisation": "layer_norm"}
+    assert parsed.stated() == {
+        "k": 5,
+        "scale": 1.5,
+        "subtract_b_dec": False,
+        "layout": "plain",
+        "normalisation": "layer_norm",
+    }
     assert make_options({"k": 5, "allow_pickle": True}) == SAEOptions(k=5, allow_pickle=True)
 
 

@@ -21,20 +21,35 @@ from tests.core.sae.published.vision import nearly_unit, overcomplete, prisma_co
 
 def saelens_folder(folder: Path, shapes: dict | None = None, **config: Any) -> Path:
     tensors(folder / "sae_weights.safetensors", parts(**(shapes or {})))
-    dump(folder / "cfg.json", {"architecture": "standard", "d_in": D, "d_sae": N, "metadata": {"sae_lens_version": "6.1.0"}} | config)
+    dump(
+        folder / "cfg.json",
+        {"architecture": "standard", "d_in": D, "d_sae": N, "metadata": {"sae_lens_version": "6.1.0"}} | config,
+    )
     return folder
 
 
 def sparsify_folder(folder: Path, extra: dict | None = None, **config: Any) -> Path:
     w = parts()
-    tensors(folder / "sae.safetensors", {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"], **(extra or {})})
+    tensors(
+        folder / "sae.safetensors",
+        {
+            "encoder.weight": w["W_enc"].T,
+            "encoder.bias": w["b_enc"],
+            "W_dec": w["W_dec"],
+            "b_dec": w["b_dec"],
+            **(extra or {}),
+        },
+    )
     dump(folder / "cfg.json", {"d_in": D, "num_latents": N, "k": K} | config)
     return folder
 
 
 def gemma_2_folder(folder: Path, extra: dict | None = None, **config: Any) -> Path:
     w = parts(threshold=(N,))
-    tensors(folder / "params.safetensors", {**{name.replace("W_", "w_"): value for name, value in w.items()}, **(extra or {})})
+    tensors(
+        folder / "params.safetensors",
+        {**{name.replace("W_", "w_"): value for name, value in w.items()}, **(extra or {})},
+    )
     dump(folder / "config.json", {"architecture": "jump_relu"} | config)
     return folder
 

@@ -24,7 +24,9 @@ def pairs(n: int, seed: int = 0):
         states.append(tuple(rng.normal(size=(length, D)).astype(np.float32) for length in lengths))
         dense = [rng.random((length, N)).astype(np.float32) for length in lengths]
         codes.append(tuple(np.where(rng.random(part.shape) < 0.15, part, 0).astype(np.float32) for part in dense))
-    codes = [tuple(np.where(np.arange(N) < 36, side, 0).astype(np.float32) for side in pair) for pair in codes]  # four dead features
+    codes = [
+        tuple(np.where(np.arange(N) < 36, side, 0).astype(np.float32) for side in pair) for pair in codes
+    ]  # four dead features
     return states, codes
 
 
@@ -49,7 +51,9 @@ def fit(states, codes, batch: int):
     reference = Reference(N, D)
     for second in (False, True):
         for start in range(0, len(codes), batch):
-            part, all_states, sample, side, token = flat(states[start : start + batch], codes[start : start + batch], start)
+            part, all_states, sample, side, token = flat(
+                states[start : start + batch], codes[start : start + batch], start
+            )
             if second:
                 reference.add_states(all_states, token)
             else:
@@ -92,7 +96,10 @@ def test_weights_are_saved_and_loaded(tmp_path):
     weights.save(tmp_path / "weights.safetensors")
     again = load_weights(tmp_path / "weights.safetensors")
     assert again.hash == weights.hash and again.metadata == {"made": "here"} and again.n_samples == 40
-    assert all(torch.equal(getattr(again, name).nan_to_num(9), getattr(weights, name).nan_to_num(9)) for name in crossmodal.TENSORS)
+    assert all(
+        torch.equal(getattr(again, name).nan_to_num(9), getattr(weights, name).nan_to_num(9))
+        for name in crossmodal.TENSORS
+    )
     (tmp_path / "weights.safetensors").write_bytes(b"garbage")
     with pytest.raises(SAEError, match="delete the file to fit them again"):
         load_weights(tmp_path / "weights.safetensors")

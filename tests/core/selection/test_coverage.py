@@ -54,7 +54,11 @@ def random_target(rng: np.random.Generator, features: int) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(8))
 def test_lazy_greedy_is_the_plain_loop(seed):
     rng = np.random.default_rng(seed)
-    dense, target, k = random_amounts(rng, 40, 15, repeats=seed % 2 == 1), random_target(rng, 15), int(rng.integers(1, 45))
+    dense, target, k = (
+        random_amounts(rng, 40, 15, repeats=seed % 2 == 1),
+        random_target(rng, 15),
+        int(rng.integers(1, 45)),
+    )
     coverage = Coverage(target, k)
     chosen = lazy_greedy(sparse(dense), coverage, k)
     assert chosen.tolist() == plain_greedy(dense, target, k)
@@ -69,13 +73,21 @@ def test_lazy_greedy_is_within_its_bound_of_the_best_set(seed):
     best = best_value(dense, target, k)
     assert found >= GOOD * best
     for loss in (0.05, 0.5):
-        assert value(dense, target, k, lazy_greedy(sparse(dense), Coverage(target, k), k, loss=loss)) >= (1 - math.exp(loss - 1)) * best
+        assert (
+            value(dense, target, k, lazy_greedy(sparse(dense), Coverage(target, k), k, loss=loss))
+            >= (1 - math.exp(loss - 1)) * best
+        )
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_chunks_are_within_their_bounds(seed):
     rng = np.random.default_rng(200 + seed)
-    dense, target, k, m = random_amounts(rng, 12, 6), random_target(rng, 6), int(rng.integers(1, 5)), int(rng.integers(2, 5))
+    dense, target, k, m = (
+        random_amounts(rng, 12, 6),
+        random_target(rng, 6),
+        int(rng.integers(1, 5)),
+        int(rng.integers(2, 5)),
+    )
     samples, chunks = sparse(dense), [np.sort(part) for part in np.array_split(rng.permutation(12), m)]
     best = best_value(dense, target, k)
     together = choose_in_chunks(chunks, samples.take, Coverage(target, k), k, at_once=100)
@@ -84,7 +96,9 @@ def test_chunks_are_within_their_bounds(seed):
     shares = _shares([len(chunk) for chunk in chunks], k)
     in_turn = choose_in_chunks(chunks, samples.take, Coverage(target, k), k, at_once=1)
     assert [int(np.isin(in_turn, chunk).sum()) for chunk in chunks] == shares
-    sets = itertools.product(*(itertools.combinations(chunk.tolist(), share) for chunk, share in zip(chunks, shares, strict=True)))
+    sets = itertools.product(
+        *(itertools.combinations(chunk.tolist(), share) for chunk, share in zip(chunks, shares, strict=True))
+    )
     best_of_shares = max(value(dense, target, k, itertools.chain(*some)) for some in sets)
     assert value(dense, target, k, in_turn) >= best_of_shares * (1 - LOSS) / (2 - LOSS) - 1e-9
 
@@ -93,7 +107,9 @@ def test_chunks_whose_samples_are_all_wanted():
     dense = random_amounts(np.random.default_rng(0), 9, 4)
     chunks = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5, 6, 7, 8])]
     for at_once in (1, 100):
-        assert sorted(choose_in_chunks(chunks, sparse(dense).take, Coverage(np.full(4, 0.25), 9), 9, at_once).tolist()) == list(range(9))
+        assert sorted(
+            choose_in_chunks(chunks, sparse(dense).take, Coverage(np.full(4, 0.25), 9), 9, at_once).tolist()
+        ) == list(range(9))
 
 
 def test_what_f_asks_for_is_the_target():
@@ -112,7 +128,9 @@ def test_shares_add_up_and_are_in_proportion():
         n = int(rng.integers(0, sum(sizes) + 1))
         shares = _shares(sizes, n)
         assert sum(shares) == n
-        assert all(abs(share - n * size / sum(sizes)) < 1 and share <= size for share, size in zip(shares, sizes, strict=True))
+        assert all(
+            abs(share - n * size / sum(sizes)) < 1 and share <= size for share, size in zip(shares, sizes, strict=True)
+        )
 
 
 def test_samples_that_bring_nothing_come_last_in_their_order():

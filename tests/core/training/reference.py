@@ -60,7 +60,9 @@ def loss(x: torch.Tensor, w: Weights, settings: TrainSettings, dead: torch.Tenso
             silent = pre.relu() * dead
             chosen = silent.topk(min(settings.aux_k, int(dead.sum())), dim=1)
             again = torch.zeros_like(pre).scatter(1, chosen.indices, chosen.values) @ w.W_dec
-            total = total + settings.aux_coefficient * ((x - outputs[-1]).detach() - again).square().sum() / (tokens * d)
+            total = total + settings.aux_coefficient * ((x - outputs[-1]).detach() - again).square().sum() / (
+                tokens * d
+            )
         return total
     if settings.architecture == "relu":
         f = pre.relu()

@@ -25,7 +25,16 @@ def sample(i: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def settings(architecture: str) -> TrainSettings:
     groups = (0.5,) if architecture == "batchtopk" else ()
-    return TrainSettings(architecture=architecture, n_features=96, k=4, groups=groups, batch_size=B, tokens=B * STEPS, lr=1e-3, dead_tokens=B * 5)
+    return TrainSettings(
+        architecture=architecture,
+        n_features=96,
+        k=4,
+        groups=groups,
+        batch_size=B,
+        tokens=B * STEPS,
+        lr=1e-3,
+        dead_tokens=B * 5,
+    )
 
 
 def train(folder: Path, every: int, architecture: str) -> Trainer:
@@ -42,7 +51,9 @@ def train(folder: Path, every: int, architecture: str) -> Trainer:
             if trainer.done:
                 break
         else:
-            states, side = (torch.cat(column) for column in zip(*[sample(position + i) for i in range(12)], strict=True))
+            states, side = (
+                torch.cat(column) for column in zip(*[sample(position + i) for i in range(12)], strict=True)
+            )
             buffer.add(states, side, f"sample {position}")
             position += 12
     return trainer

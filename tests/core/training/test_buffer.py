@@ -26,7 +26,9 @@ def number(states: torch.Tensor) -> list[int]:
     return (states[:, 0].double() * 1e6).round().long().tolist()
 
 
-def run(settings: BufferSettings, n: int, sizes: list[int], *, last: bool = True, text_every: int = 5) -> tuple[list, ShuffleBuffer]:
+def run(
+    settings: BufferSettings, n: int, sizes: list[int], *, last: bool = True, text_every: int = 5
+) -> tuple[list, ShuffleBuffer]:
     """The batches as (numbers, sides) when `n` states come in pieces of these sizes, again and again."""
     buffer = ShuffleBuffer(settings, D)
     states, side = numbered(n, text_every)
@@ -92,7 +94,9 @@ def test_every_batch_has_its_share_of_images(fraction):
 
 def test_what_is_displaced_is_spread_evenly():
     """Where images are too many, those that stay come evenly from the whole stream, once the buffer has been filled."""
-    batches, _ = run(BufferSettings(batch_size=50, capacity=400, image_fraction=0.5), 20_000, [500], last=False, text_every=20)
+    batches, _ = run(
+        BufferSettings(batch_size=50, capacity=400, image_fraction=0.5), 20_000, [500], last=False, text_every=20
+    )
     images = torch.tensor([i for batch, side in batches for i, s in zip(batch, side, strict=True) if s == IMAGE])
     count = torch.histc(images[(images >= 6000) & (images < 18_000)].double(), 4, 6000, 18_000)
     assert len(images) > 300 and (count / count.sum() - 0.25).abs().max() < 0.05
@@ -166,5 +170,7 @@ def test_settings_that_are_refused(options, words):
 
 def test_wrong_shapes():
     buffer = ShuffleBuffer(BufferSettings(batch_size=2, capacity=8), D)
-    with pytest.raises(SAEError, match=r"a.tar gives states \(3, 5\) and sides \(3,\); expected \(tokens, 4\) and \(tokens,\)"):
+    with pytest.raises(
+        SAEError, match=r"a.tar gives states \(3, 5\) and sides \(3,\); expected \(tokens, 4\) and \(tokens,\)"
+    ):
         buffer.add(torch.zeros(3, 5), torch.zeros(3), "a.tar")

@@ -47,7 +47,9 @@ def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path):
 
 
 def make(**options) -> Trainer:
-    return Trainer(TrainSettings(**{"n_features": 32, "k": 3, "batch_size": 16, "tokens": 1600, **options}), D, torch.zeros(D))
+    return Trainer(
+        TrainSettings(**{"n_features": 32, "k": 3, "batch_size": 16, "tokens": 1600, **options}), D, torch.zeros(D)
+    )
 
 
 def stepped(trainer: Trainer, steps: int) -> Trainer:
@@ -59,7 +61,11 @@ def stepped(trainer: Trainer, steps: int) -> Trainer:
 
 def same(a: Trainer, b: Trainer) -> bool:
     (tensors, values), (others, other_values) = a.state(), b.state()
-    return tensors.keys() == others.keys() and values == other_values and all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    return (
+        tensors.keys() == others.keys()
+        and values == other_values
+        and all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    )
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "relu"])
@@ -111,7 +117,9 @@ def test_another_width_or_buffer_is_named(tmp_path):
     buffer = ShuffleBuffer(BufferSettings(batch_size=4, capacity=16), D)
     path = save_checkpoint(tmp_path, trainer, buffer)
     wider = Trainer(trainer.settings, D + 1, torch.zeros(D + 1))
-    with pytest.raises(SAEError, match=r"was made with other width \(d_model was 8, is now 9\): use another folder, or the old width"):
+    with pytest.raises(
+        SAEError, match=r"was made with other width \(d_model was 8, is now 9\): use another folder, or the old width"
+    ):
         load_checkpoint(path, wider, buffer)
     with pytest.raises(SAEError, match="was made with a buffer: continue it the same way"):
         load_checkpoint(path, make(aux_k=4))

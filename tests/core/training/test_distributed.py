@@ -39,7 +39,18 @@ def trained(kind: str, rank: int = 0, processes: int = 1, folder: Path | None = 
         cut = 20 if processes == 2 else B
         part = slice(0, cut) if rank == 0 else slice(cut, B)
         stats = trainer.step(states[part], side[part])
-        figures.append([stats.loss, stats.fvu, stats.l0, stats.image.fvu, stats.text.l0, stats.dead, stats.gradient_norm, stats.tokens])
+        figures.append(
+            [
+                stats.loss,
+                stats.fvu,
+                stats.l0,
+                stats.image.fvu,
+                stats.text.l0,
+                stats.dead,
+                stats.gradient_norm,
+                stats.tokens,
+            ]
+        )
         if folder and step == STEPS // 2:
             trainer = continued(trainer, folder, rank)
     tensors, _ = trainer.state()
@@ -63,15 +74,21 @@ def as_process(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     for kind in KINDS:
         found = trained(kind, rank, 2, folder / kind)
-        save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, folder / f"{kind}-{rank}.safetensors")
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in found.items()}, folder / f"{kind}-{rank}.safetensors"
+        )
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # all is saved; once in a while gloo's threads abort an interpreter that winds down ("terminate called …")
+    os._exit(
+        0
+    )  # all is saved; once in a while gloo's threads abort an interpreter that winds down ("terminate called …")
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    processes = [subprocess.Popen([sys.executable, "-m", __spec__.name, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", __spec__.name, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)
+    ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for kind in KINDS:
         alone = trained(kind)

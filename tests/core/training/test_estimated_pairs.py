@@ -31,7 +31,9 @@ def test_the_estimate_is_near(shards, kind):
 
 
 def test_of_several_kinds_each_has_its_own_size_of_a_pair(shards):
-    assert estimated_pairs([shards["parquet"], shards["tar"], shards["folder"]], NO_OPTIONS) == pytest.approx(750, rel=0.15)
+    assert estimated_pairs([shards["parquet"], shards["tar"], shards["folder"]], NO_OPTIONS) == pytest.approx(
+        750, rel=0.15
+    )
 
 
 def test_images_beside_a_json_do_not_count(shards):

@@ -12,7 +12,12 @@ from mmfilter.errors import SAEError
 
 def test_defaults_follow_the_width():
     settings = TrainSettings().resolved(1024)
-    assert (settings.architecture, settings.n_features, settings.k, settings.batch_size) == ("batchtopk", 8192, 32, 4096)
+    assert (settings.architecture, settings.n_features, settings.k, settings.batch_size) == (
+        "batchtopk",
+        8192,
+        32,
+        4096,
+    )
     assert settings.lr == pytest.approx(2e-4 * 2**0.5) and settings.aux_k == 512 and settings.groups == (8192,)
     assert settings.dead_tokens == 10_000_000 and settings.target_l0 == 32
     small = TrainSettings(n_features=100, k=2, tokens=5000).resolved(1024)
@@ -34,7 +39,9 @@ def test_the_rate_rises_stays_and_falls():
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([0.05 * i for i in range(20, 0, -1)])
     assert TrainSettings(tokens=1000, batch_size=10, lr=1.0, warm_up=0, decay=0).rate(990) == 1.0
-    assert [TrainSettings(tokens=1000, batch_size=10).sparsity(tokens) for tokens in (0, 20, 40, 50)] == pytest.approx([0.2, 0.6, 1, 1])
+    assert [TrainSettings(tokens=1000, batch_size=10).sparsity(tokens) for tokens in (0, 20, 40, 50)] == pytest.approx(
+        [0.2, 0.6, 1, 1]
+    )
 
 
 def test_a_mapping_and_back():
@@ -50,7 +57,10 @@ def test_an_unknown_key_names_the_nearest():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"architecture": "gated"}, "training has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu"),
+        (
+            {"architecture": "gated"},
+            "training has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu",
+        ),
         ({"dtype": "float16"}, "training has dtype 'float16'; expected one of float32, bfloat16"),
         ({"k": 0}, "training has k 0; expected a whole number from 1"),
         ({"tokens": 1e6}, "training has tokens 1000000.0; expected a whole number from 1"),
@@ -61,7 +71,10 @@ def test_an_unknown_key_names_the_nearest():
         ({"decay": 0.7, "warm_up": 0.7}, "training has warm_up 0.7 and decay 0.7; together they may be at most 1"),
         ({"k": 9, "n_features": 8}, "training has k=9 and n_features=8; k may be at most n_features"),
         ({"groups": ["half"]}, "training has groups ('half',); expected counts of features, or fractions below 1"),
-        ({"groups": [0.5], "architecture": "relu"}, "training has groups with architecture 'relu'; Matryoshka prefixes go with batchtopk and topk"),
+        (
+            {"groups": [0.5], "architecture": "relu"},
+            "training has groups with architecture 'relu'; Matryoshka prefixes go with batchtopk and topk",
+        ),
         ({"seed": 0.5}, "training has seed 0.5; expected a whole number"),
         ({"subtract_b_dec": "no"}, "training has subtract_b_dec 'no'; expected true or false"),
     ],

@@ -26,7 +26,9 @@ ARCHITECTURES = ["batchtopk", "topk", "jumprelu", "relu"]
 def trained(architecture: str = "batchtopk", steps: int = 30, **options) -> tuple[Trainer, torch.Tensor]:
     """A trainer after some steps, and states it has not seen."""
     data = Synthetic(64, D, 3)
-    settings = TrainSettings(architecture=architecture, n_features=N, k=4, batch_size=B, tokens=B * 100, lr=3e-3, **options)
+    settings = TrainSettings(
+        architecture=architecture, n_features=N, k=4, batch_size=B, tokens=B * 100, lr=3e-3, **options
+    )
     trainer = Trainer.fitted(settings, data.states(1000) * 3)
     for _ in range(steps):
         trainer.step(data.states(B) * 3)
@@ -62,10 +64,18 @@ def test_the_export_gives_the_trainers_codes(tmp_path, architecture, subtract):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(N))
     w = trainer.weights
     decoder = w.W_dec / w.W_dec.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(sae.decode(sae.encode(states, max_active=N), states), wanted @ decoder + w.b_dec / trainer.scale, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        sae.decode(sae.encode(states, max_active=N), states),
+        wanted @ decoder + w.b_dec / trainer.scale,
+        rtol=1e-4,
+        atol=1e-3,
+    )
     sae.save(tmp_path)
     assert load_sae(tmp_path).hash == sae.hash
-    assert sae.metadata["training_settings"] == trainer.settings.to_mapping() and sae.metadata["architecture_origin"] == architecture
+    assert (
+        sae.metadata["training_settings"] == trainer.settings.to_mapping()
+        and sae.metadata["architecture_origin"] == architecture
+    )
 
 
 def opened_by_sae_lens(sae: SAE, folder):
@@ -108,7 +118,16 @@ def test_an_export_before_any_step():
 )
 def test_known_features_are_found(architecture, options, least):
     data = Synthetic(128, 48, 4)
-    settings = TrainSettings(architecture=architecture, n_features=256, k=4, batch_size=1024, tokens=1024 * 400, lr=3e-3, dead_tokens=50_000, **options)
+    settings = TrainSettings(
+        architecture=architecture,
+        n_features=256,
+        k=4,
+        batch_size=1024,
+        tokens=1024 * 400,
+        lr=3e-3,
+        dead_tokens=50_000,
+        **options,
+    )
     trainer = Trainer.fitted(settings, data.states(4000))
     while not trainer.done:
         stats = trainer.step(data.states(1024))
@@ -146,7 +165,9 @@ def test_counters_and_threshold():
     seen, silent, thresholds = trainer.statistics.counts.clone(), trainer.since_fired.clone(), [trainer.threshold]
     for step in range(2, 7):
         entries, threshold = active_entries(states * trainer.scale - w.b_dec, w, trainer.settings, BatchTopK())
-        seen += torch.stack([torch.bincount(entries.feature[side[entries.row] == which], minlength=N) for which in range(2)])
+        seen += torch.stack(
+            [torch.bincount(entries.feature[side[entries.row] == which], minlength=N) for which in range(2)]
+        )
         silent += 100
         silent[entries.feature] = 0
         thresholds.append(float(threshold))
@@ -156,7 +177,9 @@ def test_counters_and_threshold():
     assert torch.equal(trainer.statistics.frequency, seen / 300)
     assert stats.dead == pytest.approx(float((silent >= 300).float().mean())) and stats.dead > 0
     decayed = [0.99 ** (5 - i) for i in range(6)]
-    assert trainer.threshold == pytest.approx(sum(t * share for t, share in zip(thresholds, decayed, strict=True)) / sum(decayed))
+    assert trainer.threshold == pytest.approx(
+        sum(t * share for t, share in zip(thresholds, decayed, strict=True)) / sum(decayed)
+    )
     trainer.statistics.reset()
     assert trainer.statistics.counts.sum() == 0 and trainer.statistics.tokens.sum() == 0
 
@@ -166,7 +189,17 @@ def test_dead_features_come_back():
     fired = {}
     for coefficient in (0.0, 1 / 4):
         data = Synthetic(96, D, 3)
-        settings = TrainSettings(n_features=N, k=4, batch_size=B, tokens=B * 200, lr=3e-3, decay=0, dead_tokens=B, aux_k=16, aux_coefficient=coefficient)
+        settings = TrainSettings(
+            n_features=N,
+            k=4,
+            batch_size=B,
+            tokens=B * 200,
+            lr=3e-3,
+            decay=0,
+            dead_tokens=B,
+            aux_k=16,
+            aux_coefficient=coefficient,
+        )
         trainer = Trainer.fitted(settings, data.states(1000))
         trainer.weights.W_enc[:64] *= 0.05
         for _ in range(150):
@@ -187,7 +220,9 @@ def test_adam_with_unit_rows_and_clipping():
     first, second = ({name: torch.zeros_like(tensor) for name, tensor in w.items()} for _ in range(2))
     optimiser = Optimiser(trainer.weights, settings)
     for step in range(1, 4):
-        gradients = {name: torch.randn(tensor.shape, generator=g) * (0.001 if step == 2 else 0.1) for name, tensor in w.items()}
+        gradients = {
+            name: torch.randn(tensor.shape, generator=g) * (0.001 if step == 2 else 0.1) for name, tensor in w.items()
+        }
         wanted = {name: tensor.double().clone() for name, tensor in gradients.items()}
         wanted["W_dec"] -= (wanted["W_dec"] * w["W_dec"]).sum(1, keepdim=True) * w["W_dec"]
         norm = torch.cat([tensor.flatten() for tensor in wanted.values()]).norm()
@@ -210,10 +245,17 @@ def test_bfloat16_only_chooses():
     x = states * trainer.scale - trainer.weights.b_dec
     for architecture in ("batchtopk", "topk"):
         exact, rounded = (
-            active_entries(x, trainer.weights, TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype), BatchTopK())[0]
+            active_entries(
+                x,
+                trainer.weights,
+                TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype),
+                BatchTopK(),
+            )[0]
             for dtype in ("float32", "bfloat16")
         )
-        same = set(zip(exact.row.tolist(), exact.feature.tolist(), strict=True)) & set(zip(rounded.row.tolist(), rounded.feature.tolist(), strict=True))
+        same = set(zip(exact.row.tolist(), exact.feature.tolist(), strict=True)) & set(
+            zip(rounded.row.tolist(), rounded.feature.tolist(), strict=True)
+        )
         assert len(exact) == len(rounded) and len(same) >= 0.99 * len(exact)
         torch.testing.assert_close(rounded.value.sort().values, exact.value.sort().values, rtol=1e-2, atol=1e-2)
         pre = x @ trainer.weights.W_enc.T + trainer.weights.b_enc
@@ -222,7 +264,10 @@ def test_bfloat16_only_chooses():
 
 @pytest.mark.parametrize(
     ("states", "words"),
-    [(torch.zeros(3, D + 1), r"training takes states of shape \(tokens, 32\); it was given \(3, 33\)"), (torch.zeros(0, D), r"it was given \(0, 32\)")],
+    [
+        (torch.zeros(3, D + 1), r"training takes states of shape \(tokens, 32\); it was given \(3, 33\)"),
+        (torch.zeros(0, D), r"it was given \(0, 32\)"),
+    ],
 )
 def test_wrong_states(states, words):
     with pytest.raises(SAEError, match=words):
@@ -237,7 +282,10 @@ def test_a_batch_that_is_not_finite_changes_nothing(architecture, steps):
     states[3, 5] = float("nan")
     with pytest.raises(SAEError) as error:
         trainer.step(states)
-    assert str(error.value) == f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
+    assert (
+        str(error.value)
+        == f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
+    )
     after, _ = trainer.state()
     assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -263,7 +311,9 @@ def test_the_encoder_starts_at_the_best_scale():
 def test_a_bad_mean_or_sample():
     with pytest.raises(SAEError, match=r"training needs a mean of 32 finite numbers; it was given \(31,\)"):
         Trainer(TrainSettings(), D, torch.zeros(31))
-    with pytest.raises(SAEError, match=r"training needs a sample of states that differ; it was given \(5, 32\) without variance"):
+    with pytest.raises(
+        SAEError, match=r"training needs a sample of states that differ; it was given \(5, 32\) without variance"
+    ):
         Trainer.fitted(TrainSettings(), torch.ones(5, D))
 
 
@@ -274,4 +324,6 @@ def test_the_scale_does_not_matter():
     large = Trainer.fitted(small.settings, data.states(1000) * 3000)
     for _ in range(30):
         large.step(data.states(B) * 3000)
-    torch.testing.assert_close(large.export().encode(states * 1000).dense() / 1000, small.export().encode(states).dense(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        large.export().encode(states * 1000).dense() / 1000, small.export().encode(states).dense(), rtol=1e-2, atol=1e-2
+    )

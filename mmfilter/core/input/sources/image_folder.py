@@ -88,7 +88,9 @@ class ImageFolder:
         """One sample, read anew."""
         samples = self._samples()
         if row >= len(samples):
-            raise ShardError(self._shard, f"has only {len(samples):,} samples; it has changed since it was scored, score it again")
+            raise ShardError(
+                self._shard, f"has only {len(samples):,} samples; it has changed since it was scored, score it again"
+            )
         return self._read(row, samples[row], MAX_MEMBER_BYTES)
 
     def close(self) -> None:
@@ -108,7 +110,9 @@ class ImageFolder:
                 extension = _extension(name)
                 if extension in members:
                     raise BadFile(f"two files for one: {name!r} and another {extension!r}")
-                members[extension] = read_file(f"{self._folder}/{name}", name, min(limit, SAMPLE_LIMIT * limit - sum(map(len, members.values()))))
+                members[extension] = read_file(
+                    f"{self._folder}/{name}", name, min(limit, SAMPLE_LIMIT * limit - sum(map(len, members.values())))
+                )
         except BadFile as bad:
             return RawSample(key, row, None, None, members, str(bad))
         return RawSample(key, row, None, None, members, None)
@@ -124,7 +128,10 @@ def _listing(folder: str) -> list[_Sample]:
     for name in sorted(_remote_files(folder) if is_url(folder) else _local_files(folder)):
         groups.setdefault(name[: name.rindex(".")], []).append(name)
     keys = Keys(os.path.basename(folder))
-    return [(keys.unique("/".join(map(fit, stem.split("/"))), row), tuple(groups[stem])) for row, stem in enumerate(sorted(groups))]
+    return [
+        (keys.unique("/".join(map(fit, stem.split("/"))), row), tuple(groups[stem]))
+        for row, stem in enumerate(sorted(groups))
+    ]
 
 
 def _extension(name: str) -> str:
@@ -154,4 +161,8 @@ def _remote_files(folder: str) -> dict[str, dict[str, object]]:
     filesystem, root = filesystem_of(folder)
     found = ask(folder, filesystem.find, root, detail=True)
     names = {path[len(root.rstrip("/")) + 1 :]: info for path, info in found.items()}
-    return {name: info for name, info in names.items() if _wanted(name.rpartition("/")[2]) and not any(part.startswith(".") for part in name.split("/"))}
+    return {
+        name: info
+        for name, info in names.items()
+        if _wanted(name.rpartition("/")[2]) and not any(part.startswith(".") for part in name.split("/"))
+    }

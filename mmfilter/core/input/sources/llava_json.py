@@ -59,7 +59,9 @@ class LlavaJson:
         """The records in order, each with its image."""
         keys = self._keys()
         with open_shard(self._shard) as file:
-            records = ((keys.take(_id(record.value), row), row, record) for row, record in enumerate(self._records(file)))
+            records = (
+                (keys.take(_id(record.value), row), row, record) for row, record in enumerate(self._records(file))
+            )
             yield from as_it_suits(self._images, lambda item: self._sample(*item, max_member_bytes), records)
 
     def sample(self, row: int) -> RawSample:
@@ -68,7 +70,9 @@ class LlavaJson:
             self._index = self._indexed()
         keys, offsets, sizes = self._index
         if row >= len(keys):
-            raise ShardError(self._shard, f"has only {len(keys):,} records; it has changed since it was scored, score it again")
+            raise ShardError(
+                self._shard, f"has only {len(keys):,} records; it has changed since it was scored, score it again"
+            )
         self._file.seek(offsets[row])
         text = self._file.read(sizes[row])
         return self._sample(keys[row], row, _Record(offsets[row], text, json.loads(text)), MAX_MEMBER_BYTES)
@@ -140,7 +144,9 @@ def _lines(shard: str, file: BinaryIO) -> Iterator[_Record]:
     offset = 0
     while line := file.readline(MAX_RECORD):
         if len(line) == MAX_RECORD:
-            raise ShardError(shard, f"has a line of more than {MAX_RECORD:,} bytes, which is no record; it begins", offset=offset)
+            raise ShardError(
+                shard, f"has a line of more than {MAX_RECORD:,} bytes, which is no record; it begins", offset=offset
+            )
         text = line.strip().removeprefix(codecs.BOM_UTF8)
         if text:
             try:
@@ -219,11 +225,17 @@ class _ListReader:
             self._ended = not chunk
             self._text = self._text[self._at :] + self._decoder.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            raise ShardError(self._shard, f"is not UTF-8 ({error.reason}), after the record that begins", offset=self._offset) from error
+            raise ShardError(
+                self._shard, f"is not UTF-8 ({error.reason}), after the record that begins", offset=self._offset
+            ) from error
         self._at = 0
         return not self._ended
 
     def _damaged(self) -> ShardError:
         if self._ended and self._at >= len(self._text):
-            return ShardError(self._shard, "is truncated, fetch it again: the list does not end; it stops", offset=self._offset)
-        return ShardError(self._shard, "is damaged or truncated: no valid JSON from the record or separator", offset=self._offset)
+            return ShardError(
+                self._shard, "is truncated, fetch it again: the list does not end; it stops", offset=self._offset
+            )
+        return ShardError(
+            self._shard, "is damaged or truncated: no valid JSON from the record or separator", offset=self._offset
+        )

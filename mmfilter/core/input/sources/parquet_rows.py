@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 
 from mmfilter.core.input.places import Stamp, open_shard, stamp_file
 from mmfilter.core.input.remote import is_url
-from mmfilter.core.input.sample import CAPTION_FIELDS, IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Keys, RawSample, image_extension
+from mmfilter.core.input.sample import (
+    CAPTION_FIELDS,
+    IMAGE_EXTENSIONS,
+    MAX_MEMBER_BYTES,
+    Keys,
+    RawSample,
+    image_extension,
+)
 from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import ShardError
 
@@ -61,7 +68,9 @@ class ParquetRows:
         """One row; the row group that it is in is read up to it, unless the last call was just before it."""
         self._opened()
         if row >= len(self._keys):
-            raise ShardError(self._shard, f"has only {len(self._keys):,} rows; it has changed since it was scored, score it again")
+            raise ShardError(
+                self._shard, f"has only {len(self._keys):,} rows; it has changed since it was scored, score it again"
+            )
         start, rows = self._at
         group = bisect_right(self._starts, row) - 1
         if not rows or row < start or start + len(rows) < self._starts[group]:
@@ -91,8 +100,14 @@ class ParquetRows:
             self._keys = self._named(schema)
 
     def _named(self, schema: pa.Schema) -> list[str]:
-        column = next((name for name in KEY_COLUMNS if name in schema.names and _is_name(schema.field(name).type)), None)
-        names = [None] * self._file.metadata.num_rows if column is None else self._file.read([column], use_threads=False).column(0).to_pylist()
+        column = next(
+            (name for name in KEY_COLUMNS if name in schema.names and _is_name(schema.field(name).type)), None
+        )
+        names = (
+            [None] * self._file.metadata.num_rows
+            if column is None
+            else self._file.read([column], use_threads=False).column(0).to_pylist()
+        )
         keys = Keys(os.path.basename(self._shard).rpartition(".")[0])
         return [keys.take(name, row) for row, name in enumerate(names)]
 
@@ -102,8 +117,12 @@ class ParquetRows:
         if len(named) == 1 or (named and named[0] in IMAGE_COLUMNS):
             return named[0]
         if named:
-            raise ShardError(self._shard, f"has several columns of bytes ({', '.join(named)}); call the one with the images 'image'")
-        raise ShardError(self._shard, f"has no column with the bytes of images{self._beside_tar()}; it has {_listed(schema)}")
+            raise ShardError(
+                self._shard, f"has several columns of bytes ({', '.join(named)}); call the one with the images 'image'"
+            )
+        raise ShardError(
+            self._shard, f"has no column with the bytes of images{self._beside_tar()}; it has {_listed(schema)}"
+        )
 
     def _beside_tar(self) -> str:
         tar = self._shard[: -len("parquet")] + "tar"
@@ -115,7 +134,11 @@ class ParquetRows:
         wanted = CAPTION_COLUMNS if self._caption == "auto" else (self._caption,)
         found = [name for name in wanted if name in schema.names]
         if not found:
-            said = f"none of {', '.join(wanted)}; name one with --caption" if self._caption == "auto" else f"no {self._caption!r}"
+            said = (
+                f"none of {', '.join(wanted)}; name one with --caption"
+                if self._caption == "auto"
+                else f"no {self._caption!r}"
+            )
             raise ShardError(self._shard, f"has no column with captions ({said}): it has {_listed(schema)}")
         return found
 
@@ -124,7 +147,9 @@ class ParquetRows:
         groups = list(range(group, self._file.num_row_groups))
         start = self._starts[group] if groups else 0
         with self._explained():
-            for batch in self._file.iter_batches(_BATCH, row_groups=groups, columns=[self._image, *self._others], use_threads=False):
+            for batch in self._file.iter_batches(
+                _BATCH, row_groups=groups, columns=[self._image, *self._others], use_threads=False
+            ):
                 yield start, batch.to_pylist()
                 start += batch.num_rows
 
@@ -133,13 +158,17 @@ class ParquetRows:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            raise ShardError(self._shard, f"is no readable parquet file ({' '.join(str(error).split())[:200]})") from error
+            raise ShardError(
+                self._shard, f"is no readable parquet file ({' '.join(str(error).split())[:200]})"
+            ) from error
 
     def _sample(self, row: int, values: dict[str, Any], limit: int) -> RawSample:
         image = values[self._image]
         payload, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         members: dict[str, bytes] = {
-            "json": json.dumps(_plain({name: values[name] for name in self._others}), ensure_ascii=False).encode("utf-8", "surrogatepass")
+            "json": json.dumps(_plain({name: values[name] for name in self._others}), ensure_ascii=False).encode(
+                "utf-8", "surrogatepass"
+            )
         }
         caption = next((values[name] for name in self._captions if isinstance(values[name], str)), None)
         if caption is not None:

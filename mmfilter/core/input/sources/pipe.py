@@ -34,7 +34,9 @@ class PipedTar:
         """The samples of the tar; raises `ShardError` when the command fails, also after a whole tar."""
         command = self._shard.removeprefix(PIPE)
         with tempfile.TemporaryFile() as stderr:
-            process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+            process = subprocess.Popen(
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+            )
             try:
                 yield from tar_samples(self._shard, process.stdout, max_member_bytes)
             except ShardError:

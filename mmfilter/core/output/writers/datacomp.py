@@ -41,7 +41,9 @@ def write_subset(fd: int, kept: Kept) -> Written:
     write_all(fd, ids.view(np.uint8).data)
     warnings: tuple[str, ...] = ()
     if n_shared:
-        warnings = (f"{n_shared:,} uids belong to several kept samples: each is written once, and resharder copies every sample of the pool that has it",)
+        warnings = (
+            f"{n_shared:,} uids belong to several kept samples: each is written once, and resharder copies every sample of the pool that has it",
+        )
     return Written(len(header.getvalue()) + ids.nbytes, warnings=warnings)
 
 
@@ -64,7 +66,9 @@ def subset(kept: Kept) -> tuple[np.ndarray, int]:
 def _halves(kept: Kept, positions: np.ndarray) -> Iterator[np.ndarray]:
     """(n, 2) uint64 of chunks of uids."""
     if "uid" not in kept.tables.types:
-        raise SelectionError("the score table has no column 'uid', by which a DataComp subset names samples; use --format keys")
+        raise SelectionError(
+            "the score table has no column 'uid', by which a DataComp subset names samples; use --format keys"
+        )
     rows = kept.tables.take(positions, ("key", "uid"))
     missing: list[str] = []
     other: list[tuple[str, str]] = []

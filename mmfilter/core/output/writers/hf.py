@@ -80,7 +80,11 @@ def _card(kept: Kept, nbytes: int) -> str:
         by=about["settings"]["by"],
         split=SPLIT,
         about=json.dumps(dict(about), indent=2, ensure_ascii=False),
-        run=json.dumps({name: run[name] for name in ("version", "created", "versions", "settings", "weights") if name in run}, indent=2, ensure_ascii=False),
+        run=json.dumps(
+            {name: run[name] for name in ("version", "created", "versions", "settings", "weights") if name in run},
+            indent=2,
+            ensure_ascii=False,
+        ),
     )
 
 

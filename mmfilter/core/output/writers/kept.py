@@ -75,13 +75,19 @@ class Kept:
             for start, stop in self._bounds(np.where(members.offset < 0, _UNKNOWN_BYTES, members.nbytes)):
                 places = [
                     (members.sources[source], offset, nbytes)
-                    for source, offset, nbytes in zip(*(part[start:stop].tolist() for part in (members.source, members.offset, members.nbytes)), strict=True)
+                    for source, offset, nbytes in zip(
+                        *(part[start:stop].tolist() for part in (members.source, members.offset, members.nbytes)),
+                        strict=True,
+                    )
                 ]
                 contents = read_ranges(sources, places)
                 named = (dict(zip(columns, row, strict=True)) for row in islice(rows, stop - start))
                 yield (
                     start // self.shard_size,
-                    [_sample(row, place, content, settings) for row, place, content in zip(named, places, contents, strict=True)],
+                    [
+                        _sample(row, place, content, settings)
+                        for row, place, content in zip(named, places, contents, strict=True)
+                    ],
                 )
 
     def _bounds(self, nbytes: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -90,7 +96,9 @@ class Kept:
         while start < len(self):
             before = end[start] - nbytes[start]
             fit = int(np.searchsorted(end, before + BATCH_BYTES, side="right"))
-            stop = min(max(fit, start + 1), start + BATCH_ROWS, (start // self.shard_size + 1) * self.shard_size, len(self))
+            stop = min(
+                max(fit, start + 1), start + BATCH_ROWS, (start // self.shard_size + 1) * self.shard_size, len(self)
+            )
             yield start, stop
             start = stop
 
@@ -101,7 +109,9 @@ def _sample(row: dict[str, Any], place: tuple[str, int, int], content: bytes, se
         raise _changed(place, f"does not hold sample {row['key']!r} where it was scored", "should begin")
     images, caption = images_of(members), caption_of(members, settings)
     if not images or caption is None:
-        raise _changed(place, f"holds sample {row['key']!r} without the image or the caption it was scored with", "begins")
+        raise _changed(
+            place, f"holds sample {row['key']!r} without the image or the caption it was scored with", "begins"
+        )
     return KeptSample(row["key"], members, images, caption, row)
 
 

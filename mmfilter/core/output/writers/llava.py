@@ -101,7 +101,11 @@ def _record(content: bytes | None) -> dict[str, Any]:
 
 
 def _are_turns(conversations: Any) -> bool:
-    return isinstance(conversations, list) and bool(conversations) and all(isinstance(turn, dict) and "value" in turn for turn in conversations)
+    return (
+        isinstance(conversations, list)
+        and bool(conversations)
+        and all(isinstance(turn, dict) and "value" in turn for turn in conversations)
+    )
 
 
 def _encoded(entry: dict[str, Any]) -> bytes:

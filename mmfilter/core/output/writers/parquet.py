@@ -69,7 +69,10 @@ def _schema(described: dict[str, Any], kept: Kept) -> pa.Schema:
         "others": pa.list_(pa.struct([("name", pa.string()), ("bytes", pa.binary())])),
     }
     fields = [(name, special.get(name) or pa.type_for_alias(kind["dtype"])) for name, kind in described.items()]
-    metadata = {b"huggingface": json.dumps({"info": {"features": described}}), METADATA_KEY: json.dumps(dict(kept.about))}
+    metadata = {
+        b"huggingface": json.dumps({"info": {"features": described}}),
+        METADATA_KEY: json.dumps(dict(kept.about)),
+    }
     return pa.schema(fields, metadata=metadata)
 
 
@@ -80,7 +83,9 @@ def _writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     paths = [column.path for column in pq.ParquetFile(_empty(schema)).schema]
     rest = [column for column in paths if column not in bulky]
     compression = {column: "none" if column in bulky else "zstd" for column in paths}
-    with pq.ParquetWriter(path, schema, compression=compression, use_dictionary=["shard"], write_statistics=rest) as writer:
+    with pq.ParquetWriter(
+        path, schema, compression=compression, use_dictionary=["shard"], write_statistics=rest
+    ) as writer:
         yield writer
 
 
@@ -92,7 +97,9 @@ def _empty(schema: pa.Schema) -> pa.BufferReader:
 
 def _table(samples: Sequence[KeptSample], columns: dict[str, str], schema: pa.Schema) -> pa.Table:
     own = [_own_columns(sample) for sample in samples]
-    values = {name: [row[name] for row in own] for name in _OWN} | {name: [sample.columns[name] for sample in samples] for name in columns}
+    values = {name: [row[name] for row in own] for name in _OWN} | {
+        name: [sample.columns[name] for sample in samples] for name in columns
+    }
     return pa.table({field.name: pa.array(values[field.name], field.type) for field in schema}, schema=schema)
 
 

@@ -13,5 +13,7 @@ def write_shard_folder(folder: Path, kept: Kept) -> Written:
     shards = write_shards(folder, kept.members, kept.shard_size)
     warnings: tuple[str, ...] = ()
     if shards.n_early:
-        warnings = (f"input shards share keys: {shards.n_early:,} output shards end early, so that keys are unique in each",)
+        warnings = (
+            f"input shards share keys: {shards.n_early:,} output shards end early, so that keys are unique in each",
+        )
     return Written(shards.nbytes, shards.number, "%08d.tar", shards.n_shards, warnings)

@@ -26,7 +26,9 @@ def interpret(checkpoint: Checkpoint, options: SAEOptions) -> tuple[Layout, SAE]
 def _stated(name: str) -> Layout:
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, 1)
-        raise SAEError(f"no SAE layout {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}There is {', '.join(NAMED)}")
+        raise SAEError(
+            f"no SAE layout {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}There is {', '.join(NAMED)}"
+        )
     return NAMED[name]
 
 

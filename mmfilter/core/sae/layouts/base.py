@@ -110,7 +110,11 @@ def number_in(pattern: str, text: str) -> int | None:
 
 def residual_hook(layer: int | None) -> dict[str, Any]:
     """Metadata of the output of a decoder layer."""
-    return {} if layer is None else {"hook_name": f"blocks.{layer}.hook_resid_post", "hf_hook_name": f"model.layers.{layer}", "layer": layer}
+    return (
+        {}
+        if layer is None
+        else {"hook_name": f"blocks.{layer}.hook_resid_post", "hf_hook_name": f"model.layers.{layer}", "layer": layer}
+    )
 
 
 def stated(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -47,24 +47,39 @@ def build(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> SAE:
 
 def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Reading:
     """What the layout reads, with the user's statements in it; refuses what is still open."""
-    said = {name: value for name, value in options.stated().items() if name in ("activation", "k", "threshold", "scale", "normalisation", "subtract_b_dec")}
+    said = {
+        name: value
+        for name, value in options.stated().items()
+        if name in ("activation", "k", "threshold", "scale", "normalisation", "subtract_b_dec")
+    }
     if options.unit_decoder is not None:
         said["unit_decoder"] = options.unit_decoder
     try:
         reading = replace(layout.read(checkpoint, options), **said)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the publisher's own code writes none of these
-        refuse(checkpoint, f"has a configuration that is not as layout {layout.name} has it ({type(error).__name__}: {error})")
+        refuse(
+            checkpoint,
+            f"has a configuration that is not as layout {layout.name} has it ({type(error).__name__}: {error})",
+        )
     for name in ("activation", "subtract_b_dec", "normalisation", "scale"):
         if getattr(reading, name) is None:
             _doubt(checkpoint, reading, name)
     if reading.activation == "topk" and reading.k is None:
         _doubt(checkpoint, reading, "k")
-    if reading.activation in ("jumprelu", "batchtopk") and reading.threshold is None and "threshold" not in {**layout.tensors, **reading.tensors}:
+    if (
+        reading.activation in ("jumprelu", "batchtopk")
+        and reading.threshold is None
+        and "threshold" not in {**layout.tensors, **reading.tensors}
+    ):
         _doubt(checkpoint, reading, "threshold")
     return reading
 
 
-WORDS = {"activation": "relu|topk|batchtopk|jumprelu", "normalisation": "none|layer_norm|constant_norm_rescale", "subtract_b_dec": "true|false"}
+WORDS = {
+    "activation": "relu|topk|batchtopk|jumprelu",
+    "normalisation": "none|layer_norm|constant_norm_rescale",
+    "subtract_b_dec": "true|false",
+}
 
 
 def _doubt(checkpoint: Checkpoint, reading: Reading, option: str) -> None:
@@ -77,11 +92,18 @@ def _fetch(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SA
     names = {**layout.tensors, **reading.tensors}
     if reading.activation == "gated":
         names.pop("b_enc", None)
-    missing = [theirs for ours, theirs in names.items() if theirs not in checkpoint.tensors and ours not in layout.optional]
+    missing = [
+        theirs for ours, theirs in names.items() if theirs not in checkpoint.tensors and ours not in layout.optional
+    ]
     if missing:
-        refuse(checkpoint, f"lacks the tensor {missing[0]!r} (layout {layout.name}); it has {', '.join(sorted(checkpoint.tensors))}")
+        refuse(
+            checkpoint,
+            f"lacks the tensor {missing[0]!r} (layout {layout.name}); it has {', '.join(sorted(checkpoint.tensors))}",
+        )
     # taken out, so that a matrix of gigabytes is not kept twice
-    parts = {ours: checkpoint.tensors.pop(theirs).float() for ours, theirs in names.items() if theirs in checkpoint.tensors}
+    parts = {
+        ours: checkpoint.tensors.pop(theirs).float() for ours, theirs in names.items() if theirs in checkpoint.tensors
+    }
     for name in ("W_enc", "W_dec"):
         if parts[name].ndim != 2:
             refuse(checkpoint, f"has {names[name]!r} of shape {tuple(parts[name].shape)}, expected a matrix")
@@ -96,7 +118,9 @@ def _fetch(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SA
     return parts
 
 
-def _features_last(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SAEOptions, parts: dict[str, torch.Tensor]) -> bool:
+def _features_last(
+    checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SAEOptions, parts: dict[str, torch.Tensor]
+) -> bool:
     """Whether W_enc is (d_model, features); a square one is believed only where the layout says it."""
     if options.orientation is not None:
         return options.orientation == "features_last"
@@ -104,7 +128,10 @@ def _features_last(checkpoint: Checkpoint, layout: Layout, reading: Reading, opt
         return layout.encoder == "features_last"
     rows, columns = parts["W_enc"].shape
     if rows == columns:
-        refuse(checkpoint, f"has a square W_enc ({rows} × {columns}): settle it with --sae-option orientation=features_last|features_first")
+        refuse(
+            checkpoint,
+            f"has a square W_enc ({rows} × {columns}): settle it with --sae-option orientation=features_last|features_first",
+        )
     n = reading.n_features or len(parts["b_enc"])
     return columns == n
 
@@ -113,10 +140,14 @@ def _check_widths(checkpoint: Checkpoint, parts: dict[str, torch.Tensor], readin
     d, n = parts["W_enc"].shape
     for what, told, found in (("d_model", reading.d_model, d), ("features", reading.n_features, n)):
         if told is not None and told != found:
-            refuse(checkpoint, f"states {told} {what}, its encoder has {found}: the file belongs to another configuration")
+            refuse(
+                checkpoint, f"states {told} {what}, its encoder has {found}: the file belongs to another configuration"
+            )
     for name, shape in (("W_dec", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
         if tuple(parts[name].shape) != shape:
-            refuse(checkpoint, f"has {name} of shape {tuple(parts[name].shape)}; an encoder of {d} × {n} asks for {shape}")
+            refuse(
+                checkpoint, f"has {name} of shape {tuple(parts[name].shape)}; an encoder of {d} × {n} asks for {shape}"
+            )
 
 
 def _fold(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
@@ -171,7 +202,11 @@ def _fold_norms(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
 
 
 def _metadata(reading: Reading, folded: list[str]) -> dict[str, Any]:
-    said = {name: value for name, value in reading.metadata.items() if isinstance(value, (str, int, float, bool, list, dict))}
+    said = {
+        name: value
+        for name, value in reading.metadata.items()
+        if isinstance(value, (str, int, float, bool, list, dict))
+    }
     layer = said.get("layer", _layer_of(said.get("hook_name")))
     extra = {"layer": layer, "folded": folded, "notes": reading.notes}
     return said | {name: value for name, value in extra.items() if value not in (None, [])}

@@ -8,7 +8,16 @@ from typing import Any
 
 from mmfilter.core.cards.sae_options import SAEOptions
 from mmfilter.core.sae.checkpoints import Checkpoint
-from mmfilter.core.sae.layouts.base import LINEAR_NAMES, SAELENS_NAMES, Layout, Reading, number_in, refuse, residual_hook, stated
+from mmfilter.core.sae.layouts.base import (
+    LINEAR_NAMES,
+    SAELENS_NAMES,
+    Layout,
+    Reading,
+    number_in,
+    refuse,
+    residual_hook,
+    stated,
+)
 
 TORCH = ("*.pt", "*.pth")
 LINEAR = {"encoder": "features_first", "decoder": "features_last"}
@@ -26,7 +35,10 @@ def _sparsify(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         if config.get(key):
             refuse(checkpoint, f"is {reason}; only autoencoders are opened")
     if activation != "topk" or "W_skip" in checkpoint.tensors:
-        refuse(checkpoint, f"has the activation {activation!r}{' and a skip connection' if 'W_skip' in checkpoint.tensors else ''}; only topk is opened")
+        refuse(
+            checkpoint,
+            f"has the activation {activation!r}{' and a skip connection' if 'W_skip' in checkpoint.tensors else ''}; only topk is opened",
+        )
     d = config["d_in"]
     run = checkpoint.json("../config.json")
     name = checkpoint.folder.name
@@ -39,13 +51,22 @@ def _sparsify(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         subtract_b_dec=True,
         d_model=d,
         n_features=config.get("num_latents") or d * config.get("expansion_factor", 32),
-        metadata=hook | {"model_name": run.get("model"), "dataset_path": run.get("dataset"), "context_size": run.get("ctx_len")},
+        metadata=hook
+        | {"model_name": run.get("model"), "dataset_path": run.get("dataset"), "context_size": run.get("ctx_len")},
     )
 
 
 # --- dictionary_learning -----------------------------------------------------------------------
 
-AUTOENCODERS = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
+AUTOENCODERS = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "JumpReluAutoEncoder",
+)
 
 
 def _dictionary(checkpoint: Checkpoint, activation: str | None, subtract: bool, **more: Any) -> Reading:
@@ -53,7 +74,11 @@ def _dictionary(checkpoint: Checkpoint, activation: str | None, subtract: bool, 
     run = checkpoint.config if "trainer" in checkpoint.config else checkpoint.json("../config.json")
     trainer, buffer = run.get("trainer") or {}, run.get("buffer") or {}
     layer = trainer.get("layer")
-    metadata = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name"), "context_size": buffer.get("ctx_len")}
+    metadata = {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": trainer.get("submodule_name"),
+        "context_size": buffer.get("ctx_len"),
+    }
     if trainer.get("submodule_name") in (None, f"resid_post_layer_{layer}"):
         metadata |= residual_hook(layer)
     if trainer.get("submodule_name"):
@@ -105,30 +130,54 @@ def _wrapped(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
 def _gemma_scope(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     where = checkpoint.trail
     if "transcoder" in where:
-        refuse(checkpoint, "is a transcoder, which maps one place in the model to another; only autoencoders are opened")
+        refuse(
+            checkpoint, "is a transcoder, which maps one place in the model to another; only autoencoders are opened"
+        )
     if "embedding" in where:
         refuse(checkpoint, "is on the token embeddings, which the image never passes; use one on a layer")
     layer = number_in(r"layer_(\d+)", where)
-    site = next((hook for mark, hook in (("-res", "hook_resid_post"), ("-mlp", "hook_mlp_out"), ("-att", "attn.hook_z")) if mark in where), None)
+    site = next(
+        (
+            hook
+            for mark, hook in (("-res", "hook_resid_post"), ("-mlp", "hook_mlp_out"), ("-att", "attn.hook_z"))
+            if mark in where
+        ),
+        None,
+    )
     hook = {"hook_name": f"blocks.{layer}.{site}", "layer": layer} if site and layer is not None else {}
-    return Reading("jumprelu", subtract_b_dec=False, metadata=hook | {"stated_l0": number_in(r"average_l0_(\d+)", where)})
+    return Reading(
+        "jumprelu", subtract_b_dec=False, metadata=hook | {"stated_l0": number_in(r"average_l0_(\d+)", where)}
+    )
 
 
 def _gemma_scope_2(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     config, where = checkpoint.config, checkpoint.trail
     mapped = config.get("hf_hook_point_out") not in (None, config.get("hf_hook_point_in"))
-    kind = next((word for word in ("transcoder", "crosscoder", "clt") if word in f"{where} {config.get('type')}"), "transcoder" if mapped else None)
+    kind = next(
+        (word for word in ("transcoder", "crosscoder", "clt") if word in f"{where} {config.get('type')}"),
+        "transcoder" if mapped else None,
+    )
     if kind or config.get("affine_connection") or "affine_skip_connection" in checkpoint.tensors:
-        refuse(checkpoint, f"is a {kind or 'transcoder with an affine connection'}, which maps one place in the model to another; only autoencoders are opened")
+        refuse(
+            checkpoint,
+            f"is a {kind or 'transcoder with an affine connection'}, which maps one place in the model to another; only autoencoders are opened",
+        )
     if config.get("architecture", "jump_relu") != "jump_relu":
         refuse(checkpoint, f"has architecture {config['architecture']!r}; Gemma Scope 2 is jump_relu")
     hook = config.get("hf_hook_point_in")
     layer = number_in(r"layers\.(\d+)\.", hook) if hook else number_in(r"layer_(\d+)", where)
-    metadata = {"model_name": config.get("model_name"), "hf_hook_name": hook, "stated_l0": config.get("l0"), "layer": layer}
+    metadata = {
+        "model_name": config.get("model_name"),
+        "hf_hook_name": hook,
+        "stated_l0": config.get("l0"),
+        "layer": layer,
+    }
     if layer is not None and ("resid_post" in where or str(hook).endswith(f"layers.{layer}.output")):
         metadata = residual_hook(layer) | stated(metadata, *metadata)
     width = config.get("width")
-    return Reading("jumprelu", subtract_b_dec=False, n_features=width if isinstance(width, int) else None, metadata=metadata)
+    return Reading(
+        "jumprelu", subtract_b_dec=False, n_features=width if isinstance(width, int) else None, metadata=metadata
+    )
 
 
 # --- Llama Scope and Llamascopium --------------------------------------------------------------
@@ -142,7 +191,10 @@ def _scope_activation(checkpoint: Checkpoint, name: str) -> str:
 
 def _refuse_mapped(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     if config.get("hook_point_out") not in (None, config.get("hook_point_in")):
-        refuse(checkpoint, f"maps {config.get('hook_point_in')!r} to {config['hook_point_out']!r}, a transcoder; only autoencoders are opened")
+        refuse(
+            checkpoint,
+            f"maps {config.get('hook_point_in')!r} to {config['hook_point_out']!r}, a transcoder; only autoencoders are opened",
+        )
     if config.get("use_glu_encoder"):
         refuse(checkpoint, "has a gated linear unit as its encoder, which is not opened")
 
@@ -155,11 +207,17 @@ def _llama_scope(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     """
     config = checkpoint.config
     _refuse_mapped(checkpoint, config)
-    activation, threshold = _scope_activation(checkpoint, config.get("act_fn", "relu")), config.get("jump_relu_threshold")
+    activation, threshold = (
+        _scope_activation(checkpoint, config.get("act_fn", "relu")),
+        config.get("jump_relu_threshold"),
+    )
     if activation == "topk" and threshold:
         activation = "jumprelu"
     norm = config.get("norm_activation", "none")
-    metadata = {"hook_name": config.get("hook_point_in"), "model_name": "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in checkpoint.trail else None}
+    metadata = {
+        "hook_name": config.get("hook_point_in"),
+        "model_name": "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in checkpoint.trail else None,
+    }
     reading = Reading(
         activation,
         k=config.get("top_k"),
@@ -177,7 +235,9 @@ def _llama_scope(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         if not average:
             refuse(checkpoint, "normalises 'dataset-wise' and does not give dataset_average_activation_norm")
         reading.bias_factor = average / math.sqrt(config["d_model"])
-        reading.notes.append("activations are in the model's units, as OpenMOSS' loader has them; SAELens' are larger by √d_model / mean norm")
+        reading.notes.append(
+            "activations are in the model's units, as OpenMOSS' loader has them; SAELens' are larger by √d_model / mean norm"
+        )
     elif norm not in ("none", "inference", "token-wise"):
         refuse(checkpoint, f"normalises {norm!r}, which depends on the batch")
     return reading
@@ -190,7 +250,9 @@ def _llamascopium(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     _refuse_mapped(checkpoint, config)
     activation, hook = _scope_activation(checkpoint, config.get("act_fn", "relu")), config.get("hook_point_in")
     on_norm = bool(config.get("sparsity_include_decoder_norm", True))
-    log_threshold = next((tensor for name, tensor in checkpoint.tensors.items() if name.endswith("log_jumprelu_threshold")), None)
+    log_threshold = next(
+        (tensor for name, tensor in checkpoint.tensors.items() if name.endswith("log_jumprelu_threshold")), None
+    )
     reading = Reading(
         activation,
         k=config.get("top_k"),
@@ -200,7 +262,9 @@ def _llamascopium(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         subtract_b_dec=False,
         d_model=config["d_model"],
         n_features=int(config["d_model"] * config["expansion_factor"]),
-        doubts={"threshold": f"has the activation {activation!r} and no threshold: Llamascopium writes one when it converts the SAE to jumprelu"},
+        doubts={
+            "threshold": f"has the activation {activation!r} and no threshold: Llamascopium writes one when it converts the SAE to jumprelu"
+        },
         metadata=stated(config, "model_name") | {"hook_name": hook},
     )
     return _scope_norm(checkpoint, reading, config.get("norm_activation", "dataset-wise"), hook)
@@ -213,7 +277,10 @@ def _scope_norm(checkpoint: Checkpoint, reading: Reading, norm: str, hook: str |
         names = [f"dataset_average_activation_norm.{place}" for place in (hook, "in")]
         average = next((float(checkpoint.tensors[name]) for name in names if name in checkpoint.tensors), None)
         reading.scale = math.sqrt(reading.d_model) / average if average else None
-        reading.doubts = {**reading.doubts, "scale": "normalises 'dataset-wise' and its weights do not hold the mean norm of the training activations"}
+        reading.doubts = {
+            **reading.doubts,
+            "scale": "normalises 'dataset-wise' and its weights do not hold the mean norm of the training activations",
+        }
     elif norm != "inference":
         refuse(checkpoint, f"normalises {norm!r}, which depends on the batch")
     return reading
@@ -238,16 +305,30 @@ def _openai(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     activation = checkpoint.values.get("activation", "ReLU")
     state = checkpoint.values.get("activation_state_dict") or {}
     if activation not in ("ReLU", "TopK") or state.get("postact_fn", "ReLU") != "ReLU":
-        refuse(checkpoint, f"has the activation {activation!r} ({state.get('postact_fn', 'no')} after it); expected ReLU, or TopK with ReLU after it")
+        refuse(
+            checkpoint,
+            f"has the activation {activation!r} ({state.get('postact_fn', 'no')} after it); expected ReLU, or TopK with ReLU after it",
+        )
     topk = activation == "TopK"
     return Reading(
-        "topk" if topk else "relu", k=state.get("k"), subtract_b_dec=True, normalisation="layer_norm" if topk else "none", metadata={"model_name": "gpt2"}
+        "topk" if topk else "relu",
+        k=state.get("k"),
+        subtract_b_dec=True,
+        normalisation="layer_norm" if topk else "none",
+        metadata={"model_name": "gpt2"},
     )
 
 
 def _goodfire(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     layer = number_in(r"-l(\d+)", checkpoint.trail)
-    model = next((f"meta-llama/{name}" for name in ("Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct") if name in checkpoint.trail), None)
+    model = next(
+        (
+            f"meta-llama/{name}"
+            for name in ("Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct")
+            if name in checkpoint.trail
+        ),
+        None,
+    )
     return Reading("relu", subtract_b_dec=False, metadata=residual_hook(layer) | {"model_name": model})
 
 
@@ -271,13 +352,22 @@ def _plain(checkpoint: Checkpoint, options: SAEOptions) -> Reading:
 
 def _is_dictionary(*names: str) -> Callable[[Checkpoint], bool]:
     """Whether config.json names one of these classes, or there is none."""
-    return lambda checkpoint: (not checkpoint.config or "trainer" in checkpoint.config) and _dictionary_class(checkpoint) in (None, *names)
+    return lambda checkpoint: (
+        (not checkpoint.config or "trainer" in checkpoint.config) and _dictionary_class(checkpoint) in (None, *names)
+    )
 
 
 SCOPE = {**LINEAR_NAMES, "b_dec": "decoder.bias"}
 LOWER = {"W_enc": "w_enc", "b_enc": "b_enc", "W_dec": "w_dec", "b_dec": "b_dec", "threshold": "threshold"}
 UPPER = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
-GATED = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "decoder_bias", "r_mag": "r_mag", "b_gate": "gate_bias", "b_mag": "mag_bias"}
+GATED = {
+    "W_enc": "encoder.weight",
+    "W_dec": "decoder.weight",
+    "b_dec": "decoder_bias",
+    "r_mag": "r_mag",
+    "b_gate": "gate_bias",
+    "b_mag": "mag_bias",
+}
 OPENAI = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
 GOODFIRE = {ours: f"{part}coder_linear.{kind}" for ours, part, kind in
             (("W_enc", "en", "weight"), ("b_enc", "en", "bias"), ("W_dec", "de", "weight"), ("b_dec", "de", "bias"))}  # fmt: skip

@@ -29,7 +29,14 @@ def _architecture(checkpoint: Checkpoint, architecture: Any) -> Reading:
     for refused, reason in REFUSED.items():
         if refused in name:
             refuse(checkpoint, f"has architecture {name!r}, which is not opened: {reason}")
-    activations = {"standard": "relu", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk", "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}
+    activations = {
+        "standard": "relu",
+        "gated": "gated",
+        "jumprelu": "jumprelu",
+        "topk": "topk",
+        "batchtopk": "batchtopk",
+        "matryoshka_batchtopk": "batchtopk",
+    }
     if name not in activations:
         refuse(checkpoint, f"has architecture {name!r}; expected one of {', '.join(activations)}")
     reading = Reading(activations[name], tensors=GATED if name == "gated" else {"b_enc": "b_enc"})
@@ -81,7 +88,10 @@ def _gain(checkpoint: Checkpoint):
     if gain is None or bool((gain == 1).all()):
         return None
     if not checkpoint.config.get("finetuning_scaling_factor"):
-        refuse(checkpoint, "has a tensor 'scaling_factor' that is not 1, and its cfg.json says nothing of fine-tuning: which of them is right is not known")
+        refuse(
+            checkpoint,
+            "has a tensor 'scaling_factor' that is not 1, and its cfg.json says nothing of fine-tuning: which of them is right is not known",
+        )
     return gain
 
 
@@ -96,7 +106,11 @@ def _normalised(checkpoint: Checkpoint, reading: Reading, stated_as: Any) -> Rea
     stated_as = stated_as or "none"
     if stated_as != "expected_average_only_in":
         if stated_as not in ("none", "layer_norm", "constant_norm_rescale"):
-            reason = "an unknown normalisation" if stated_as != "covariance_whitening" else "to be folded first: save its inference form with SAELens"
+            reason = (
+                "an unknown normalisation"
+                if stated_as != "covariance_whitening"
+                else "to be folded first: save its inference form with SAELens"
+            )
             refuse(checkpoint, f"states normalize_activations {stated_as!r}, {reason}")
         reading.normalisation = stated_as
         return reading
@@ -114,11 +128,21 @@ def _normalised(checkpoint: Checkpoint, reading: Reading, stated_as: Any) -> Rea
 
 
 def _is_new(checkpoint: Checkpoint) -> bool:
-    version = checkpoint.config.get("sae_lens_version") or (checkpoint.config.get("metadata") or {}).get("sae_lens_version")
+    version = checkpoint.config.get("sae_lens_version") or (checkpoint.config.get("metadata") or {}).get(
+        "sae_lens_version"
+    )
     return int(str(version).split(".")[0]) >= 6 if version else "metadata" in checkpoint.config
 
 
 LAYOUTS = (
     Layout("saelens", "SAELens 6", FILES, BASE, _read, keys=frozenset({"architecture", "d_in"}), fits=_is_new),
-    Layout("saelens_old", "SAELens before 6, SAE-V", FILES, BASE, _read_old, keys=frozenset({"d_in"}), fits=lambda checkpoint: not _is_new(checkpoint)),
+    Layout(
+        "saelens_old",
+        "SAELens before 6, SAE-V",
+        FILES,
+        BASE,
+        _read_old,
+        keys=frozenset({"d_in"}),
+        fits=lambda checkpoint: not _is_new(checkpoint),
+    ),
 )

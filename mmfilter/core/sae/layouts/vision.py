@@ -21,15 +21,27 @@ def _prisma(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     config = checkpoint.config
     architecture, activation = config.get("architecture", "standard"), config.get("activation_fn_str", "relu")
     if config.get("is_transcoder"):
-        refuse(checkpoint, "is a transcoder, which maps one place in the model to another; only autoencoders are opened")
-    if architecture not in ("standard", "gated") or activation not in ("relu", "topk") or (architecture, activation) == ("gated", "topk"):
-        refuse(checkpoint, f"has architecture {architecture!r} with activation {activation!r}; expected standard with relu or topk, or gated with relu")
+        refuse(
+            checkpoint, "is a transcoder, which maps one place in the model to another; only autoencoders are opened"
+        )
+    if (
+        architecture not in ("standard", "gated")
+        or activation not in ("relu", "topk")
+        or (architecture, activation) == ("gated", "topk")
+    ):
+        refuse(
+            checkpoint,
+            f"has architecture {architecture!r} with activation {activation!r}; expected standard with relu or topk, or gated with relu",
+        )
     arguments = config.get("activation_fn_kwargs") or {}
     if "postact_fn" in arguments:
         refuse(checkpoint, "has an activation of its own after its topk; only relu is opened")
     normalise = config.get("normalize_activations") or "none"
     if normalise not in ("none", "layer_norm", "constant_norm_rescale"):
-        refuse(checkpoint, f"states normalize_activations {normalise!r}; expected none, layer_norm or constant_norm_rescale")
+        refuse(
+            checkpoint,
+            f"states normalize_activations {normalise!r}; expected none, layer_norm or constant_norm_rescale",
+        )
     gated = architecture == "gated"
     return Reading(
         "gated" if gated else activation,
@@ -39,7 +51,8 @@ def _prisma(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         d_model=config.get("d_in"),
         n_features=config["d_in"] * config["expansion_factor"] if {"d_in", "expansion_factor"} <= set(config) else None,
         tensors={name: name for name in ("b_gate", "b_mag", "r_mag")} if gated else {},
-        metadata=stated(config, "model_name", "dataset_name", "cls_token_only", "use_patches_only") | {"hook_name": _prisma_hook(config)},
+        metadata=stated(config, "model_name", "dataset_name", "cls_token_only", "use_patches_only")
+        | {"hook_name": _prisma_hook(config)},
     )
 
 
@@ -53,7 +66,11 @@ def _prisma_hook(config: dict[str, Any]) -> str | None:
 
 def _overcomplete(checkpoint: Checkpoint, options: SAEOptions) -> Reading:
     """The linear encoder. The dictionary's rows are brought to norm 1 when it is used, then times exp(multiplier)."""
-    others = [name for name in checkpoint.tensors if name.startswith("encoder.") and not name.startswith("encoder.final_block.0.")]
+    others = [
+        name
+        for name in checkpoint.tensors
+        if name.startswith("encoder.") and not name.startswith("encoder.final_block.0.")
+    ]
     if others:
         refuse(checkpoint, f"has more than overcomplete's linear encoder ({others[0]!r}); only that one is opened")
     norms = checkpoint.tensors["dictionary._weights"].float().norm(dim=1) + 1e-8
@@ -106,7 +123,9 @@ def _saev(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
             "threshold": "is a BatchTopK without its threshold (an older saev)",
             "subtract_b_dec": "has schema 1 of saev, of which some versions subtract b_dec and some do not",
         },
-        notes=["saev's topk keeps negative values when fewer than k are positive; here they are dropped"] if activation == "TopK" else [],
+        notes=["saev's topk keeps negative values when fewer than k are positive; here they are dropped"]
+        if activation == "TopK"
+        else [],
     )
 
 
@@ -121,7 +140,11 @@ def _is_saev(checkpoint: Checkpoint) -> bool:
     return checkpoint.config_name is None and bool({"schema", "d_vit"} & set(checkpoint.config))
 
 
-LINEAR_ENCODER = {"W_enc": "encoder.final_block.0.weight", "b_enc": "encoder.final_block.0.bias", "W_dec": "dictionary._weights"}
+LINEAR_ENCODER = {
+    "W_enc": "encoder.final_block.0.weight",
+    "b_enc": "encoder.final_block.0.bias",
+    "W_dec": "dictionary._weights",
+}
 LAYOUTS = (
     Layout("saev", "saev (OSU)", TORCH, SAELENS_NAMES, _saev, fits=_is_saev),
     Layout("vit_prisma", "ViT-Prisma", TORCH, SAELENS_NAMES, _prisma, keys=frozenset({"hook_point_layer"})),

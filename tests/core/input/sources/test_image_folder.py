@@ -42,7 +42,9 @@ def test_samples_are_in_the_order_of_their_paths(folder):
         ("Mr_ X", ["jpg", "txt"]), ("a", ["jpg", "json", "txt"]), ("b", ["jpg", "txt"]), ("sub/a", ["jpg", "txt"]), ("sub/deep/c", ["jpg", "txt"]),
     ]  # fmt: skip
     assert samples[1].members == {"jpg": picture(1), "txt": caption(1).encode(), "json": b'{"uid": "u"}'}
-    assert [(raw.row, raw.offset, raw.nbytes, raw.problem) for raw in samples] == [(i, None, None, None) for i in range(5)]
+    assert [(raw.row, raw.offset, raw.nbytes, raw.problem) for raw in samples] == [
+        (i, None, None, None) for i in range(5)
+    ]
 
 
 def test_what_is_missing_is_a_row_with_a_reason(folder):
@@ -75,7 +77,11 @@ def test_stretches_are_shards(folder, monkeypatch, tmp_path):
     parts = [list(read_samples(shard)) for shard in shards]
     assert [len(part) for part in parts] == [2, 2, 1] and [raw.row for part in parts for raw in part] == [0, 1, 0, 1, 0]
     assert [(raw.key, raw.members) for part in parts for raw in part] == [(raw.key, raw.members) for raw in whole]
-    assert [shard.name for shard in name_shards(shards, RunDirectory(tmp_path / "run"))] == ["my set", "my set-00001", "my set-00002"]
+    assert [shard.name for shard in name_shards(shards, RunDirectory(tmp_path / "run"))] == [
+        "my set",
+        "my set-00001",
+        "my set-00002",
+    ]
     rows = open_rows(shards[1], InputOptions())
     assert [rows.sample(row) for row in (1, 0)] == parts[1][::-1]
     with pytest.raises(ShardError, match="has only 2 samples; it has changed since it was scored, score it again"):
@@ -109,7 +115,10 @@ def test_the_stamp_sees_every_change(folder):
 
 
 def test_a_tar_may_have_a_name_with_a_hash(tmp_path):
-    assert [image_folder.is_folder(name) for name in ("/x/", "/x/#00001", "memory://x/", "/x/#1.tar", "/x/#1", "/x/a.tar", "-")] == [True] * 3 + [False] * 4
+    assert [
+        image_folder.is_folder(name)
+        for name in ("/x/", "/x/#00001", "memory://x/", "/x/#1.tar", "/x/#1", "/x/a.tar", "-")
+    ] == [True] * 3 + [False] * 4
 
 
 def test_a_folder_without_images_names_the_shards_in_it(tmp_path):

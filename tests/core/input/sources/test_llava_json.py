@@ -30,7 +30,11 @@ def images(tmp_path: Path) -> str:
 
 def write(tmp_path: Path, content: object, name: str = "data.json") -> str:
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
     return str(path)
 
 
@@ -48,7 +52,10 @@ def error_of(shard: str) -> str:
 
 
 def test_caption_key_and_image(tmp_path, images):
-    records = [{"id": "one", "image": "a.jpg", "conversations": TURNS}, {"id": 2, "image": ["sub/b.PNG"], "conversations": TURNS}]
+    records = [
+        {"id": "one", "image": "a.jpg", "conversations": TURNS},
+        {"id": 2, "image": ["sub/b.PNG"], "conversations": TURNS},
+    ]
     shard = write(tmp_path, records)
     samples = list(read_samples(shard, options=InputOptions(images=images)))
     assert [(raw.key, raw.row, sorted(raw.members), raw.offset, raw.nbytes) for raw in samples] == [
@@ -68,7 +75,15 @@ def test_images_are_beside_the_json_by_default(tmp_path, images):
 
 def test_names_that_lead_out_of_the_folder_are_never_opened(tmp_path, images, monkeypatch):
     os.symlink(tmp_path, tmp_path / "images/link")
-    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "sub/../../secret.jpg", "link/../secret.jpg", "..\\secret.jpg", "C:\\x.jpg", "file:///etc/passwd"]
+    names = [
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "sub/../../secret.jpg",
+        "link/../secret.jpg",
+        "..\\secret.jpg",
+        "C:\\x.jpg",
+        "file:///etc/passwd",
+    ]
     opened: list[str] = []
     plain = llava_json.read_file
 
@@ -120,7 +135,8 @@ def test_a_bad_record_is_a_row_with_a_reason(tmp_path, images):
         "image cannot be decoded: it is no JPEG, PNG or WebP",
         "image is empty: the jpg has 0 bytes",
         "unreadable file: 'a\\x00.jpg': embedded null byte",
-        "unreadable file: '\\ud800.jpg': 'utf-8' codec can't encode character '\\ud800' in position " + f"{len(images) + 1}: surrogates not allowed",
+        "unreadable file: '\\ud800.jpg': 'utf-8' codec can't encode character '\\ud800' in position "
+        + f"{len(images) + 1}: surrogates not allowed",
         f"unreadable file: {long!r}: File name too long",
         "no such file: 'a.jpg/b.jpg'",
         None,
@@ -137,7 +153,19 @@ def test_keys_are_unique_and_can_be_file_names(tmp_path, images):
     ids = ["a", "a", "x/y.jpg", "../../etc", "", None, True, 12, "a-1", "a\nb", "k" * 300]
     shard = write(tmp_path, json.dumps([record("", "w", "a.jpg") | {"id": i} for i in ids]).encode())
     keys = [raw.key for raw in read_samples(shard, options=InputOptions(images=images))]
-    assert keys == ["a", "a-1", "x_y_jpg", "______etc", "data-000000004", "data-000000005", "data-000000006", "12", "a-1-8", "a_b", "k" * 200]
+    assert keys == [
+        "a",
+        "a-1",
+        "x_y_jpg",
+        "______etc",
+        "data-000000004",
+        "data-000000005",
+        "data-000000006",
+        "12",
+        "a-1-8",
+        "a_b",
+        "k" * 200,
+    ]
     rows = open_rows(shard, InputOptions(images=images))
     assert [rows.sample(row).key for row in range(len(ids))] == keys
     rows.close()
@@ -149,7 +177,11 @@ def test_records_are_those_of_json(tmp_path, images, monkeypatch, chunk, indent)
     monkeypatch.setattr(llava_json, "_CHUNK", chunk)
     rng = random.Random(chunk)
     texts = ["grün", "日本 ☃", 'say "]" and \\', "", "{[,]}", "𝄞 clef", "line\nline"]
-    records = [record(str(i), rng.choice(texts) * rng.randrange(1, 5), "a.jpg") | {"n": rng.choice([1, -2.5, None, [1, [2]], {"a": {}}])} for i in range(40)]
+    records = [
+        record(str(i), rng.choice(texts) * rng.randrange(1, 5), "a.jpg")
+        | {"n": rng.choice([1, -2.5, None, [1, [2]], {"a": {}}])}
+        for i in range(40)
+    ]
     content = json.dumps(records, indent=indent, ensure_ascii=False)
     for start in ("", "\ufeff \n"):
         shard = write(tmp_path, (start + content + "\n").encode())
@@ -163,7 +195,13 @@ def test_records_are_those_of_json(tmp_path, images, monkeypatch, chunk, indent)
 
 
 def test_lines_that_are_no_json_are_rows_with_a_reason(tmp_path, images):
-    lines = [b"\xef\xbb\xbf" + json.dumps(record("a", "w", "a.jpg")).encode(), b"", b"{oh", b"\xff\xfe", b"  " + json.dumps(record("b", "w", "a.jpg")).encode()]
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(record("a", "w", "a.jpg")).encode(),
+        b"",
+        b"{oh",
+        b"\xff\xfe",
+        b"  " + json.dumps(record("b", "w", "a.jpg")).encode(),
+    ]
     shard = write(tmp_path, b"\n".join(lines), "data.jsonl")
     samples = list(read_samples(shard, options=InputOptions(images=images)))
     assert [(raw.key, (raw.problem or "").split(":")[0]) for raw in samples] == [
@@ -202,9 +240,15 @@ def test_an_empty_list_has_no_samples(tmp_path):
 
 def test_endless_records_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(llava_json, "MAX_RECORD", 1000)
-    assert error_of(write(tmp_path, b"a" * 2000, "x.jsonl")) == "has a line of more than 1,000 bytes, which is no record; it begins at byte 0"
+    assert (
+        error_of(write(tmp_path, b"a" * 2000, "x.jsonl"))
+        == "has a line of more than 1,000 bytes, which is no record; it begins at byte 0"
+    )
     monkeypatch.setattr(llava_json, "_CHUNK", 500)
-    assert error_of(write(tmp_path, b'["' + b"a" * 5000)) == "is damaged or truncated: no valid JSON from the record or separator at byte 1"
+    assert (
+        error_of(write(tmp_path, b'["' + b"a" * 5000))
+        == "is damaged or truncated: no valid JSON from the record or separator at byte 1"
+    )
 
 
 def test_a_url_works_for_both(tmp_path, images):

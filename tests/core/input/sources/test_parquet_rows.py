@@ -37,13 +37,27 @@ def error_of(shard: str, caption: str = "auto") -> str:
 
 
 def test_images_are_structs_or_bytes_and_other_columns_become_json(tmp_path):
-    more = {"score": [0.5, float("nan")], "when": [datetime.date(2024, 1, 2)] * 2, "tags": [["a"], None], "price": [Decimal("1.50")] * 2, "mask": [b"x", b"y"]}
+    more = {
+        "score": [0.5, float("nan")],
+        "when": [datetime.date(2024, 1, 2)] * 2,
+        "tags": [["a"], None],
+        "price": [Decimal("1.50")] * 2,
+        "mask": [b"x", b"y"],
+    }
     shard = str(inputs.as_parquet(tmp_path / "a.parquet", inputs.pairs(2), uid=["u0", "u1"], **more))
     first, second = read(shard)
     assert list(first.members) == ["jpg", "json", "txt"] and first.members["jpg"] == picture(0)
     assert (first.key, first.row, first.offset, first.nbytes, first.problem) == ("000000000", 0, None, None, None)
     text = first.members["txt"].decode()
-    expected = {"id": "000000000", "caption": text, "uid": "u0", "score": 0.5, "when": "2024-01-02", "tags": ["a"], "price": "1.50"}
+    expected = {
+        "id": "000000000",
+        "caption": text,
+        "uid": "u0",
+        "score": 0.5,
+        "when": "2024-01-02",
+        "tags": ["a"],
+        "price": "1.50",
+    }
     assert json.loads(first.members["json"]) == expected
     assert json.loads(second.members["json"])["score"] is None
     assert decode(second, shard, DecodeSettings()).columns["uid"] == "u1"
@@ -54,7 +68,9 @@ def test_images_are_structs_or_bytes_and_other_columns_become_json(tmp_path):
 
 def test_conversations_are_read_as_in_a_shard(tmp_path):
     turns = [[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]]
-    shard = write(tmp_path / "a.parquet", {"image": [{"bytes": picture(0, kind="PNG"), "path": None}], "conversations": turns})
+    shard = write(
+        tmp_path / "a.parquet", {"image": [{"bytes": picture(0, kind="PNG"), "path": None}], "conversations": turns}
+    )
     [raw] = read(shard)
     assert list(raw.members) == ["png", "json"]
     assert decode(raw, shard, DecodeSettings()).caption == "What?\nA dog."
@@ -62,16 +78,27 @@ def test_conversations_are_read_as_in_a_shard(tmp_path):
 
 @pytest.mark.parametrize(("caption", "wanted"), [("auto", "one"), ("text", "two"), ("blip", "three")])
 def test_the_caption_column(tmp_path, caption, wanted):
-    shard = write(tmp_path / "a.parquet", {"image": [picture(0)], "text": ["two"], "blip": ["three"], "caption": ["one"]})
+    shard = write(
+        tmp_path / "a.parquet", {"image": [picture(0)], "text": ["two"], "blip": ["three"], "caption": ["one"]}
+    )
     [raw] = read(shard, caption)
     assert raw.members["txt"] == wanted.encode()
     assert decode(raw, shard, DecodeSettings(caption)).caption == wanted
 
 
 def test_rows_that_cannot_be_used_say_why(tmp_path):
-    images = [{"bytes": None, "path": "a.jpg"}, None, {"bytes": b"", "path": None}, {"bytes": b"GIF89a", "path": "a.gif"}, {"bytes": picture(0), "path": None}]
+    images = [
+        {"bytes": None, "path": "a.jpg"},
+        None,
+        {"bytes": b"", "path": None},
+        {"bytes": b"GIF89a", "path": "a.gif"},
+        {"bytes": picture(0), "path": None},
+    ]
     images += [{"bytes": picture(1), "path": None}]
-    table = {"image": pa.array(images, inputs.IMAGE_STRUCT), "caption": ["a dog", "a dog", "a dog", "a dog", None, "a dog"]}
+    table = {
+        "image": pa.array(images, inputs.IMAGE_STRUCT),
+        "caption": ["a dog", "a dog", "a dog", "a dog", None, "a dog"],
+    }
     shard = write(tmp_path / "a.parquet", table)
     assert [decode(raw, shard, DecodeSettings()).reason for raw in read(shard)] == [
         "no image: column 'image' is null but for the path 'a.jpg'",
@@ -100,8 +127,18 @@ def test_single_rows_are_those_of_the_stream(tmp_path, row_group_size):
 @pytest.mark.parametrize("name", ["__key__", "key", "id", "uid"])
 def test_keys_come_from_a_column_that_names_rows(tmp_path, name):
     columns = {"image": [picture(0)] * 4, "caption": ["w"] * 4}
-    assert [raw.key for raw in read(write(tmp_path / "a.parquet", columns | {name: ["x", "y.z", None, "x"]}))] == ["x", "y_z", "a-000000002", "x-3"]
-    assert [raw.key for raw in read(write(tmp_path / "b.parquet", columns | {name: [7, 8, 9, 7]}))] == ["7", "8", "9", "7-3"]
+    assert [raw.key for raw in read(write(tmp_path / "a.parquet", columns | {name: ["x", "y.z", None, "x"]}))] == [
+        "x",
+        "y_z",
+        "a-000000002",
+        "x-3",
+    ]
+    assert [raw.key for raw in read(write(tmp_path / "b.parquet", columns | {name: [7, 8, 9, 7]}))] == [
+        "7",
+        "8",
+        "9",
+        "7-3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +160,10 @@ def test_a_file_that_will_not_do_says_what_it_has(tmp_path, columns, caption, me
 def test_a_sidecar_points_to_its_tar(tmp_path):
     shard = write(tmp_path / "00000.parquet", {"key": ["x"], "caption": ["w"]})
     (tmp_path / "00000.tar").write_bytes(b"")
-    assert error_of(shard) == "has no column with the bytes of images (it describes '00000.tar' beside it: name that); it has key, caption"
+    assert (
+        error_of(shard)
+        == "has no column with the bytes of images (it describes '00000.tar' beside it: name that); it has key, caption"
+    )
 
 
 def test_a_file_that_is_no_parquet_says_so(tmp_path):

@@ -42,7 +42,12 @@ def test_samples_are_those_of_the_tar(make_shard):
 
 def test_braces_are_a_range_and_names_come_from_the_tar(tmp_path):
     shards = expand(["pipe:cat /data/{00000..00002}.tar", "pipe:make-a-tar"], ALLOWED)
-    assert shards == ["pipe:cat /data/00000.tar", "pipe:cat /data/00001.tar", "pipe:cat /data/00002.tar", "pipe:make-a-tar"]
+    assert shards == [
+        "pipe:cat /data/00000.tar",
+        "pipe:cat /data/00001.tar",
+        "pipe:cat /data/00002.tar",
+        "pipe:make-a-tar",
+    ]
     names = [shard.name for shard in name_shards(shards, RunDirectory(tmp_path))]
     assert names[:3] == ["pipe-00000", "pipe-00001", "pipe-00002"] and len(names[3]) == len("pipe-01234567")
 
@@ -51,11 +56,17 @@ def test_braces_are_a_range_and_names_come_from_the_tar(tmp_path):
     ("command", "message"),
     [
         ("exit 3", "failed with exit status 3; run the command by itself to see why"),
-        ("cat {tar}; echo one >&2; echo two >&2; exit 1", "failed with exit status 1 (two); run the command by itself to see why"),
+        (
+            "cat {tar}; echo one >&2; echo two >&2; exit 1",
+            "failed with exit status 1 (two); run the command by itself to see why",
+        ),
         ("head -c 3000 {tar}; exit 4", "failed with exit status 4; run the command by itself to see why"),
         ("true", "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again"),
         ("yes | head -c 100000", "is no tar: it does not begin with a tar header"),
-        ("no-such-program", "failed with exit status 127 (/bin/sh: 1: no-such-program: not found); run the command by itself to see why"),
+        (
+            "no-such-program",
+            "failed with exit status 127 (/bin/sh: 1: no-such-program: not found); run the command by itself to see why",
+        ),
         ("kill -9 $$", "failed with exit status -9; run the command by itself to see why"),
     ],
 )

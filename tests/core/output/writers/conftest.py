@@ -18,12 +18,23 @@ from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import picture
 from tests.runs import add_table, make_run
 
-TURNS = [{"from": "human", "value": "What is this?\n<image>"}, {"from": "gpt", "value": "Ein Baum."}, {"from": "human", "value": "Sure?"}]
+TURNS = [
+    {"from": "human", "value": "What is this?\n<image>"},
+    {"from": "gpt", "value": "Ein Baum."},
+    {"from": "human", "value": "Sure?"},
+]
 
 HARD = {
-    "../../up/k0": [("jpg", picture(0)), ("txt", "日本のリンゴ 🍎".encode()), ("json", b'{"caption": "other", "n": 0}')],
+    "../../up/k0": [
+        ("jpg", picture(0)),
+        ("txt", "日本のリンゴ 🍎".encode()),
+        ("json", b'{"caption": "other", "n": 0}'),
+    ],
     "a.b/k1": [("png", picture(1, kind="PNG")), ("txt", b"\xef\xbb\xbf  spaces  \n")],
-    "/abs/Ключ": [("webp", picture(2, kind="WEBP")), ("json", json.dumps({"text": "ж" * 300}, ensure_ascii=False).encode())],
+    "/abs/Ключ": [
+        ("webp", picture(2, kind="WEBP")),
+        ("json", json.dumps({"text": "ж" * 300}, ensure_ascii=False).encode()),
+    ],
     "k3": [("seg.png", b"mask"), ("jpg", picture(3)), ("txt", b"three"), ("cls", b"7"), ("json", b"\xff\xfe no json")],
     "k4": [("jpeg", picture(4)), ("json", json.dumps({"id": 17, "conversations": TURNS}).encode())],
     "K3": [("jpg", picture(5)), ("png", picture(6, kind="PNG")), ("txt", b"two images")],
@@ -40,7 +51,9 @@ def hard(tmp_path: Path) -> Path:
     scores = {}
     for i in range(2):
         with tarfile.open(tmp_path / f"data/{i}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-            for name, content in [(f"{key}.{ext}", content) for key in keys[4 * i : 4 * i + 4] for ext, content in HARD[key]]:
+            for name, content in [
+                (f"{key}.{ext}", content) for key in keys[4 * i : 4 * i + 4] for ext, content in HARD[key]
+            ]:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

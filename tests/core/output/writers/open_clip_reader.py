@@ -31,13 +31,31 @@ from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 
 def arguments(job: dict) -> SimpleNamespace:
     """What open_clip's command line makes of `--dataset-type webdataset --train-data PATTERN --workers N`, of two pairs a batch to evaluate."""
-    named = {name: None for name in ("train_num_samples", "val_num_samples", "train_data_upsampling_factors", "imagenet_val", "imagenet_v2")}
-    given = {"train_data": job.get("train"), "val_data": job.get("val"), "workers": job["workers"], "batch_size": 1 if "train" in job else 2}
-    return SimpleNamespace(**named, **given, dataset_type="webdataset", dataset_resampled=False, seed=0, world_size=1, distributed=False)
+    named = {
+        name: None
+        for name in (
+            "train_num_samples",
+            "val_num_samples",
+            "train_data_upsampling_factors",
+            "imagenet_val",
+            "imagenet_v2",
+        )
+    }
+    given = {
+        "train_data": job.get("train"),
+        "val_data": job.get("val"),
+        "workers": job["workers"],
+        "batch_size": 1 if "train" in job else 2,
+    }
+    return SimpleNamespace(
+        **named, **given, dataset_type="webdataset", dataset_resampled=False, seed=0, world_size=1, distributed=False
+    )
 
 
 def read(job: dict, tokenizer: open_clip.SimpleTokenizer) -> dict:
-    data = get_data(arguments(job), (pil_to_tensor, pil_to_tensor), tokenizer=tokenizer)["train" if "train" in job else "val"]
+    data = get_data(arguments(job), (pil_to_tensor, pil_to_tensor), tokenizer=tokenizer)[
+        "train" if "train" in job else "val"
+    ]
     pairs = [
         (hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), tokens.tolist())
         for images, texts in data.dataloader

@@ -33,7 +33,16 @@ def uid(i: int) -> str:
 def run_of(folder: Path, uids: list[str | None]) -> Path:
     """A run over one shard that is not there: a subset file needs none. Row i scores i."""
     rows = [
-        {"key": f"k{i}", "shard": "/gone.tar", "row": i, "offset": 0, "nbytes": 512, "ok": True, "uid": value, "similarity": float(i)}
+        {
+            "key": f"k{i}",
+            "shard": "/gone.tar",
+            "row": i,
+            "offset": 0,
+            "nbytes": 512,
+            "ok": True,
+            "uid": value,
+            "similarity": float(i),
+        }
         for i, value in enumerate(uids)
     ]
     add_table(folder / "run", "gone", "/gone.tar", rows)
@@ -76,7 +85,11 @@ def test_upper_case_is_the_same_number(tmp_path):
 def test_a_folder_says_why(tmp_path):
     run = run_of(tmp_path, [uid(i) for i in range(5)])
     select(run, SelectSettings(top="2", format="datacomp", output=tmp_path / "best"))
-    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["manifest.json", "sample_ids.npy", "selection.parquet"]
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [
+        "manifest.json",
+        "sample_ids.npy",
+        "selection.parquet",
+    ]
     assert copies(tmp_path / "best/sample_ids.npy", [uid(i) for i in range(5)]) == [0, 0, 0, 1, 1]
     assert pq.read_table(tmp_path / "best/selection.parquet").to_pydict()["kept"] == [False, False, False, True, True]
 
@@ -95,7 +108,9 @@ def test_a_uid_of_several_samples_is_written_once(tmp_path):
     run = run_of(tmp_path, [uid(0), uid(1), uid(0), uid(0), uid(2)])
     selection = select(run, SelectSettings(top="100%", format="datacomp", output=tmp_path / "best.npy"))
     assert copies(tmp_path / "best.npy", [uid(0), uid(1), uid(2), uid(3)]) == [1, 1, 1, 0]
-    assert selection.warnings == ("1 uids belong to several kept samples: each is written once, and resharder copies every sample of the pool that has it",)
+    assert selection.warnings == (
+        "1 uids belong to several kept samples: each is written once, and resharder copies every sample of the pool that has it",
+    )
 
 
 def test_a_sample_that_comes_several_times_has_its_id_as_many_times(tmp_path):
@@ -125,22 +140,32 @@ def test_samples_without_a_uid(tmp_path):
 def test_a_score_table_without_the_column(tmp_path):
     tables = ScoreTables(RunDirectory(run_of(tmp_path, [uid(0)])))
     del tables.types["uid"]
-    with pytest.raises(SelectionError, match=r"^the score table has no column 'uid', by which a DataComp subset names samples; use --format keys$"):
+    with pytest.raises(
+        SelectionError,
+        match=r"^the score table has no column 'uid', by which a DataComp subset names samples; use --format keys$",
+    ):
         subset(Kept(tables, np.array([0]), 10, {}))
 
 
 def test_it_is_sorted_and_cannot_be_shuffled(tmp_path):
     run = run_of(tmp_path, [uid(0)])
-    assert error_of(run, shuffle=1) == "--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out"
+    assert (
+        error_of(run, shuffle=1) == "--format datacomp is sorted by uid, so --shuffle has nothing to do: leave it out"
+    )
 
 
 def test_repeat_is_what_the_resharder_understands(tmp_path):
     uids = [uid(i) for i in range(5)]
-    select(run_of(tmp_path, uids), SelectSettings(top="100%", repeat="row", format="datacomp", output=tmp_path / "best.npy"))
+    select(
+        run_of(tmp_path, uids),
+        SelectSettings(top="100%", repeat="row", format="datacomp", output=tmp_path / "best.npy"),
+    )
     assert copies(tmp_path / "best.npy", uids) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
 def test_the_resharder_makes_the_shards_that_are_asked_for(tmp_path):
     """Its loop re-told: of each sample of the pool the uid of the JSON, and as many copies as the array has of it, as UID-0, UID-1, …"""
     shards, pool = {}, {}

@@ -35,8 +35,14 @@ def test_every_item_has_its_image_and_its_words(hard, written):
         contents = [content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp")]
         assert [Path(os.path.join(best / "images", image)).read_bytes() for image in images] == contents
     captions = {item["id"]: item["conversations"] for item in items}
-    assert captions["../../up/k0"] == [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": "日本のリンゴ 🍎"}]
-    assert captions["K3"] == [{"from": "human", "value": "<image>\n<image>\nDescribe the image."}, {"from": "gpt", "value": "two images"}]
+    assert captions["../../up/k0"] == [
+        {"from": "human", "value": "<image>\nDescribe the image."},
+        {"from": "gpt", "value": "日本のリンゴ 🍎"},
+    ]
+    assert captions["K3"] == [
+        {"from": "human", "value": "<image>\n<image>\nDescribe the image."},
+        {"from": "gpt", "value": "two images"},
+    ]
     assert captions[17] == TURNS, "a conversation stays as it is"
     assert captions["x" * 200][1]["value"] == "long key", "what is no list of turns is no conversation"
 
@@ -49,14 +55,22 @@ def test_names_are_harmless_and_new(hard, written):
     assert names[3:7] == ["00000000/k3.jpg", "00000000/k4.jpeg", "00000000/K3-2.jpg", "00000000/K3.png"]
     assert all(re.fullmatch(r"00000000/[A-Za-z0-9_-]{1,100}\.(jpg|jpeg|png|webp)", name) for name in names)
     assert len({name.lower() for name in names}) == 9
-    everything = {os.path.relpath(os.path.join(folder, name), best) for folder, _, files in os.walk(best) for name in files}
+    everything = {
+        os.path.relpath(os.path.join(folder, name), best) for folder, _, files in os.walk(best) for name in files
+    }
     assert everything == {f"images/{name}" for name in names} | {"llava.json", "selection.parquet", "manifest.json"}
-    assert sorted(path.name for path in best.parent.iterdir()) == ["best", "data", "run"], "nothing is outside the folder"
+    assert sorted(path.name for path in best.parent.iterdir()) == ["best", "data", "run"], (
+        "nothing is outside the folder"
+    )
 
 
 def test_images_are_in_folders_of_a_bounded_size(hard, written):
     best = written(hard, "llava-json", shard_size=3, shuffle=1)
-    assert [len(list(folder.iterdir())) for folder in sorted((best / "images").iterdir())] in ([3, 3, 3], [3, 4, 2], [4, 3, 2])
+    assert [len(list(folder.iterdir())) for folder in sorted((best / "images").iterdir())] in (
+        [3, 3, 3],
+        [3, 4, 2],
+        [4, 3, 2],
+    )
     where = {row["key"]: row["output_shard"] for row in pq.read_table(best / "selection.parquet").to_pylist()}
     for item in items_of(best):
         image = item["image"] if isinstance(item["image"], str) else item["image"][0]
@@ -65,7 +79,10 @@ def test_images_are_in_folders_of_a_bounded_size(hard, written):
 
 def test_words_that_utf8_cannot_hold(tmp_path, written):
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "half \ud83d a pair"}]
-    shard = write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.txt", b"x"), ("a.json", json.dumps({"conversations": turns}).encode())])
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [("a.jpg", picture(0)), ("a.txt", b"x"), ("a.json", json.dumps({"conversations": turns}).encode())],
+    )
     run = make_run(tmp_path / "run", {str(shard): [1.0]})
     assert items_of(written(run, "llava-json"))[0]["conversations"] == turns
 
@@ -81,7 +98,9 @@ def as_llava_reads(folder):
     for item in items_of(folder):
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         opened = [Image.open(os.path.join(folder / "images", image)).convert("RGB") for image in images]
-        assert [turn["from"] for turn in item["conversations"]] == (["human", "gpt"] * len(item["conversations"]))[: len(item["conversations"])]
+        assert [turn["from"] for turn in item["conversations"]] == (["human", "gpt"] * len(item["conversations"]))[
+            : len(item["conversations"])
+        ]
         yield opened, "\n".join(turn["value"] for turn in item["conversations"]).split("<image>")
 
 
@@ -90,7 +109,10 @@ def test_llava_has_a_place_for_every_image(hard, written):
     assert [len(words) - 1 for _, words in pairs] == [len(images) for images, _ in pairs] == [1, 1, 1, 1, 1, 2, 1, 1]
     for (images, words), members in zip(pairs, HARD.values(), strict=True):
         source = [content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp")]
-        assert all(np.array_equal(image, Image.open(io.BytesIO(content)).convert("RGB")) for image, content in zip(images, source, strict=True))
+        assert all(
+            np.array_equal(image, Image.open(io.BytesIO(content)).convert("RGB"))
+            for image, content in zip(images, source, strict=True)
+        )
         assert "".join(words).strip()
 
 
@@ -109,7 +131,12 @@ def test_words_with_too_few_or_too_many_places_are_told(tmp_path):
         "2 samples do not have <image> once for each image in their words (first: key 'a'): LLaVA trains on these without the image, or stops",
     )
     words = [[turn["value"] for turn in item["conversations"]] for item in items_of(tmp_path / "best")]
-    assert words == [["<image>\nDescribe the image.", "an <image> tag"], ["What?", "This."], ["<image>\nDescribe the image.", "fine"], ["<image>", 7]]
+    assert words == [
+        ["<image>\nDescribe the image.", "an <image> tag"],
+        ["What?", "This."],
+        ["<image>\nDescribe the image.", "fine"],
+        ["<image>", 7],
+    ]
 
 
 def test_nothing_kept_is_an_empty_list(hard, written):

@@ -28,11 +28,16 @@ READER = Path(__file__).parent / "open_clip_reader.py"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (PEERS / "open_clip_train").is_dir(), reason=f"there is no open_clip in {PEERS}: make test puts it there"),
+    pytest.mark.skipif(
+        not (PEERS / "open_clip_train").is_dir(), reason=f"there is no open_clip in {PEERS}: make test puts it there"
+    ),
 ]
 
 N = 24
-CAPTIONS = [f"{caption(i)} {word}".strip() for i, word in zip(range(N), ["", "日本のリンゴ 🍎", "Ключ", "ein Fluß"] * 6, strict=True)]
+CAPTIONS = [
+    f"{caption(i)} {word}".strip()
+    for i, word in zip(range(N), ["", "日本のリンゴ 🍎", "Ключ", "ein Fluß"] * 6, strict=True)
+]
 KINDS = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")]
 IMAGES = [picture(i, kind=KINDS[i % 4][1]) for i in range(N)]
 
@@ -45,15 +50,22 @@ def members(i: int) -> list[tuple[str, bytes]]:
 
 def pixels(image: bytes) -> str:
     """Digest of (3, height, width) of an image, decoded here."""
-    return hashlib.sha256(np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).transpose(2, 0, 1).tobytes()).hexdigest()
+    return hashlib.sha256(
+        np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).transpose(2, 0, 1).tobytes()
+    ).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the loader gives of each selection, all read by one process."""
     folder = tmp_path_factory.mktemp("open_clip")
-    shards = [write_tar(folder / f"{n}.tar", [member for i in range(12 * n, 12 * n + 12) for member in members(i)]) for n in range(2)]
-    run = make_run(folder / "run", {str(shard): [i / N for i in range(12 * n, 12 * n + 12)] for n, shard in enumerate(shards)})
+    shards = [
+        write_tar(folder / f"{n}.tar", [member for i in range(12 * n, 12 * n + 12) for member in members(i)])
+        for n in range(2)
+    ]
+    run = make_run(
+        folder / "run", {str(shard): [i / N for i in range(12 * n, 12 * n + 12)] for n, shard in enumerate(shards)}
+    )
     bare = write_tar(folder / "bare.tar", [member for i in range(4) for member in members(i)[:2]])
     make_run(folder / "bare-run", {str(bare): [0.0, 0.1, 0.2, 0.3]})
 
@@ -70,7 +82,13 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
     asked = json.dumps({"jobs": jobs, "captions": CAPTIONS})
     done = subprocess.run(
-        [sys.executable, READER], input=asked, env=os.environ | {"PYTHONPATH": str(PEERS)}, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, READER],
+        input=asked,
+        env=os.environ | {"PYTHONPATH": str(PEERS)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

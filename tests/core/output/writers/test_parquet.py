@@ -18,7 +18,16 @@ from mmfilter.ops.select import SelectSettings, select
 from tests.core.output.writers.conftest import HARD
 from tests.runs import add_table
 
-CAPTIONS = ["日本のリンゴ 🍎", "spaces", "ж" * 300, "three", "What is this?\nEin Baum.\nSure?", "two images", "long key", "capitals"]
+CAPTIONS = [
+    "日本のリンゴ 🍎",
+    "spaces",
+    "ж" * 300,
+    "three",
+    "What is this?\nEin Baum.\nSure?",
+    "two images",
+    "long key",
+    "capitals",
+]
 
 
 def rows_of(folder):
@@ -32,16 +41,29 @@ def test_nothing_of_a_sample_is_lost_or_changed(hard, written, tmp_path):
     assert [row["caption"] for row in rows] == CAPTIONS
     for row, (key, members) in zip(rows, HARD.items(), strict=True):
         given = {ext.lower(): content for ext, content in members}
-        found = {row["image"]["path"].rsplit(".", 1)[1]: row["image"]["bytes"]} | {item["name"]: item["bytes"] for item in row["others"]}
+        found = {row["image"]["path"].rsplit(".", 1)[1]: row["image"]["bytes"]} | {
+            item["name"]: item["bytes"] for item in row["others"]
+        }
         if row["json"] is not None:
             found["json"] = row["json"].encode()
         if "txt" in given:
             found["txt"] = given["txt"]  # the caption, checked above
         assert found == given, key
     assert [row["image"]["path"] for row in rows][:4] == ["k0.jpg", "k1.png", "Ключ.webp", "k3.jpg"]
-    assert [[item["name"] for item in row["others"]] for row in rows] == [[], [], [], ["seg.png", "cls", "json"], [], ["png"], [], []]
+    assert [[item["name"] for item in row["others"]] for row in rows] == [
+        [],
+        [],
+        [],
+        ["seg.png", "cls", "json"],
+        [],
+        ["png"],
+        [],
+        [],
+    ]
     assert [row["similarity"] for row in rows] == [float(np.float32(i / 10)) for i in range(8)]
-    assert [(row["shard"], row["row"]) for row in rows] == [(f"{tmp_path}/data/{i}.tar", j) for i in range(2) for j in range(4)]
+    assert [(row["shard"], row["row"]) for row in rows] == [
+        (f"{tmp_path}/data/{i}.tar", j) for i in range(2) for j in range(4)
+    ]
     assert not {"ok", "reason", "offset", "nbytes"} & set(rows[0])
 
 
@@ -49,7 +71,8 @@ def test_pandas_reads_the_folder(hard, written):
     table = pandas.read_parquet(written(hard, "parquet", shard_size=3) / "data")
     assert table["key"].tolist() == list(HARD) and table["caption"].tolist() == CAPTIONS
     assert [image["bytes"] for image in table["image"]] == [
-        next(content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp")) for members in HARD.values()
+        next(content for ext, content in members if ext.lower() in ("jpg", "jpeg", "png", "webp"))
+        for members in HARD.values()
     ]
     assert table["similarity"].tolist() == [float(np.float32(i / 10)) for i in range(8)] and table["uid"].isna().all()
 
@@ -92,18 +115,25 @@ def test_a_row_group_is_a_bounded_number_of_bytes(hard, written, monkeypatch):
     monkeypatch.setattr(kept, "BATCH_BYTES", 12_000)
     table = pq.ParquetFile(written(hard, "parquet") / "data/00000000.parquet")
     sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    held = iter(pq.read_table(hard / "scores/0-0.parquet")["nbytes"].to_pylist() + pq.read_table(hard / "scores/1-1.parquet")["nbytes"].to_pylist())
+    held = iter(
+        pq.read_table(hard / "scores/0-0.parquet")["nbytes"].to_pylist()
+        + pq.read_table(hard / "scores/1-1.parquet")["nbytes"].to_pylist()
+    )
     assert sum(sizes) == 8 and len(sizes) > 2
     groups = [[next(held) for _ in range(size)] for size in sizes]
     assert all(len(group) == 1 or sum(group) <= 12_000 for group in groups)
-    assert all(sum(group) + following[0] > 12_000 for group, following in itertools.pairwise(groups)), "none is smaller than it has to be"
+    assert all(sum(group) + following[0] > 12_000 for group, following in itertools.pairwise(groups)), (
+        "none is smaller than it has to be"
+    )
 
 
 def test_captions_come_from_where_they_were_scored(hard, written, caption_from):
     caption_from("caption")
     [row] = rows_of(written(hard, "parquet", top="1", where="row = 0 AND similarity < 0.1"))
     assert row["caption"] == "other"
-    assert row["others"] == [{"name": "txt", "bytes": "日本のリンゴ 🍎".encode()}], "a txt that is not the caption is kept"
+    assert row["others"] == [{"name": "txt", "bytes": "日本のリンゴ 🍎".encode()}], (
+        "a txt that is not the caption is kept"
+    )
 
 
 def test_nothing_kept_is_one_table_without_rows(hard, written):
@@ -114,7 +144,9 @@ def test_nothing_kept_is_one_table_without_rows(hard, written):
 @pytest.mark.parametrize("form", ["parquet", "hf", "llava-json"])
 def test_nothing_is_left_of_a_write_that_fails(truncated, tmp_path, form):
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(ShardError, match=r"1\.tar' has become shorter since it was scored: score it again; it ends at byte [0-9,]+$"):
+    with pytest.raises(
+        ShardError, match=r"1\.tar' has become shorter since it was scored: score it again; it ends at byte [0-9,]+$"
+    ):
         select(truncated, SelectSettings(top="100%", format=form, output=tmp_path / "best"))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -133,9 +165,7 @@ def test_a_sample_that_is_not_the_one_that_was_scored(hard, tmp_path):
 
 def test_a_sample_without_the_caption_it_was_scored_with(hard, tmp_path, caption_from):
     caption_from("headline")
-    message = (
-        f"shard '{tmp_path}/data/0.tar' holds sample '../../up/k0' without the image or the caption it was scored with: score it again; it begins at byte 0"
-    )
+    message = f"shard '{tmp_path}/data/0.tar' holds sample '../../up/k0' without the image or the caption it was scored with: score it again; it begins at byte 0"
     with pytest.raises(ShardError, match=f"^{re.escape(message)}$"):
         select(hard, SelectSettings(top="100%", format="parquet", output=tmp_path / "best"))
 
@@ -144,5 +174,8 @@ def test_a_repeated_sample_is_a_row_each_time(hard, written):
     """In the order of the other formats: after the first copies the second ones, and so on."""
     best = written(hard, "parquet", repeat="CASE key WHEN 'k3' THEN 3 WHEN 'k4' THEN 2 ELSE 1 END", shard_size=4)
     assert [row["key"] for row in rows_of(best)] == [*HARD, "k3", "k4", "k3"]
-    where = {row["key"]: (row["output_shard"], row["copies"]) for row in pq.read_table(best / "selection.parquet").to_pylist()}
+    where = {
+        row["key"]: (row["output_shard"], row["copies"])
+        for row in pq.read_table(best / "selection.parquet").to_pylist()
+    }
     assert (where["k3"], where["k4"]) == (("data/00000000.parquet", 3), ("data/00000001.parquet", 2))

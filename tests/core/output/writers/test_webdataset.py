@@ -18,7 +18,9 @@ from tests.runs import make_run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),  # webdataset leaves files open
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),  # webdataset leaves files open
 ]
 
 KINDS = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")]
@@ -42,7 +44,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = {}
     for n in range(2):
         rows = range(20 * n, 20 * n + 20)
-        shard = write_tar(folder / f"{n}.tar", [(f"{i:06d}.{ext}", content) for i in rows for ext, content in members(i).items()])
+        shard = write_tar(
+            folder / f"{n}.tar", [(f"{i:06d}.{ext}", content) for i in rows for ext, content in members(i).items()]
+        )
         scores[str(shard)] = [{"similarity": i / 40} for i in rows]
     return make_run(folder / "run", scores)
 
@@ -68,19 +72,29 @@ def test_the_stream_of_a_command(run, command):
 
 
 def test_a_reader_of_a_command_that_has_enough(run, command):
-    found = iter(webdataset.WebDataset(f"pipe:{command} select {run} --top 100% --repeat 200 -o - 2>/dev/null", shardshuffle=False))
+    found = iter(
+        webdataset.WebDataset(
+            f"pipe:{command} select {run} --top 100% --repeat 200 -o - 2>/dev/null", shardshuffle=False
+        )
+    )
     assert as_written(next(found)) == expected(range(1))[0]
     found.close()
 
 
 def test_a_command_that_fails_is_no_empty_dataset(run, command):
     with pytest.raises((OSError, tarfile.ReadError), match=r"exit 1|empty file"):  # whichever it sees first
-        list(webdataset.WebDataset(f"pipe:{command} select {run} --top 100% --by nothing -o - 2>/dev/null", shardshuffle=False))
+        list(
+            webdataset.WebDataset(
+                f"pipe:{command} select {run} --top 100% --by nothing -o - 2>/dev/null", shardshuffle=False
+            )
+        )
 
 
 def test_a_command_that_fails_midway_is_no_short_dataset(truncated, command):
     """A shard that is shorter than its score table says; what came before it is in the stream."""
-    found = iter(webdataset.WebDataset(f"pipe:{command} select {truncated} --top 100% -o - 2>/dev/null", shardshuffle=False))
+    found = iter(
+        webdataset.WebDataset(f"pipe:{command} select {truncated} --top 100% -o - 2>/dev/null", shardshuffle=False)
+    )
     seen = []
     with pytest.raises((OSError, tarfile.ReadError), match=r"exit 1|unexpected end of data"):
         seen += [next(found)["__key__"]]
@@ -96,7 +110,9 @@ def shards(run: Path, tmp_path: Path) -> str:
 
 
 def test_nothing_is_lost_and_all_is_in_order(shards):
-    assert [as_written(sample) for sample in webdataset.WebDataset(shards, shardshuffle=False)] == expected(range(10, 40))
+    assert [as_written(sample) for sample in webdataset.WebDataset(shards, shardshuffle=False)] == expected(
+        range(10, 40)
+    )
 
 
 def test_workers_share_the_shards(shards):
@@ -117,6 +133,11 @@ def test_nodes_share_the_shards(shards, monkeypatch):
 
 
 def test_images_and_captions_decode(shards):
-    dataset = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb").rename(image="jpg;png;webp", text="txt").to_tuple("image", "text")
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=False)
+        .decode("pilrgb")
+        .rename(image="jpg;png;webp", text="txt")
+        .to_tuple("image", "text")
+    )
     for i, (image, text) in zip(range(10, 40), dataset, strict=True):
         assert image.size == (96, 80) and text == f"{CAPTIONS[i % 5]} {i}"

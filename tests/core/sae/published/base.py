@@ -58,7 +58,15 @@ def case(layout: str, what: str = "", *, peer: str | None = None) -> Callable:
     def register(write: Callable[[Path], Published]) -> Callable[[Path], Published]:
         names = [what] if what else [write.__name__]
         for name in names:
-            CASES.append(Case(layout, NAMED[layout].publisher, f"peer: {peer} {_version(peer)}" if peer else "formula", name, write))
+            CASES.append(
+                Case(
+                    layout,
+                    NAMED[layout].publisher,
+                    f"peer: {peer} {_version(peer)}" if peer else "formula",
+                    name,
+                    write,
+                )
+            )
         return write
 
     return register
@@ -114,7 +122,13 @@ def layer_norm(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (x - mean) / (std + 1e-5), mean, std
 
 
-def run(w: dict[str, torch.Tensor], activation: Callable[[np.ndarray], np.ndarray], *, subtract: bool, x: np.ndarray | None = None):
+def run(
+    w: dict[str, torch.Tensor],
+    activation: Callable[[np.ndarray], np.ndarray],
+    *,
+    subtract: bool,
+    x: np.ndarray | None = None,
+):
     """(codes, reconstruction) of the plain formula with SAELens' orientation."""
     x = f64(states()) if x is None else x
     h = (x - (f64(w["b_dec"]) if subtract else 0)) @ f64(w["W_enc"]) + f64(w["b_enc"])
@@ -138,4 +152,8 @@ def randomise(module: torch.nn.Module) -> None:
     g = rng()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g).abs() if "threshold" in name else torch.randn(parameter.shape, generator=g))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=g).abs()
+                if "threshold" in name
+                else torch.randn(parameter.shape, generator=g)
+            )

@@ -39,7 +39,10 @@ def _sparsify_expansion(folder: Path) -> Published:
 
 @case("sparsify", "LMMs-Lab's folder, with the multi_topk loss", peer="eai-sparsify")
 def sparsify_lmms(folder: Path) -> Published:
-    dump(folder / "config.json", {"model": "lmms-lab/llama3-llava-next-8b", "ctx_len": 2048, "dataset": "LLaVA-NeXT-Data"})
+    dump(
+        folder / "config.json",
+        {"model": "lmms-lab/llama3-llava-next-8b", "ctx_len": 2048, "dataset": "LLaVA-NeXT-Data"},
+    )
     return sparse_coder(folder / "model.layers.24", num_latents=N, multi_topk=True)
 
 
@@ -66,7 +69,12 @@ def dictionary_learning() -> Any:
 
 
 def dictionary(
-    folder: Path, name: str, build: Callable[[Any], Any], *, config: bool = True, codes_of: Callable[[Any], torch.Tensor] | None = None
+    folder: Path,
+    name: str,
+    build: Callable[[Any], Any],
+    *,
+    config: bool = True,
+    codes_of: Callable[[Any], torch.Tensor] | None = None,
 ) -> Published:
     package = dictionary_learning()
     theirs = build(package)
@@ -129,11 +137,17 @@ def _dictionary_batchtopk(folder: Path) -> Published:
 
 @case("dictionary_learning_topk", "BatchTopKSAE without config.json, activation said", peer="dictionary-learning")
 def _dictionary_batchtopk_alone(folder: Path) -> Published:
-    made = dictionary(folder, "BatchTopKSAE", lambda package: topk_classes(package)["BatchTopKSAE"](D, N, K), config=False)
+    made = dictionary(
+        folder, "BatchTopKSAE", lambda package: topk_classes(package)["BatchTopKSAE"](D, N, K), config=False
+    )
     made.options = {"activation": "batchtopk"}
     return made
 
 
 @case("dictionary_learning_matryoshka", "MatryoshkaBatchTopKSAE", peer="dictionary-learning")
 def _dictionary_matryoshka(folder: Path) -> Published:
-    return dictionary(folder, "MatryoshkaBatchTopKSAE", lambda package: topk_classes(package)["MatryoshkaBatchTopKSAE"](D, N, K, [8, N - 8]))
+    return dictionary(
+        folder,
+        "MatryoshkaBatchTopKSAE",
+        lambda package: topk_classes(package)["MatryoshkaBatchTopKSAE"](D, N, K, [8, N - 8]),
+    )

@@ -9,7 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.core.sae.published.base import D, K, N, Published, S, case, dump, f64, jumprelu, layer_norm, parts, relu, rng, run, states, tensors, topk
+from tests.core.sae.published.base import (
+    D,
+    K,
+    N,
+    Published,
+    S,
+    case,
+    dump,
+    f64,
+    jumprelu,
+    layer_norm,
+    parts,
+    relu,
+    rng,
+    run,
+    states,
+    tensors,
+    topk,
+)
 
 # --- Gemma Scope -------------------------------------------------------------------------------
 
@@ -40,7 +58,12 @@ def gemma_scope_2(folder: Path) -> Published:
 
 def linear(w: dict[str, torch.Tensor], b_dec: str = "decoder.bias") -> dict[str, torch.Tensor]:
     """nn.Linear's names and orientation."""
-    return {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, b_dec: w["b_dec"]}
+    return {
+        "encoder.weight": w["W_enc"].T,
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        b_dec: w["b_dec"],
+    }
 
 
 @case("llama_scope", "dataset-wise, jumprelu on the decoder norm")
@@ -64,7 +87,9 @@ def scope_config(**more: Any) -> dict[str, Any]:
             "use_glu_encoder": False, "use_decoder_bias": True, "top_k": K, "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True} | more  # fmt: skip
 
 
-def scope(w: dict[str, torch.Tensor], activation: Callable, *, x: np.ndarray, include: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def scope(
+    w: dict[str, torch.Tensor], activation: Callable, *, x: np.ndarray, include: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Llamascopium's encode and decode: the activation sees h·‖W_D‖ and its result is divided by it again."""
     norms = np.linalg.norm(f64(w["W_dec"]), axis=1) if include else 1.0
     codes = activation((x @ f64(w["W_enc"]) + f64(w["b_enc"])) * norms) / norms
@@ -81,7 +106,10 @@ AVERAGE = {"dataset_average_activation_norm.blocks.15.hook_resid_post": torch.te
 @case("llamascopium", "jumprelu, dataset-wise")
 def _llamascopium(folder: Path) -> Published:
     w, log_theta = parts(), torch.randn(N, generator=rng(3)) * 0.3
-    tensors(folder / "sae_weights.safetensors", upper(w, **{"activation_function.log_jumprelu_threshold": log_theta}, **AVERAGE))
+    tensors(
+        folder / "sae_weights.safetensors",
+        upper(w, **{"activation_function.log_jumprelu_threshold": log_theta}, **AVERAGE),
+    )
     dump(folder / "config.json", scope_config(act_fn="jumprelu"))
     codes, out = scope(w, lambda h: jumprelu(h, np.exp(f64(log_theta))), x=f64(states()) * S)
     return Published(folder, codes, out / S)
@@ -91,7 +119,10 @@ def _llamascopium(folder: Path) -> Published:
 def _llamascopium_relu(folder: Path) -> Published:
     w = parts()
     tensors(folder / "sae_weights.safetensors", upper(w, **AVERAGE))
-    dump(folder / "config.json", scope_config(act_fn="relu", norm_activation="inference", sparsity_include_decoder_norm=False))
+    dump(
+        folder / "config.json",
+        scope_config(act_fn="relu", norm_activation="inference", sparsity_include_decoder_norm=False),
+    )
     return Published(folder, *scope(w, relu, x=f64(states()), include=False))
 
 
@@ -141,7 +172,13 @@ def _openai_topk(folder: Path) -> Published:
 def _openai_relu(folder: Path) -> Published:
     w = parts()
     torch.save(
-        {"encoder.weight": w["W_enc"].T, "latent_bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "pre_bias": w["b_dec"], "activation": "ReLU"},
+        {
+            "encoder.weight": w["W_enc"].T,
+            "latent_bias": w["b_enc"],
+            "decoder.weight": w["W_dec"].T,
+            "pre_bias": w["b_dec"],
+            "activation": "ReLU",
+        },
         folder / "8.pt",
     )
     return Published(folder / "8.pt", *run(w, relu, subtract=True))
@@ -160,7 +197,9 @@ def _mmdiff(folder: Path) -> Published:
     w = parts(threshold=(N,))
     w["threshold"] = w["threshold"].abs()
     tensors(folder / "text-only_layer_13.pt", w)
-    return Published(folder / "text-only_layer_13.pt", *run(w, lambda h: jumprelu(h, f64(w["threshold"])), subtract=False))
+    return Published(
+        folder / "text-only_layer_13.pt", *run(w, lambda h: jumprelu(h, f64(w["threshold"])), subtract=False)
+    )
 
 
 @case("mmdiff", "TopK on LLaVA-MORE, k said, bfloat16")
@@ -174,6 +213,13 @@ def _mmdiff_topk(folder: Path) -> Published:
 def _plain(folder: Path) -> Published:
     w = parts()
     tensors(folder / "sae.safetensors", w | {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T})
-    options = {"layout": "plain", "activation": "topk", "k": K, "subtract_b_dec": "true", "scale": S, "normalisation": "none"}
+    options = {
+        "layout": "plain",
+        "activation": "topk",
+        "k": K,
+        "subtract_b_dec": "true",
+        "scale": S,
+        "normalisation": "none",
+    }
     codes, out = run(w, lambda h: topk(h, K), subtract=True, x=f64(states()) * S)
     return Published(folder, codes, out / S, options)

@@ -10,7 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from tests.core.sae.published.base import D, K, N, Published, S, case, dump, f64, parts, randomise, relu, run, states, tensors
+from tests.core.sae.published.base import (
+    D,
+    K,
+    N,
+    Published,
+    S,
+    case,
+    dump,
+    f64,
+    parts,
+    randomise,
+    relu,
+    run,
+    states,
+    tensors,
+)
 
 
 def sae_lens() -> Any:
@@ -116,7 +131,13 @@ for _name, _config, _shapes in (
 @case("saelens_old", "SAE-V final_*: folded, though cfg.json says otherwise")
 def saev_final(folder: Path) -> Published:
     w = parts()
-    old_folder(folder / "final_122880000", w, apply_b_dec_to_input=False, normalize_activations="expected_average_only_in", l1_coefficient=5)
+    old_folder(
+        folder / "final_122880000",
+        w,
+        apply_b_dec_to_input=False,
+        normalize_activations="expected_average_only_in",
+        l1_coefficient=5,
+    )
     codes, out = run(w, relu, subtract=False)
     return Published(folder / "final_122880000", codes, out)
 

@@ -9,7 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.core.sae.published.base import D, K, N, Published, case, dump, f64, jumprelu, layer_norm, parts, relu, rng, run, states, tensors, topk
+from tests.core.sae.published.base import (
+    D,
+    K,
+    N,
+    Published,
+    case,
+    dump,
+    f64,
+    jumprelu,
+    layer_norm,
+    parts,
+    relu,
+    rng,
+    run,
+    states,
+    tensors,
+    topk,
+)
 
 
 def prisma_config(**more: Any) -> dict[str, Any]:
@@ -21,7 +38,10 @@ def prisma_config(**more: Any) -> dict[str, Any]:
 def prisma_topk(folder: Path) -> Published:
     w = parts()
     tensors(folder / "weights.pt", w)
-    dump(folder / "config.json", prisma_config(activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations="layer_norm"))
+    dump(
+        folder / "config.json",
+        prisma_config(activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations="layer_norm"),
+    )
     x, mean, std = layer_norm(f64(states()))
     codes, out = run(w, lambda h: topk(h, K), subtract=True, x=x)
     return Published(folder, codes, out * std + mean)
@@ -88,8 +108,17 @@ def saev_file(path: Path, header: dict[str, Any], content: dict[str, torch.Tenso
 @case("saev", "schema 5, BatchTopK")
 def _saev_5(folder: Path) -> Published:
     w, theta = parts(), 1.4
-    cfg = {"d_model": D, "d_sae": N, "activation": {"cls": "BatchTopK", "params": {"top_k": K, "momentum": 0.1}}, "normalize_w_dec": True}
-    path = saev_file(folder / "sae.pt", {"schema": 5, "cfg": cfg, "commit": "0", "lib": "1"}, w | {"activation.threshold": torch.tensor(theta)})
+    cfg = {
+        "d_model": D,
+        "d_sae": N,
+        "activation": {"cls": "BatchTopK", "params": {"top_k": K, "momentum": 0.1}},
+        "normalize_w_dec": True,
+    }
+    path = saev_file(
+        folder / "sae.pt",
+        {"schema": 5, "cfg": cfg, "commit": "0", "lib": "1"},
+        w | {"activation.threshold": torch.tensor(theta)},
+    )
     return Published(path, *run(w, lambda h: jumprelu(h, theta), subtract=False))
 
 
@@ -97,7 +126,9 @@ def _saev_5(folder: Path) -> Published:
 def _saev_2(folder: Path) -> Published:
     w = parts()
     cfg = {"d_vit": D, "exp_factor": N // D, "activation": {"cls": "TopK", "params": {"top_k": K}}}
-    return Published(saev_file(folder / "sae.pt", {"schema": 2, "cfg": cfg}, w), *run(w, lambda h: topk(h, K), subtract=False))
+    return Published(
+        saev_file(folder / "sae.pt", {"schema": 2, "cfg": cfg}, w), *run(w, lambda h: topk(h, K), subtract=False)
+    )
 
 
 @case("saev", "before schemas: ReLU, b_dec subtracted")
@@ -111,4 +142,6 @@ def _saev_none(folder: Path) -> Published:
 def _saev_1(folder: Path) -> Published:
     w = parts()
     header = {"schema": 1, "cls": "TopK", "cfg": {"d_vit": D, "exp_factor": N // D, "top_k": K}}
-    return Published(saev_file(folder / "sae.pt", header, w), *run(w, lambda h: topk(h, K), subtract=True), {"subtract_b_dec": True})
+    return Published(
+        saev_file(folder / "sae.pt", header, w), *run(w, lambda h: topk(h, K), subtract=True), {"subtract_b_dec": True}
+    )
