@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent.parent
-WORK = Path(tempfile.gettempdir()) / "mmfilter-same-bytes"
+WORK = Path(os.environ.get("SAME_BYTES_WORK", Path(tempfile.gettempdir()) / "mmfilter-same-bytes"))
 A_TIME = 1_700_000_000
 TIMES = re.compile(
     rb'"(created|version|seconds|samples_per_second|tokens_per_second|pairs_per_second|started|finished|date|peak_memory|mmfilter)": ?("[^"]*"|[\d.e+-]+)'
