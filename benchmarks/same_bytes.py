@@ -5,9 +5,9 @@
     python benchmarks/same_bytes.py compare before.json after.json
 
 `--root DIR` takes another checkout's package with this interpreter, `--also DIR` scores every tar, parquet file, JSON
-file and folder in DIR as well. Everything is made in one folder with fixed names and times. What says when it was
-made, by which version or in how many seconds is left out, and the checkout's path is written ROOT. What commands print
-is recorded and compared with `--words` only.
+file and folder in DIR as well. Everything, the package and the models too, is laid out in one folder with fixed names
+and times. What says when it was made, by which version or in how many seconds is left out. What commands print is
+recorded and compared with `--words` only.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ A_TIME = 1_700_000_000
 TIMES = re.compile(
     rb'"(created|version|seconds|samples_per_second|tokens_per_second|pairs_per_second|started|finished|date|peak_memory|mmfilter)": ?("[^"]*"|[\d.e+-]+)'
 )
+LATER = re.compile(rb"\b1[89]\d{17}\b")
+"""Times of the last change of files that the commands made, in nanoseconds"""
 STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?")
 
 SHARDS = "'in/shards/*.tar'"
@@ -105,10 +107,13 @@ score in/broken.tar in/shards/00001.tar --run r-partly
 """
 
 
-def prepare(also: Path | None) -> list[str]:
-    """Lay the inputs out afresh, with fixed times; returns the commands to run."""
+def prepare(root: Path, also: Path | None) -> list[str]:
+    """Lay package and inputs out afresh, with fixed times; returns the commands to run."""
     shutil.rmtree(WORK, ignore_errors=True)
     (WORK / "out").mkdir(parents=True)
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for name in ("mmfilter", "models"):
+        shutil.copytree(root / name, WORK / "in/package" / name, ignore=without_caches)
     shutil.copytree(HERE / "examples/shards", WORK / "in/shards")
     for recipe in (HERE / "examples/recipes").glob("*.yaml"):
         text = recipe.read_text("utf-8").replace("examples/shards", "in/shards")
@@ -143,15 +148,21 @@ def also_inputs() -> list[str]:
 def record(root: Path, also: Path | None) -> dict[str, dict[str, str]]:
     """Run every command; what it printed and its exit code by command, the hash of every file by name."""
     words: dict[str, str] = {}
-    environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "COLUMNS": "80", "PYTHONHASHSEED": "0"}
-    for number, command in enumerate(prepare(also)):
+    environment = os.environ | {
+        "PYTHONPATH": str(WORK / "in/package"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "80",
+        "PYTHONHASHSEED": "0",
+    }
+    for number, command in enumerate(prepare(root, also)):
         print(f"{number:3} mmfilter {command}", file=sys.stderr)
         line = f"{shlex.quote(sys.executable)} -m mmfilter {command}"
         done = subprocess.run(
             line, shell=True, cwd=WORK, env=environment, capture_output=True, text=True, errors="replace"
         )
-        words[f"{number:03} {command}"] = plain(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}", root)
-    files = {str(path.relative_to(WORK)): digest(path, root) for path in written()}
+        words[f"{number:03} {command}"] = plain(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    files = {str(path.relative_to(WORK)): digest(path) for path in written()}
     return {"words": words, "files": files}
 
 
@@ -162,13 +173,15 @@ def written() -> Iterator[Path]:
             yield path
 
 
-def digest(path: Path, root: Path) -> str:
-    """The hash of a file without times, versions and the checkout's path."""
+def digest(path: Path) -> str:
+    """The hash of a file without times and versions."""
     content = path.read_bytes()
     if path.suffix == ".parquet":
         content = parquet_content(path)
+    if path.suffix == ".safetensors":
+        content = safetensors_content(content)
     if path.suffix in (".json", ".yaml", ".jsonl", ".parquet", ".html", ".safetensors"):
-        content = STAMP.sub(b"TIME", TIMES.sub(rb'"\1": 0', content)).replace(str(root).encode(), b"ROOT")
+        content = LATER.sub(b"0", STAMP.sub(b"TIME", TIMES.sub(rb'"\1": 0', content)))
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -182,9 +195,14 @@ def parquet_content(path: Path) -> bytes:
     ).encode("utf-8", "surrogatepass")
 
 
-def plain(text: str, root: Path) -> str:
-    """What was printed, without rates and paths."""
-    text = text.replace(str(root), "ROOT")
+def safetensors_content(content: bytes) -> bytes:
+    """The header of a safetensors file with its keys sorted, which come in any order, and the tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+
+
+def plain(text: str) -> str:
+    """What was printed, without rates."""
     text = STAMP.sub(b"TIME", TIMES.sub(rb'"\1": 0', text.encode("utf-8", "replace"))).decode()
     return re.sub(r"in \d+\.\d+ s \([\d,]+/s\)|\d+\.\d+ s\b|[\d,]+(/s| tokens/s)", "RATE", text)
 
