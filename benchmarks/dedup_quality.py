@@ -46,7 +46,7 @@ from mmfilter.core.codes.code_tables import CodeTables  # noqa: E402
 from mmfilter.core.codes.duplicates import DuplicateSettings  # noqa: E402
 from mmfilter.core.codes.rule import Deduplicator  # noqa: E402
 from mmfilter.core.codes.vectors import SideCodes  # noqa: E402
-from mmfilter.core.input.shards import read_samples  # noqa: E402
+from mmfilter.core.input.shards import open_source  # noqa: E402
 from mmfilter.core.run.directory import RunDirectory  # noqa: E402
 from mmfilter.core.run.score_tables import ScoreTables  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
@@ -133,7 +133,7 @@ def encoded(image: Image.Image, quality: int) -> bytes:
 def write_copies(path: Path, n: int) -> list[bytes]:
     """A shard with the versions of n originals, one after the other; their images."""
     rng, images = random.Random(SEED), []
-    originals = [raw.members for shard in SHARDS for raw in read_samples(str(shard))][:n]
+    originals = [raw.members for shard in SHARDS for raw in open_source(str(shard)).samples()][:n]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, members in enumerate(originals):
             made = versions(members["jpg"], members["txt"].decode(), rng, reworded=number % 2 == 1)

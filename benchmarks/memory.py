@@ -26,9 +26,9 @@ def write_shards(folder: Path, n: int) -> None:
     import io
     import tarfile
 
-    from mmfilter.core.input.shards import read_samples
+    from mmfilter.core.input.shards import open_source
 
-    samples = [sample for path in SHARDS for sample in read_samples(str(path))]
+    samples = [sample for path in SHARDS for sample in open_source(str(path)).samples()]
     for start in range(0, n, IN_A_SHARD):
         with tarfile.open(folder / f"{start // IN_A_SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(start, min(n, start + IN_A_SHARD)):

@@ -35,7 +35,7 @@ from pairs import make_tar  # noqa: E402
 
 from mmfilter.core.cards.cards import Card, load_card  # noqa: E402
 from mmfilter.core.evaluation.random_sae import random_twin  # noqa: E402
-from mmfilter.core.input.shards import read_samples  # noqa: E402
+from mmfilter.core.input.shards import open_source  # noqa: E402
 from mmfilter.core.pipeline.engine import DeviceSettings, load  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
 
@@ -71,7 +71,7 @@ def control(card: Card, folder: Path) -> Card:
 
 def facts() -> dict[str, np.ndarray]:
     """Which pairs are shuffled, and which show a concept that was held out of training."""
-    rows = [json.loads(raw.members["json"]) for raw in read_samples(str(SHARD))]
+    rows = [json.loads(raw.members["json"]) for raw in open_source(str(SHARD)).samples()]
     return {name: np.array([row[name] for row in rows]) for name in ("shuffled", "new")}
 
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmfilter.core.files import write_json
-from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.run.decisions import write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
@@ -71,7 +71,7 @@ def make_shard(path: Path, nbytes: int, seed: int) -> None:
 def make_run(run: Path, shards: list[Path]) -> None:
     rng = np.random.default_rng(0)
     for shard in shards:
-        now = stamp(str(shard))
+        now = open_source(str(shard)).stamp()
         rows = [
             {
                 "key": s.key,
@@ -82,7 +82,7 @@ def make_run(run: Path, shards: list[Path]) -> None:
                 "ok": True,
                 "similarity": rng.random(),
             }
-            for s in read_samples(str(shard))
+            for s in open_source(str(shard)).samples()
         ]
         writer = TableWriter(RunDirectory(run).scores(shard.stem), score_table(SCORES))
         writer.write(rows)

@@ -33,7 +33,7 @@ from machine import machine
 from PIL import Image
 
 from mmfilter.core.cards.cards import load_card
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.pipeline.engine import DeviceSettings
 from mmfilter.core.progress import Silence
 from mmfilter.ops import score as scoring
@@ -55,7 +55,7 @@ def examples() -> list[Pair]:
     """The example pairs whose caption is right."""
     found = []
     for path in sorted((ROOT / "examples" / "shards").glob("*.tar")):
-        for raw in read_samples(str(path)):
+        for raw in open_source(str(path)).samples():
             about = json.loads(raw.members["json"])
             if not about["mismatched"]:
                 found.append(Pair(about["concept"], about["caption"], raw.members["jpg"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmfilter.core.files import write_json
-from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.tables import TableWriter, score_table
 from mmfilter.core.scores.registry import SCORES
@@ -37,7 +37,7 @@ def add_table(run: Path, name: str, shard: str, table: list[dict], **metadata) -
     writer = TableWriter(RunDirectory(run).scores(name), score_table(SCORES))
     for start in range(0, len(table), 7):  # several row groups
         writer.write(table[start : start + 7])
-    now = stamp(shard) if os.path.exists(shard) else None
+    now = open_source(shard).stamp() if os.path.exists(shard) else None
     stamped = {"size": now.size, "mtime_ns": now.mtime_ns, "etag": now.etag} if now else {}
     writer.finish({"kind": "scores", "shard": shard, "name": name, "rows": len(table)} | stamped | metadata)
 
@@ -48,7 +48,7 @@ def make_run(run: Path, shards: dict[str, list]) -> Path:
     for shard, scores in shards.items():
         name = Path(shard).stem + f"-{len(inputs)}"
         rows = []
-        for sample, score in zip(read_samples(shard), scores, strict=True):
+        for sample, score in zip(open_source(shard).samples(), scores, strict=True):
             columns = score if isinstance(score, dict) else {"similarity": score}
             ok = columns.get("similarity") is not None
             rows.append(

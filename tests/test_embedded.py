@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import rankdata
 
 from mmfilter.cli.app import main
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny"
@@ -41,7 +41,7 @@ def test_the_package_is_small_and_safe():
 
 
 def test_the_shards_are_as_described():
-    records = [json.loads(raw.members["json"]) for shard in SHARDS for raw in read_samples(str(shard))]
+    records = [json.loads(raw.members["json"]) for shard in SHARDS for raw in open_source(str(shard)).samples()]
     assert len(records) == 1000 and sum(record["mismatched"] for record in records) == 150
     assert len({record["uid"] for record in records}) == 1000
 
@@ -50,7 +50,7 @@ def test_the_shards_are_as_described():
 def test_scores_tell_true_pairs_from_mismatched_ones(run):
     """On drawings and concepts that were not trained on, with captions that the scores never saw labelled."""
     wrong = np.array(
-        [json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in read_samples(str(shard))]
+        [json.loads(raw.members["json"])["mismatched"] for shard in SHARDS for raw in open_source(str(shard)).samples()]
     )
     table = pq.read_table(run / "scores", columns=["shard", "row", "similarity", "support", "random", "l0"]).sort_by(
         [("shard", "ascending"), ("row", "ascending")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,14 +15,17 @@ from mmfilter.core.evaluation.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.evaluation.random_sae import random_twin
 from mmfilter.core.evaluation.shuffled import shuffle_captions
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import expand
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.input.sample import problem_kind
+from mmfilter.core.input.shards import open_sources
+from mmfilter.core.input.source import Source
+from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.pipeline.engine import card_weights, load
-from mmfilter.core.pipeline.feed import Batch, Feed
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
 from mmfilter.core.pipeline.pass_settings import PassSettings
 from mmfilter.core.pipeline.reference import REFERENCE_PAIRS, fit_all
-from mmfilter.core.pipeline.scorer import explained_memory, pool_pairs
+from mmfilter.core.pipeline.scorer import pool_pairs
 from mmfilter.core.progress import Progress
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.crossmodal import FeatureWeights
@@ -99,47 +101,46 @@ def check(patterns: Sequence[str], settings: CheckSettings, progress: Progress) 
     other pairs of the sample. Raises `ShardError` for a pattern that names nothing, `ModelError` and
     `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when too few pairs are usable.
     """
-    shards = expand(patterns, settings.inputs)
+    sources = open_sources(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device)
-    return compare(shards, backbone, sae, settings, progress)
+    return compare(sources, backbone, sae, settings, progress)
 
 
 def compare(
-    shards: list[str], backbone: Backbone, sae: SAE, settings: CheckSettings, progress: Progress
+    sources: Sequence[Source], backbone: Backbone, sae: SAE, settings: CheckSettings, progress: Progress
 ) -> CheckReport:
     """`check` with the model and the SAE at hand."""
     card = settings.card
     with PairSample() as sample:
-        wanted = settings.sample + min(settings.sample, REFERENCE_PAIRS)
+        n_pairs = settings.sample + min(settings.sample, REFERENCE_PAIRS)
         decoding = DecodeSettings(settings.caption)
-        sample.gather(
-            shards,
-            wanted,
-            decoding,
-            workers=settings.workers,
-            progress=progress,
-            images=settings.images,
-            allow_pipe=settings.allow_pipe,
-        )
+        sample.gather(sources, n_pairs, decoding, workers=settings.workers, progress=progress)
         fitting, scored, source = deal(sample, settings)
-        with closing(
-            Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)
-        ) as feed:
-            few = few_states(sample, fitting, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)
+        with ModelPass(
+            backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers
+        ) as model_pass:
+            few = few_states(sample, fitting, model_pass, seed=settings.seed)
             twin = random_twin(sae, few, card.threshold, seed=settings.seed)
             given = card_weights(card, sae)
-            fitted = fit(sample, fitting, feed, backbone, [twin.sae] if given else [sae, twin.sae], progress)
+            fitted = fit(sample, fitting, model_pass, [twin.sae] if given else [sae, twin.sae], progress)
             ways = [Way(sae, given or fitted[0], card.threshold), Way(twin.sae, fitted[-1], twin.threshold)]
             comparison = Comparison(sample, scored, source, backbone, ways)
-            comparison.run(feed, progress)
+            comparison.run(model_pass, progress)
     n_left_out, reasons = int((source < 0).sum()), sample.reasons + comparison.reasons
     require(comparison.n_pairs, sample, reasons, n_left_out)
-    scores = comparison.evidence(draws=settings.bootstrap, seed=settings.seed)
-    limits = notes(sample, comparison, n_left_out, fitted[0].n_samples)
     return CheckReport(
-        scores, comparison.fidelity, comparison.n_pairs, n_left_out, fitted[0].n_samples, given is not None,
-        card.threshold, twin.threshold, sample.shards, reasons, limits,
-    )  # fmt: skip
+        scores=comparison.evidence(draws=settings.bootstrap, seed=settings.seed),
+        fidelity=comparison.fidelity,
+        n_pairs=comparison.n_pairs,
+        n_left_out=n_left_out,
+        n_fitted=fitted[0].n_samples,
+        card_weights=given is not None,
+        threshold=card.threshold,
+        random_threshold=twin.threshold,
+        shards=sample.shards,
+        reasons=reasons,
+        notes=notes(sample, comparison, n_left_out, fitted[0].n_samples),
+    )
 
 
 def deal(sample: PairSample, settings: CheckSettings) -> tuple[list[int], list[int], np.ndarray]:
@@ -176,13 +177,12 @@ def require(n_pairs: int, sample: PairSample, reasons: Counter[str], n_left_out:
 
 
 def fit(
-    sample: PairSample, fitting: list[int], feed: Feed, backbone: Backbone, saes: list[SAE], progress: Progress
+    sample: PairSample, fitting: list[int], model_pass: ModelPass, saes: list[SAE], progress: Progress
 ) -> list[FeatureWeights]:
     """Feature weights of each SAE, on true pairs that are not scored."""
     progress.start("fitting feature weights", None)
-    return fit_all(
-        ["sample"], lambda _, n: sample.read(fitting[:n]), feed, backbone, saes, lambda n: progress.advance(n, 0)
-    )
+    part = ("sample", lambda: sample.read(fitting[:REFERENCE_PAIRS]))
+    return fit_all([part], REFERENCE_PAIRS, model_pass, saes, progress)
 
 
 @dataclass(frozen=True)
@@ -239,33 +239,30 @@ class Comparison:
         columns, random = ({name: values[:, finite] for name, values in part.items()} for part in (every, through_sae))
         return weigh(columns, random, columns["caption_tokens"][0], draws=draws, seed=seed)
 
-    def run(self, feed: Feed, progress: Progress) -> None:
+    def run(self, model_pass: ModelPass, progress: Progress) -> None:
         """The pass."""
         progress.start("comparing pairs", self._sample.nbytes(self._numbers))
         captions = [self._sample.pairs[number].caption for number in self._sources]
         bad: dict[int, str] = {}
-        for window in feed.windows(self._sample.read(self._numbers, captions), "sample"):
+        for window in model_pass.windows(self._sample.read(self._numbers, captions), "sample"):
             for batch in window.batches:
-                self._add(batch)
-            bad |= {pair.row // 2: pair.reason.split(":")[0] for pair in window.pairs if pair.reason is not None}
-            progress.advance(len(window.pairs), sum(pair.columns["nbytes"] for pair in window.pairs))
+                model_pass.through(batch, self._add)
+            bad |= {pair.row // 2: problem_kind(pair.reason) for pair in window.pairs if pair.reason is not None}
+            progress.advance(len(window.pairs), window.nbytes)
         self.reasons.update(bad.values())
         self.reasons["the model's states are not finite"] += int((~self.finite).sum()) - len(bad)
         self.reasons = +self.reasons
 
-    @torch.inference_mode()
-    def _add(self, batch: Batch) -> None:
+    def _add(self, batch: Batch, activations: Activations) -> None:
         rows = np.array([pair.row for pair in batch.pairs])
         at = (rows % 2, rows // 2)
-        with explained_memory(len(rows)):
-            activations = self._backbone.activations(batch.inputs)
-            for way, columns in zip(self._ways, self._columns, strict=True):
-                pairs = pool_pairs(activations, way.sae.encode(activations.states), way.weights, way.threshold)
-                for name, score in formulas().items():
-                    columns[name][at] = score(pairs).float().cpu().numpy()
-            self._tokens[at] = pairs.text.n_tokens.cpu().numpy()
-            true = torch.from_numpy(rows % 2 == 0).to(activations.sample.device)[activations.sample]
-            self._meter.add(activations.states[true], activations.side[true])
+        for way, columns in zip(self._ways, self._columns, strict=True):
+            pairs = pool_pairs(activations, way.sae.encode(activations.states), way.weights, way.threshold)
+            for name, score in formulas().items():
+                columns[name][at] = score(pairs).float().cpu().numpy()
+        self._tokens[at] = pairs.text.n_tokens.cpu().numpy()
+        true = torch.from_numpy(rows % 2 == 0).to(activations.sample.device)[activations.sample]
+        self._meter.add(activations.states[true], activations.side[true])
 
 
 def notes(sample: PairSample, comparison: Comparison, n_left_out: int, n_fitted: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,17 @@ from mmfilter.core.evaluation.splice import reconstruction, why_no_loss
 from mmfilter.core.evaluation.spliced_loss import LossMeter, SplicedLoss
 from mmfilter.core.evaluation.weight_spread import WeightSpread, weight_spread
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import expand
-from mmfilter.core.model.backbone import Backbone, Inputs
+from mmfilter.core.input.shards import open_sources
+from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.loading import read_config
 from mmfilter.core.model.towers import TwoTowers
 from mmfilter.core.pipeline.engine import load, load_model, load_settings
-from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
 from mmfilter.core.pipeline.pass_settings import PassSettings
-from mmfilter.core.pipeline.reference import fit_all
-from mmfilter.core.pipeline.scorer import check_fit, explained_memory
+from mmfilter.core.pipeline.reference import REFERENCE_PAIRS, fit_all
+from mmfilter.core.pipeline.scorer import check_fit
 from mmfilter.core.progress import Progress
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError, ModelError, SAEError
@@ -100,16 +100,19 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
     model and stays the same for all. Raises `ShardError` for a pattern that names nothing, `ModelError`
     and `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns, settings.inputs)
+    sources = open_sources(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device, whole=True)
     for other in settings.also:
         check_also(other, backbone, sae, settings)
     contexts = contexts_of(backbone, settings)
     with PairSample() as sample:
-        decoding = DecodeSettings(settings.caption)
         sample.gather(
-            shards, settings.sample, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe
-        )  # fmt: skip
+            sources,
+            settings.sample,
+            DecodeSettings(settings.caption),
+            workers=settings.workers,
+            progress=progress,
+        )
         if not len(sample):
             raise MMFilterError(f"the shards hold no usable pair to evaluate the SAE on ({_counted(sample.reasons)})")
         saes, weights = beside_random(backbone, sae, sample, settings, progress)
@@ -160,24 +163,14 @@ def beside_random(
 ) -> tuple[dict[str, SAE], dict[str, WeightSpread]]:
     """The SAE and random directions in its shape, and the cross-modal weights of both."""
     numbers = range(len(sample))
-    with feed_of(backbone, settings) as feed:
-        states = [
-            batch.states
-            for batch in few_states(sample, numbers, feed, backbone, batch_size=settings.batch_size, seed=settings.seed)
-        ]
-        some = torch.cat(states)
+    with pass_over(backbone, settings) as model_pass:
+        some = torch.cat([batch.states for batch in few_states(sample, numbers, model_pass, seed=settings.seed)])
         some = some[some.isfinite().all(1)]
         twin = with_fitted_decoder(random_sae(sae, some, seed=settings.seed, max_active=sae.n_features), some)
         saes = {TRAINED: sae, RANDOM: twin}
         progress.start("fitting feature weights", None)
-        fitted = fit_all(
-            ["sample"],
-            lambda _, n: sample.read(numbers[:n]),
-            feed,
-            backbone,
-            list(saes.values()),
-            lambda n: progress.advance(n, 0),
-        )
+        part = ("sample", lambda: sample.read(numbers[:REFERENCE_PAIRS]))
+        fitted = fit_all([part], REFERENCE_PAIRS, model_pass, list(saes.values()), progress)
     return saes, {name: weight_spread(weights) for name, weights in zip(saes, fitted, strict=True)}
 
 
@@ -204,16 +197,20 @@ def trial(
     meters = {which: FidelityMeter(sae) for which, sae in saes.items()}
     no_loss = why_no_loss(backbone)
     losses = None if no_loss else LossMeter(backbone, {which: reconstruction(sae) for which, sae in saes.items()})
-    n_pairs, reasons = 0, Counter()
+    n_pairs = 0
+
+    def add(batch: Batch, activations: Activations) -> None:
+        """The states to the meters, and the captions' stream, spliced, to the losses."""
+        nonlocal n_pairs
+        for meter in meters.values():
+            meter.add(activations.states, activations.side)
+        if losses is not None:
+            losses.add(*(batch.inputs.text_only or (batch.inputs.tensors, batch.inputs.side)))
+        n_pairs += len(batch.pairs)
+
     progress.start(f"{name}, captions alone" if text_only else name, sample.nbytes(range(len(sample))))
-    with feed_of(backbone, settings) as feed:
-        for window in feed.windows(sample.read(range(len(sample))), "sample"):
-            for batch in window.batches:
-                with explained_memory(len(batch.pairs)):
-                    add(backbone, Inputs(*batch.inputs.text_only) if text_only else batch.inputs, meters, losses)
-                n_pairs += len(batch.pairs)
-            reasons.update(pair.reason.split(":")[0] for pair in window.pairs if pair.reason is not None)
-            progress.advance(len(window.pairs), sum(pair.columns["nbytes"] for pair in window.pairs))
+    with pass_over(backbone, settings, captions_alone=text_only) as model_pass:
+        reasons = model_pass.over(sample.read(range(len(sample))), "sample", add, progress)
     if not n_pairs:
         raise MMFilterError(f"{name!r} takes none of the pairs ({_counted(reasons)})")
     if losses is not None and losses.sees_ahead:
@@ -222,17 +219,15 @@ def trial(
     return Trial(name, text_only, found, losses.loss if losses else None, no_loss, n_pairs), reasons
 
 
-def add(backbone: Backbone, inputs: Inputs, meters: Mapping[str, FidelityMeter], losses: LossMeter | None) -> None:
-    """Put a batch through the model: its states to the meters, and its captions' stream, spliced, to the losses."""
-    activations = backbone.activations(inputs)
-    for meter in meters.values():
-        meter.add(activations.states, activations.side)
-    if losses is not None:
-        losses.add(*(inputs.text_only or (inputs.tensors, inputs.side)))
-
-
-def feed_of(backbone: Backbone, settings: EvaluateSettings) -> closing[Feed]:
-    return closing(Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers))
+def pass_over(backbone: Backbone, settings: EvaluateSettings, *, captions_alone: bool = False) -> ModelPass:
+    """The pass over pairs of the sample."""
+    return ModelPass(
+        backbone,
+        DecodeSettings(CAPTION),
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        captions_alone=captions_alone,
+    )
 
 
 def notes(sample: PairSample, trials: Sequence[Trial], weights: WeightSpread, settings: EvaluateSettings) -> list[str]:

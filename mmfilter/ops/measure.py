@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from mmfilter.core.evaluation.fidelity import Fidelity, FidelityMeter
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import expand
+from mmfilter.core.input.shards import open_sources
+from mmfilter.core.model.backbone import Activations
 from mmfilter.core.pipeline.engine import load
-from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
 from mmfilter.core.pipeline.pass_settings import PassSettings
-from mmfilter.core.pipeline.scorer import explained_memory
 from mmfilter.core.progress import Progress
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError
@@ -67,27 +67,30 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
     Raises `ShardError` for a pattern that names nothing, `ModelError` and `SAEError` for what cannot be
     loaded or does not fit, `MMFilterError` when no pair is usable.
     """
-    shards = expand(patterns, settings.inputs)
+    sources = open_sources(patterns, settings.inputs)
     backbone, sae = load(settings.card, settings.device)
-    meter, n_pairs = FidelityMeter(sae), 0
+    meter = FidelityMeter(sae)
+    n_pairs = 0
+
+    def add(_: Batch, activations: Activations) -> None:
+        nonlocal n_pairs
+        meter.add(activations.states, activations.side)
+        n_pairs += activations.n_samples
+
     with PairSample() as sample:
-        decoding = DecodeSettings(settings.caption)
         sample.gather(
-            shards, settings.sample, decoding, workers=settings.workers, progress=progress, images=settings.images, allow_pipe=settings.allow_pipe
-        )  # fmt: skip
-        numbers, reasons = range(len(sample)), sample.reasons
-        with closing(
-            Feed(backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers)
-        ) as feed:
+            sources,
+            settings.sample,
+            DecodeSettings(settings.caption),
+            workers=settings.workers,
+            progress=progress,
+        )
+        with ModelPass(
+            backbone, DecodeSettings(CAPTION), batch_size=settings.batch_size, workers=settings.workers
+        ) as model_pass:
+            numbers = range(len(sample))
             progress.start("measuring", sample.nbytes(numbers))
-            for window in feed.windows(sample.read(numbers), "sample"):
-                for batch in window.batches:
-                    with explained_memory(len(batch.pairs)):
-                        activations = backbone.activations(batch.inputs)
-                        meter.add(activations.states, activations.side)
-                    n_pairs += activations.n_samples
-                reasons.update(pair.reason.split(":")[0] for pair in window.pairs if pair.reason is not None)
-                progress.advance(len(window.pairs), sum(pair.columns["nbytes"] for pair in window.pairs))
+            reasons = sample.reasons + model_pass.over(sample.read(numbers), "sample", add, progress)
     if not n_pairs:
         said = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3)) or "they are empty"
         raise MMFilterError(f"the shards hold no usable pair to measure the SAE on ({said})")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,38 +13,27 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from mmfilter.core.cards.cards import Card
-from mmfilter.core.files import write_json
-from mmfilter.core.input.decode import DecodeSettings, Pair
-from mmfilter.core.input.shards import (
-    InputOptions,
-    RawSample,
-    Stamp,
-    expand,
-    is_tar,
-    is_url,
-    read_once,
-    read_samples,
-    stamp,
-    stamps,
-)
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.remote import is_url
+from mmfilter.core.input.shards import open_sources, stamps
+from mmfilter.core.input.source import InputOptions, Source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.pipeline.engine import DeviceSettings, check_weights, load
-from mmfilter.core.pipeline.feed import Batch, Feed, Prefetched
-from mmfilter.core.pipeline.reference import fit_weights
-from mmfilter.core.pipeline.scorer import Scored, Scorer
+from mmfilter.core.pipeline.engine import DeviceSettings, load
+from mmfilter.core.pipeline.intake import Intake
+from mmfilter.core.pipeline.model_pass import ModelPass
+from mmfilter.core.pipeline.run_weights import record_weights, run_weights
+from mmfilter.core.pipeline.scorer import Scorer
+from mmfilter.core.pipeline.shard_pass import ShardResult, read_ahead, shard_pass
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.directory import RunDirectory, Shard, name_shards, open_run, unfinished
 from mmfilter.core.run.shard_tables import ShardTables
 from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.core.sae.autoencoder import SAE
-from mmfilter.core.scores.crossmodal import FeatureWeights, load_weights
-from mmfilter.core.scores.random import random_score
 from mmfilter.core.scores.registry import SCORES
-from mmfilter.errors import MMFilterError, RunError, ShardError
+from mmfilter.errors import MMFilterError, ShardError
 
 
 @dataclass(frozen=True)
@@ -107,11 +94,11 @@ class ScoreSummary:
     failures: list[ShardError] = field(default_factory=list)
     """Shards that could not be read to their end; nothing is kept of them"""
 
-    def add(self, rows: int, ok: int, reasons: Mapping[str, int]) -> None:
+    def add(self, shard: ShardResult) -> None:
         """Count a finished shard."""
-        self.n_samples += rows
-        self.n_scored += ok
-        self.reasons.update(reasons)
+        self.n_samples += shard.rows
+        self.n_scored += shard.ok
+        self.reasons.update(shard.reasons)
 
     @property
     def fraction_bad(self) -> float:
@@ -131,30 +118,60 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     `SAEError` for what cannot be loaded.
     """
     run = RunDirectory(settings.run)
-    shards = name_shards(expand(patterns, settings.inputs), run)
+    shards = name_shards(open_sources(patterns, settings.inputs), run)
     backbone, sae = load(settings.card, settings.device)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
-    todo = unfinished(run, shards)
+    todo = set(unfinished(run, shards))
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
     for shard in shards:
         if shard not in todo:
-            stored = read_table_metadata(run.scores(shard.name))
-            summary.add(stored["rows"], stored["ok"], stored["reasons"])
+            summary.add(_stored(run, shard))
     if not todo:
         return summary
-    with closing(
-        Feed(backbone, DecodeSettings(settings.caption), batch_size=settings.batch_size, workers=settings.workers)
-    ) as feed:
-        source = Source(settings.limit, settings.inputs)
-        weights = feature_weights(run, settings.card, shards, source, feed, backbone, sae, progress)
+    decoding = DecodeSettings(settings.caption)
+    with ModelPass(backbone, decoding, batch_size=settings.batch_size, workers=settings.workers) as model_pass:
+        intake = Intake(settings.limit)
+        sources = [shard.source for shard in shards]
+        weights = run_weights(run, settings.card, sources, intake, model_pass, sae, progress)
         record_weights(run, manifest, weights)
         scorer = Scorer(backbone, sae, weights, settings.card.threshold)
-        progress.start("scoring", total_bytes(todo) if settings.limit is None else None)
+        progress.start("scoring", total_bytes([shard for shard in shards if shard in todo], settings.limit))
         started = time.perf_counter()
-        with closing(Prefetched(events(shards, {shard.name for shard in todo}, run, source, feed), 3)) as feed_events:
-            write_tables(feed_events, run, scorer, settings.seed, summary, progress)
+        by_source = {shard.source: shard for shard in shards}
+        for reading in read_ahead(due(shards, todo, run, intake), intake.samples, model_pass):
+            tables = ShardTables(run, by_source[reading.source], tuple(SCORES))
+            result = shard_pass(reading, model_pass, scorer, tables, seed=settings.seed, progress=progress)
+            count(result, summary, progress)
         summary.seconds = time.perf_counter() - started
     return summary
+
+
+def due(shards: Sequence[Shard], todo: set[Shard], run: RunDirectory, intake: Intake) -> Iterator[Source]:
+    """The shards to score, as far as the limit goes; finished ones count."""
+    for shard in shards:
+        if shard not in todo:
+            intake.use_up(_stored(run, shard).rows)
+        elif intake.exhausted:
+            return
+        else:
+            yield shard.source
+
+
+def _stored(run: RunDirectory, shard: Shard) -> ShardResult:
+    """What came of a shard that was finished before."""
+    about = read_table_metadata(run.scores(shard.name))
+    return ShardResult(about["rows"], about["ok"], Counter(about["reasons"]))
+
+
+def count(result: ShardResult, summary: ScoreSummary, progress: Progress) -> None:
+    """Add a shard to the summary."""
+    if result.error is not None:
+        summary.failures.append(result.error)
+        progress.note(str(result.error))
+        return
+    summary.n_shards += 1
+    summary.n_new += result.rows
+    summary.add(result)
 
 
 def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> dict[str, Any]:
@@ -184,197 +201,13 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def feature_weights(
-    run: RunDirectory,
-    card: Card,
-    shards: list[Shard],
-    source: Source,
-    feed: Feed,
-    backbone: Backbone,
-    sae: SAE,
-    progress: Progress,
-) -> FeatureWeights:
-    """The run's weights if it has them, else the card's, else fitted on a reference sample of the input."""
-    if run.weights.exists():
-        weights = load_weights(run.weights)
-    elif card.weights:
-        weights = load_weights(Path(card.weights))
-        _save(weights, run)
-    else:
-        progress.start("fitting feature weights", None)
-        weights = fit_weights(
-            [shard.path for shard in shards], source.head, feed, backbone, sae, lambda n: progress.advance(n, 0)
-        )
-        _save(weights, run)
-        if weights.n_samples < 100:
-            progress.note(f"the feature weights come from only {weights.n_samples} pairs; about 1,000 make them steady")
-    check_weights(weights, sae)
-    return weights
-
-
-def _save(weights: FeatureWeights, run: RunDirectory) -> None:
-    try:
-        weights.save(run.weights)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
-        raise RunError(
-            f"{str(run.weights)!r} cannot be written ({getattr(error, 'strerror', None) or error}); make room and run the same command again"
-        ) from error
-
-
-def record_weights(run: RunDirectory, manifest: dict[str, Any], weights: FeatureWeights) -> None:
-    """Say in the manifest which weights the scores are made with; refuse when they changed meanwhile."""
-    if manifest["weights"] is not None and manifest["weights"]["hash"] != weights.hash:
-        raise RunError(f"{str(run.weights)!r} is not what this run was scored with: restore it, or use another --run")
-    manifest["weights"] = {
-        "hash": weights.hash,
-        "n_samples": weights.n_samples,
-        "n_weighted": weights.n_weighted,
-        "reference": weights.metadata,
-    }
-    write_json(run.manifest, manifest)
-
-
-class Source:
-    """The input's samples within `limit`; a stream can be read once, so its head is kept for the pass."""
-
-    def __init__(self, limit: int | None, options: InputOptions) -> None:
-        self._limit = self._left = limit
-        self._options = options
-        self._streams: dict[str, tuple[list[RawSample], Iterator[RawSample]]] = {}
-
-    def head(self, shard: str, n: int) -> Iterable[RawSample]:
-        """The first `n` samples of a shard, any number of times, without using them up."""
-        n = n if self._limit is None else min(n, self._limit)
-        if not read_once(shard):
-            return itertools.islice(read_samples(shard, options=self._options), n)
-        if shard not in self._streams:
-            rest = read_samples(shard, options=self._options)
-            self._streams[shard] = list(itertools.islice(rest, n)), rest
-        return self._streams[shard][0]
-
-    def samples(self, shard: str) -> Iterator[RawSample]:
-        """The samples of a shard that the limit leaves."""
-        samples = (
-            itertools.chain(*self._streams.pop(shard, ()))
-            if shard in self._streams
-            else read_samples(shard, options=self._options)
-        )
-        for raw in itertools.islice(samples, self._left):
-            self.use_up(1)
-            yield raw
-
-    def use_up(self, n: int) -> None:
-        """Count samples as scored."""
-        if self._left is not None:
-            self._left = max(0, self._left - n)
-
-    @property
-    def exhausted(self) -> bool:
-        return self._left == 0
-
-
-def total_bytes(shards: Sequence[Shard]) -> int | None:
+def total_bytes(shards: Sequence[Shard], limit: int | None) -> int | None:
     """Size of the input, None where a part of it is unknown or its samples have no size in it."""
-    if not all(is_tar(shard.path) for shard in shards):
+    if limit is not None or not all(shard.source.is_tar for shard in shards):
         return None
-    found = stamps([shard.path for shard in shards])
-    sizes = [0 if isinstance(stamp, ShardError) else stamp.size for stamp in found]  # the pass reports what is gone
-    return None if None in sizes else sum(sizes)
-
-
-# --- the pass --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShardStart:
-    shard: Shard
-
-
-@dataclass(frozen=True)
-class ShardEnd:
-    stamp: Stamp | None
-    """The shard's stamp from before it was read; None when it could not be read to its end"""
-    error: ShardError | None = None
-
-
-Event = ShardStart | Batch | list[Pair] | ShardEnd
-
-
-def events(shards: list[Shard], todo: set[str], run: RunDirectory, source: Source, feed: Feed) -> Iterator[Event]:
-    """The input as a stream: a shard's start, its batches, after those of a window its pairs, its end."""
-    for shard in shards:
-        if shard.name not in todo:
-            source.use_up(read_table_metadata(run.scores(shard.name))["rows"])
-            continue
-        if source.exhausted:
-            return
-        yield ShardStart(shard)
-        try:
-            before = stamp(shard.path)
-            for window in feed.windows(source.samples(shard.path), shard.path):
-                yield from window.batches
-                yield window.pairs
-            yield ShardEnd(before)
-        except ShardError as error:
-            yield ShardEnd(None, error)
-
-
-def write_tables(
-    stream: Iterable[Event], run: RunDirectory, scorer: Scorer, seed: int, summary: ScoreSummary, progress: Progress
-) -> None:
-    """Score the batches of the stream and write each shard's tables."""
-    tables: ShardTables | None = None
-    codes: dict[int, dict[str, np.ndarray]] = {}
-    try:
-        for event in stream:
-            if isinstance(event, ShardStart):
-                tables = ShardTables(run, event.shard, tuple(SCORES))
-            elif isinstance(event, Batch):
-                take(event.pairs, scorer.score(event.inputs), codes)
-            elif isinstance(event, list):
-                tables.write(*table_rows(event, codes, seed))
-                progress.advance(len(event), sum(pair.columns["nbytes"] or 0 for pair in event))
-            else:
-                close(tables, event, summary, progress)
-                tables = None
-    finally:
-        if tables is not None:
-            tables.abandon()
-
-
-def take(pairs: list[Pair], scored: Scored, codes: dict[int, dict[str, np.ndarray]]) -> None:
-    """Put a batch's scores into its pairs' columns and its codes into `codes`, by row."""
-    finite = np.isfinite(np.stack(list(scored.scores.values()))).all(0)
-    for i, pair in enumerate(pairs):
-        pair.columns["n_image_tokens"] = int(scored.n_image_tokens[i])
-        pair.columns["n_text_tokens"] = int(scored.n_text_tokens[i])
-        if finite[i]:
-            pair.columns.update({name: float(column[i]) for name, column in scored.scores.items()})
-            codes[pair.row] = scored.codes[i]
-        else:
-            pair.reason = "the model's states are not finite"
-
-
-def table_rows(pairs: list[Pair], codes: dict[int, dict[str, np.ndarray]], seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows of the score table and of the code table for a window."""
-    score_rows, code_rows = [], []
-    for pair in pairs:
-        key, ok = pair.columns["key"], pair.reason is None
-        control = {"random": random_score(seed, key, pair.row)} if ok else {}
-        score_rows.append(pair.columns | control | {"ok": ok, "reason": pair.reason})
-        if ok:
-            code_rows.append({"key": key, "row": pair.row} | codes.pop(pair.row))
-    return score_rows, code_rows
-
-
-def close(tables: ShardTables, end: ShardEnd, summary: ScoreSummary, progress: Progress) -> None:
-    """Finish or drop a shard's tables, and count."""
-    if end.error is not None:
-        tables.abandon()
-        summary.failures.append(end.error)
-        progress.note(str(end.error))
-        return
-    tables.finish(end.stamp)
-    summary.n_shards += 1
-    summary.n_new += tables.rows
-    summary.add(tables.rows, tables.ok, tables.reasons)
+    sizes = [
+        0 if isinstance(stamp, ShardError) else stamp.size  # the pass reports what is gone
+        for stamp in stamps([shard.source for shard in shards])
+    ]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None

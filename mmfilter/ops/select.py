@@ -64,7 +64,7 @@ def select(
     progress = progress or Silence()
     if settings.output is not None:
         check_output(
-            Path(settings.output), settings.to_folder, tables.run.path, [shard.path for shard in tables.shards]
+            Path(settings.output), settings.to_folder, tables.run.path, [shard.source for shard in tables.shards]
         )
     column = tables.column(settings.by, settings.where)
     _check_count(settings, column)

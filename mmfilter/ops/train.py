@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from safetensors import SafetensorError
 
-from mmfilter.core.input.shards import expand
+from mmfilter.core.input.shards import open_sources
 from mmfilter.core.pipeline.engine import DeviceSettings, load_model
 from mmfilter.core.training.session import TrainRun
 from mmfilter.core.training.summary import TrainProgress, TrainRunSettings, TrainSummary
@@ -23,10 +23,10 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
     Raises `ShardError` for a pattern that names nothing, `ModelError` for a model that cannot be loaded, and
     `SAEError` for states that are not finite, too little memory or disk, and checkpoints of other settings.
     """
-    shards = expand(patterns, settings.inputs)
+    sources = open_sources(patterns, settings.inputs)
     with together(settings.device) as device:
         backbone = load_model(settings.card, device)
-        run = TrainRun(shards, backbone, settings, device, progress)
+        run = TrainRun(sources, backbone, settings, device, progress)
         try:
             run.prepare()
             return run.train()

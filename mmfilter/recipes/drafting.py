@@ -16,18 +16,10 @@ from typing import Literal
 from mmfilter.core.cards.cards import card_names, load_card
 from mmfilter.core.files import atomic
 from mmfilter.core.input.decode import CAPTION_FIELDS, DecodeSettings, caption_of
-from mmfilter.core.input.shards import (
-    NO_OPTIONS,
-    STDIN,
-    InputOptions,
-    RawSample,
-    expand,
-    is_tar,
-    is_url,
-    read_once,
-    read_samples,
-    stamp,
-)
+from mmfilter.core.input.places import STDIN
+from mmfilter.core.input.sample import RawSample
+from mmfilter.core.input.shards import open_sources
+from mmfilter.core.input.source import NO_OPTIONS, InputOptions, Source
 from mmfilter.errors import RecipeError
 
 HEAD = 100
@@ -64,33 +56,34 @@ def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
     """Look at the first shard; raises `ShardError`, and `RecipeError` when there is nothing to see or nothing to use."""
     if STDIN in patterns:
         raise RecipeError("a recipe names its shards, so that it can go on with them; '-' is a tar on stdin")
-    shards = expand(patterns, options)
-    with closing(read_samples(shards[0], options=options)) as samples:
+    sources = open_sources(patterns, options)
+    first = sources[0]
+    with closing(first.samples()) as samples:
         head = list(itertools.islice(samples, HEAD))
     if not head:
-        raise RecipeError(f"shard {shards[0]!r} holds no samples: nothing to write a recipe for")
+        raise RecipeError(f"shard {first.path!r} holds no samples: nothing to write a recipe for")
     if all(raw.problem for raw in head):
-        hint = "; --images names the folder of its images" if shards[0].lower().endswith((".json", ".jsonl")) else ""
+        hint = "; --images names the folder of its images" if first.kind == "llava-json" else ""
         raise RecipeError(
-            f"none of the first {len(head)} samples of shard {shards[0]!r} can be used, the first has: {head[0].problem}{hint}"
+            f"none of the first {len(head)} samples of shard {first.path!r} can be used, the first has: {head[0].problem}{hint}"
         )
     uids = [_uid(raw) for raw in head]
     found = _caption(head)
     return Look(
-        tuple(patterns), len(shards), _estimate(shards, head),
-        caption=options.caption if options.caption != "auto" else found if all(map(is_tar, shards)) else "auto",
+        tuple(patterns), len(sources), _estimate(sources, head),
+        caption=options.caption if options.caption != "auto" else found if all(source.is_tar for source in sources) else "auto",
         has_uid=all(uid and _UID.fullmatch(uid) for uid in uids),
-        output="keys" if any(map(read_once, shards)) else "llava-json" if found == "conversations" else "shards",
+        output="keys" if any(source.once for source in sources) else "llava-json" if found == "conversations" else "shards",
         options=options,
     )  # fmt: skip
 
 
-def _estimate(shards: list[str], head: list[RawSample]) -> int | None:
-    if len(shards) == 1 and len(head) < HEAD:
+def _estimate(sources: Sequence[Source], head: list[RawSample]) -> int | None:
+    if len(sources) == 1 and len(head) < HEAD:
         return len(head)
-    if any(is_url(shard) or read_once(shard) or not is_tar(shard) for shard in shards):
+    if any(source.remote or source.kind != "tar" for source in sources):
         return None
-    total = sum(stamp(shard).size or 0 for shard in shards)
+    total = sum(source.stamp().size or 0 for source in sources)
     end = head[-1].offset + head[-1].nbytes
     return max(len(head), _rounded(total * len(head) / end))
 

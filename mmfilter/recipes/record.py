@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmfilter import __version__
 from mmfilter.core.files import read_json, write_json
-from mmfilter.core.input.places import is_url
+from mmfilter.core.input.remote import is_url
+from mmfilter.core.input.source import Source
 from mmfilter.core.run.directory import RunDirectory, name_shards, unfinished
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import read_table_metadata
@@ -59,9 +61,9 @@ def _files(path: Path) -> str:
     return digest([(str(item.relative_to(path)), item.stat().st_size, item.stat().st_mtime_ns) for item in found])
 
 
-def all_scored(run: RunDirectory, shards: list[str], limit: int | None) -> bool:
+def all_scored(run: RunDirectory, sources: Sequence[Source], limit: int | None) -> bool:
     """Whether every shard, or as many as the limit reaches, is finished and has not changed since."""
-    left, named = limit, name_shards(shards, run)
+    left, named = limit, name_shards(sources, run)
     todo = set(unfinished(run, named))
     for shard in named:
         if left is not None and left <= 0:

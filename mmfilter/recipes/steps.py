@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmfilter.core.codes.faiss_library import check_installed
 from mmfilter.core.files import read_json, write_json
-from mmfilter.core.input.shards import expand
+from mmfilter.core.input.shards import open_sources
 from mmfilter.core.output.destination import check_output
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.directory import RunDirectory, check_place
@@ -64,7 +64,7 @@ class _Follower:
     def __init__(self, recipe: Recipe, progress: Progress, told: Told, dry_run: bool) -> None:
         self._recipe, self._progress, self._told, self._dry_run = recipe, progress, told, dry_run
         self._run = RunDirectory(Path(recipe.run.directory))
-        self._shards = expand(recipe.inputs.shards, recipe.inputs.options)
+        self._sources = open_sources(recipe.inputs.shards, recipe.inputs.options)
         self._scored = False
         """Whether the scores are as the recipe wants them"""
 
@@ -73,7 +73,7 @@ class _Follower:
         request = record.score_request(recipe)
         self._look_ahead()
         self._scored = record.stored(self._run, "score") == request and record.all_scored(
-            self._run, self._shards, recipe.run.limit
+            self._run, self._sources, recipe.run.limit
         )
         todo: list[Callable[[], Step]] = [] if recipe.check is None else [lambda: self._check(request)]
         todo.append(lambda: self._score(request))
@@ -88,9 +88,9 @@ class _Follower:
 
     def _look_ahead(self) -> None:
         """What would only come out after hours."""
-        check_place(self._run, self._shards)
+        check_place(self._run, self._sources)
         if self._run.manifest.exists():
-            named = set(self._shards)
+            named = {source.path for source in self._sources}
             known = [item["shard"] for item in read_json(self._run.manifest)["inputs"]]
             others = [shard for shard in known if shard not in named]
             if others:
@@ -110,7 +110,7 @@ class _Follower:
         folder = self._recipe.selection(output).to_folder
         path = Path(output.path)
         if not path.exists() or (folder and path.is_dir() and not any(path.iterdir())):
-            check_output(path, folder, self._run.path, self._shards)
+            check_output(path, folder, self._run.path, self._sources)
             return False
         made = record.recipe_of(record.manifest_of(output, folder))
         if made is None:
@@ -132,7 +132,7 @@ class _Follower:
 
     def _check(self, request: dict[str, Any]) -> Step:
         recipe, wanted = self._recipe, self._recipe.check
-        asked = {"check": asdict(wanted), "shards": self._shards, "score": request}
+        asked = {"check": asdict(wanted), "shards": [source.path for source in self._sources], "score": request}
         path = self._run.path / "check.json"
         found = record.stored(self._run, "check")
         if found == asked and path.exists():
@@ -163,7 +163,7 @@ class _Follower:
             return Step(
                 "score",
                 "planned",
-                f"score {_shards(len(self._shards))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped",
+                f"score {_shards(len(self._sources))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped",
             )
         if self._recipe.dedup is not None or (
             self._recipe.select is not None and self._recipe.select.dedup is not False
@@ -179,7 +179,7 @@ class _Follower:
         summary = operation.score(self._recipe.inputs.shards, settings, self._progress)
         if summary.failures:
             raise RecipeError(
-                f"{len(summary.failures)} of {len(self._shards)} shards could not be read to their end, first: {summary.failures[0]}. "
+                f"{len(summary.failures)} of {len(self._sources)} shards could not be read to their end, first: {summary.failures[0]}. "
                 "The others are finished; repair and run again"
             )
         record.store(self._run, "score", request)

@@ -27,7 +27,7 @@ from weights import reference_tar
 from mmfilter.core.evaluation.fidelity import FidelityMeter
 from mmfilter.core.evaluation.random_sae import random_twin
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.pipeline.feed import Feed
@@ -75,10 +75,10 @@ class States:
 
 def states_of(shard: Path, backbone: Backbone) -> States:
     """Run the whole shard through the model up to the hook."""
-    facts = [json.loads(raw.members["json"]) for raw in read_samples(str(shard))]
+    facts = [json.loads(raw.members["json"]) for raw in open_source(str(shard)).samples()]
     batches, rows, chars = [], [], []
     with closing(Feed(backbone, DecodeSettings(), batch_size=64, workers=2)) as feed:
-        for window in feed.windows(read_samples(str(shard)), str(shard)):
+        for window in feed.windows(open_source(str(shard)).samples(), str(shard)):
             for batch in window.batches:
                 batches.append(backbone.activations(batch.inputs))
                 rows += [pair.row for pair in batch.pairs]

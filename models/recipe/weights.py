@@ -15,7 +15,7 @@ from pairs import REFERENCE_PAIRS, REFERENCE_SEED, reference_pairs, write_tar
 from scenes import Icons
 
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.pipeline.feed import Feed
@@ -44,7 +44,7 @@ def fit(shard: Path, backbone: Backbone, sae: SAE) -> FeatureWeights:
     with closing(Feed(backbone, DecodeSettings(), batch_size=32, workers=2)) as feed:
 
         def head(path: str, n: int):
-            return itertools.islice(read_samples(path), n)
+            return itertools.islice(open_source(path).samples(), n)
 
         weights = fit_weights([str(shard)], head, feed, backbone, sae, lambda _: None)
     return replace(weights, metadata=ABOUT)

@@ -16,7 +16,7 @@ from scipy.stats import mannwhitneyu
 
 from mmfilter.core.cards.cards import Card
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source, open_sources
 from mmfilter.core.model.backbone import Activations, Inputs
 from mmfilter.core.pipeline.pair_sample import PairSample
 from mmfilter.core.sae.autoencoder import SAE
@@ -100,7 +100,9 @@ def painted(
 
 
 def made_up(shard: Path, backbone: MadeUpBackbone, progress, *, sae: SAE | None = None, **options):
-    return compare([str(shard)], backbone, sae or eye_sae(), CheckSettings(CARD, workers=2, **options), progress)
+    return compare(
+        open_sources([shard]), backbone, sae or eye_sae(), CheckSettings(CARD, workers=2, **options), progress
+    )
 
 
 def test_a_model_that_understands_is_told_from_chance(tmp_path, quiet):
@@ -222,7 +224,11 @@ def test_fitting_and_scored_pairs_have_no_image_in_common(tmp_path, quiet):
     )
     with PairSample() as sample:
         sample.gather(
-            [str(painted(tmp_path / "a.tar", 101, extra=shown_again))], 141, DecodeSettings(), workers=1, progress=quiet
+            open_sources([painted(tmp_path / "a.tar", 101, extra=shown_again)]),
+            141,
+            DecodeSettings(),
+            workers=1,
+            progress=quiet,
         )
         fitting, scored, source = deal(sample, CheckSettings(CARD))
         assert len(deal(sample, CheckSettings(CARD, sample=30))[1]) == 30
@@ -252,7 +258,7 @@ def clean(path: Path) -> Path:
     """The pairs of the example shards that are not mismatched."""
     members = []
     for shard in sorted((ROOT / "examples" / "shards").glob("*.tar")):
-        for raw in read_samples(str(shard)):
+        for raw in open_source(str(shard)).samples():
             if not json.loads(raw.members["json"])["mismatched"]:
                 members += [(f"{raw.key}.{extension}", content) for extension, content in raw.members.items()]
     return write_tar(path, members)
@@ -272,7 +278,7 @@ def test_aucs_of_the_embedded_model_equal_a_float64_computation(tiny, tmp_path, 
     weights = load_weights(Path(card.weights))
     wanted, states = {}, ([], [])
     with PairSample() as sample:
-        sample.gather([str(shard)], 160, DecodeSettings(), workers=1, progress=quiet)
+        sample.gather(open_sources([shard]), 160, DecodeSettings(), workers=1, progress=quiet)
         _, scored, source = deal(sample, settings)
         for raw, place in zip(sample.read(scored), range(80), strict=True):
             image = Image.open(io.BytesIO(raw.members["jpg"])).convert("RGB")

@@ -282,8 +282,8 @@ def test_states_that_are_not_finite_have_a_reason(tiny, make_shard, tmp_path, qu
     from mmfilter.ops import score as operation
 
     class Overflowing(operation.Scorer):
-        def score(self, inputs):
-            scored = super().score(inputs)
+        def score(self, activations):
+            scored = super().score(activations)
             scored.scores["raw"][0] = np.inf
             return scored
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmfilter.core.cards.cards import Card
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.ops.score import ScoreSettings, score
@@ -36,7 +36,7 @@ def test_raw_and_support_are_those_of_each_pair_alone(family, make_shard, quiet,
     summary = score([str(shard)], ScoreSettings(card, tmp_path / "run", batch_size=3), quiet)
     assert summary.n_scored >= 5 and summary.n_samples == 7
     table = pq.read_table(tmp_path / "run" / "scores" / f"{shard.stem}.parquet").to_pylist()
-    for raw, row in zip(read_samples(str(shard)), table, strict=True):
+    for raw, row in zip(open_source(str(shard)).samples(), table, strict=True):
         if not row["ok"]:
             assert "positions" in row["reason"] and len(raw.members["txt"]) >= backbone.max_tokens
             continue

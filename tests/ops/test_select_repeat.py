@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.errors import SelectionError
 from mmfilter.ops.dedup import DedupSettings, DuplicateSettings, dedup
 from mmfilter.ops.select import SelectSettings, select
@@ -42,7 +42,7 @@ def test_repetitions_are_read_as_samples_of_their_own(repeated, tmp_path, format
     output = tmp_path / ("best" if format == "shards" else "best.tar")
     selection = select(repeated, SelectSettings(top="100%", repeat="saev", output=output, format=format))
     shard = output / "00000000.tar" if format == "shards" else output
-    originals = {raw.key: raw.members for raw in read_samples(str(tmp_path / "data/a.tar"))}
+    originals = {raw.key: raw.members for raw in open_source(str(tmp_path / "data/a.tar")).samples()}
     found = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     prefix = f"a/{'k' * 110}"
     assert [sample["__key__"] for sample in found] == [prefix + key for key in EXPECTED]
@@ -64,8 +64,8 @@ def test_repetitions_of_every_kind_of_tar(tmp_path, format):
     make_shard(tmp_path / "data/a.tar", ["d" * 60 + "/grün.v" + "k" * 60, "b"], format=format)
     run = make_run(tmp_path / "run", {str(tmp_path / "data/a.tar"): [0.5, 0.6]})
     select(run, SelectSettings(top="100%", repeat="2", output=tmp_path / "best.tar", format="tar", shuffle=1))
-    originals = {raw.key: raw.members for raw in read_samples(str(tmp_path / "data/a.tar"))}
-    found = {raw.key: raw.members for raw in read_samples(str(tmp_path / "best.tar"))}
+    originals = {raw.key: raw.members for raw in open_source(str(tmp_path / "data/a.tar")).samples()}
+    found = {raw.key: raw.members for raw in open_source(str(tmp_path / "best.tar")).samples()}
     assert found == originals | {f"{key}-2": members for key, members in originals.items()}
 
 

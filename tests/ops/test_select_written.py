@@ -15,7 +15,7 @@ import pytest
 import webdataset
 
 from mmfilter.core.input.ranges import OpenShards
-from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.output.repack import _shard_starts
 from mmfilter.core.output.tar_writer import ShardWriter, _read_and_write, _sendfile
 from mmfilter.core.run.decisions import write_decisions
@@ -40,12 +40,12 @@ def test_members_are_copied_byte_for_byte(tmp_path, format, shuffle):
     originals = {}
     for shard in shards:
         content = Path(shard).read_bytes()
-        originals |= {s.key: content[s.offset : s.offset + s.nbytes] for s in read_samples(shard)}
+        originals |= {s.key: content[s.offset : s.offset + s.nbytes] for s in open_source(shard).samples()}
     expected = keys_of(run, tmp_path, top="50%", shuffle=shuffle)
     found = []
     for shard in sorted((tmp_path / "best").glob("*.tar")):
         content = shard.read_bytes()
-        keys = [sample.key for sample in read_samples(str(shard))]
+        keys = [sample.key for sample in open_source(str(shard)).samples()]
         assert content == b"".join(originals[key] for key in keys) + bytes(1024)
         found += keys
     assert found == expected and len(found) == selection.kept == 30
@@ -282,7 +282,7 @@ def test_stdout_may_be_a_file_opened_for_appending(large_run, tmp_path):
     assert (tmp_path / "out.tar").read_bytes() == (large_run.parent / "large.tar").read_bytes().rstrip(b"\0").ljust(
         (tmp_path / "out.tar").stat().st_size, b"\0"
     )
-    assert len(list(read_samples(str(tmp_path / "out.tar")))) == 2000
+    assert len(list(open_source(str(tmp_path / "out.tar")).samples())) == 2000
 
 
 @pytest.mark.parametrize("way", [None, _sendfile, _read_and_write])
@@ -307,7 +307,7 @@ def test_remote_shards_are_copied(tmp_path):
     with fsspec.open(url, "wb") as file:
         file.write((tmp_path / "x.tar").read_bytes())
     run = make_run(tmp_path / "run", {url: [0.1, 0.9, 0.8, 0.2, 0.7]})
-    now = stamp(url)
+    now = open_source(url).stamp()
     rows = pq.read_table(RunDirectory(run).scores("x-0")).to_pylist()
     add_table(run, "x-0", url, rows, size=now.size, etag=now.etag)
     select(run, SelectSettings(top="3", output=tmp_path / "best"))

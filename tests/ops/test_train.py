@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmfilter.core.input.source import NO_OPTIONS
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.shards import open_sources
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.scores.crossmodal import load_weights
@@ -64,7 +65,9 @@ def test_the_sae_reconstructs_states_that_it_never_saw(trained, tiny, make_shard
     """FVU on other pairs, in float64 from the raw states: far better than before training, and near what the last step says."""
     _, folder, progress, summary = trained
     sae = load_sae(folder)
-    states = ShardStates([str(make_shard(n=30, seed=500))], tiny[1], NO_OPTIONS, batch_size=8, workers=1, seed=0)
+    states = ShardStates(
+        open_sources([make_shard(n=30, seed=500)]), tiny[1], DecodeSettings(), batch_size=8, workers=1, seed=0
+    )
     parts = list(states.once())
     x = torch.cat([part.states for part in parts])
     again = sae.decode(sae.encode(x, max_active=96), x).double()
@@ -202,7 +205,9 @@ def test_several_from_one_pass_and_a_cache_that_needs_no_model_again(trained, ti
     assert load_sae(tmp_path / "alone").hash == load_sae(tmp_path / "both" / "width-96-k-8").hash
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     backbone = load_backbone(tiny[0].model, tiny[0].layer, prompt=tiny[0].prompt)
-    parts = list(ShardStates([str(shard)], backbone, NO_OPTIONS, batch_size=16, workers=1, seed=0).once())
+    parts = list(
+        ShardStates(open_sources([shard]), backbone, DecodeSettings(), batch_size=16, workers=1, seed=0).once()
+    )
     stored = np.fromfile(tmp_path / "cache" / "states.bin", np.int16).reshape(-1, manifest["d_model"])
     wanted = torch.cat([part.states for part in parts]).to(torch.bfloat16)
     assert torch.equal(torch.from_numpy(stored).view(torch.bfloat16), wanted)

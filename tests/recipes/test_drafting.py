@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmfilter.core.cards.cards import card_names, load_card
-from mmfilter.core.input.shards import InputOptions
+from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import RecipeError, ShardError
 from mmfilter.recipes.drafting import Look, draft, look, write_draft
 from mmfilter.recipes.reading import read_recipe

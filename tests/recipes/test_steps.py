@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.errors import MissingExtra, MMFilterError, RecipeError, RunError, SelectionError
 from mmfilter.recipes.reading import read_recipe
 from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
@@ -45,7 +45,7 @@ def recipe(make_shard, tmp_path) -> Recipe:
 
 
 def kept_keys(folder: Path) -> list[str]:
-    return [sample.key for shard in sorted(folder.glob("*.tar")) for sample in read_samples(str(shard))]
+    return [sample.key for shard in sorted(folder.glob("*.tar")) for sample in open_source(str(shard)).samples()]
 
 
 def table(run: Path) -> list[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,25 +21,29 @@ PIPE = "pipe:"
 _CHUNK = 1 << 20
 
 
-def read_once(shard: str) -> bool:
-    """Whether the shard is a stream, which is gone when it has been read."""
-    return shard == STDIN or shard.startswith(PIPE)
-
-
 @contextmanager
-def open_shard(shard: str, *, stdin: BinaryIO | None = None, buffering: int | None = None) -> Iterator[BinaryIO]:
-    """Open a shard for reading bytes; `-` is `stdin`, or the process's own, and stays open.
+def open_file(path: str, *, buffering: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file at a path or URL for reading bytes; raises `ShardError` where there is none.
 
     `buffering` is how much of a file is read at one time, None for what suits reading all of it.
     """
-    if shard == STDIN:
-        yield stdin if stdin is not None else sys.stdin.buffer
-    elif is_url(shard):
-        with open_remote(shard, buffering or BLOCK) as file:
+    if is_url(path):
+        with open_remote(path, buffering or BLOCK) as file:
             yield file
     else:
-        with _open_local(shard, buffering or _CHUNK) as file:
+        with _open_local(path, buffering or _CHUNK) as file:
             yield file
+
+
+def read_head(path: str, nbytes: int) -> bytes:
+    """The first bytes of a file at a path or URL; none where it cannot be read, which reading it will tell."""
+    try:
+        if is_url(path):
+            return read_start(path, nbytes)
+        with open(path, "rb", buffering=0) as file:
+            return file.read(nbytes)
+    except (OSError, ShardError):
+        return b""
 
 
 def _open_local(path: str, buffering: int) -> BinaryIO:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
 
-from mmfilter.core.input.remote import fetch, is_url
+from mmfilter.core.input.places import open_file
+from mmfilter.core.input.remote import fetch
 from mmfilter.core.input.sample import RawSample
-from mmfilter.core.input.shards import open_rows, open_shard
-from mmfilter.core.input.source import NO_OPTIONS, InputOptions, RowSource
+from mmfilter.core.input.source import RowSource, Source
 from mmfilter.core.input.tar_walk import BLOCK
 from mmfilter.errors import ShardError
 
-Range = tuple[str, int, int]
+Range = tuple[Source, int, int]
 """Shard, offset and length"""
 
 MAX_GAP = 64 << 10
@@ -37,7 +37,7 @@ _RANGES_AT_ONCE = 512
 
 def is_remote(part: Range) -> bool:
     """Whether it is a range of a tar at a URL."""
-    return is_url(part[0]) and part[1] >= 0
+    return part[0].remote and part[1] >= 0
 
 
 def read_ranges(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes]:
@@ -66,7 +66,7 @@ def _fetch_together(ranges: Sequence[Range]) -> Iterator[bytes]:
     if not ranges:
         return
     requests, places = coalesce(ranges)
-    contents = fetch([(shard, offset, offset + nbytes) for shard, offset, nbytes in requests])
+    contents = fetch([(shard.path, offset, offset + nbytes) for shard, offset, nbytes in requests])
     for request, content in zip(requests, contents, strict=True):
         _check_length(request, content)
     for (request, start), (_, _, nbytes) in zip(places, ranges, strict=True):
@@ -77,7 +77,9 @@ def coalesce(ranges: Sequence[Range]) -> tuple[list[Range], list[tuple[int, int]
     """The requests that cover all ranges, and of each range the request and where in it the range begins."""
     requests: list[Range] = []
     places: list[tuple[int, int]] = [(0, 0)] * len(ranges)
-    by_shard = groupby(sorted(range(len(ranges)), key=lambda i: ranges[i][:2]), key=lambda i: ranges[i][0])
+    by_shard = groupby(
+        sorted(range(len(ranges)), key=lambda i: (ranges[i][0].path, ranges[i][1])), key=lambda i: ranges[i][0]
+    )
     for shard, members in by_shard:
         first = True
         for i in members:
@@ -96,11 +98,11 @@ def _check_length(request: Range, content: bytes) -> None:
     shard, offset, nbytes = request
     if len(content) < nbytes:
         raise ShardError(
-            shard, "has become shorter since it was scored: score it again; it ends", offset=offset + len(content)
+            shard.path, "has become shorter since it was scored: score it again; it ends", offset=offset + len(content)
         )
     if len(content) > nbytes:
         raise ShardError(
-            shard,
+            shard.path,
             "comes from a server that gives the whole file for a byte range; download it, and score the local file",
         )
 
@@ -124,10 +126,9 @@ class _OpenTar:
 class OpenShards:
     """The shards that are copied from, the least recently used closed when too many are open."""
 
-    def __init__(self, options: InputOptions = NO_OPTIONS) -> None:
-        self._open: OrderedDict[str, _OpenTar] = OrderedDict()
-        self._rows: OrderedDict[str, RowSource] = OrderedDict()
-        self._options = options
+    def __init__(self) -> None:
+        self._open: OrderedDict[Source, _OpenTar] = OrderedDict()
+        self._rows: OrderedDict[Source, RowSource] = OrderedDict()
 
     def __enter__(self) -> OpenShards:
         return self
@@ -140,17 +141,19 @@ class OpenShards:
         while self._rows:
             self._rows.popitem()[1].close()
 
-    def _rows_of(self, shard: str) -> RowSource:
-        """A shard that is no tar."""
+    def _rows_of(self, shard: Source) -> RowSource:
+        """A shard that is not a tar."""
+        if not isinstance(shard, RowSource):
+            raise ShardError(shard.path, "is a tar now, and was not when it was scored: score it again")
         if shard in self._rows:
             self._rows.move_to_end(shard)
         else:
             if len(self._rows) >= _MAX_OPEN_ROWS:
                 self._rows.popitem(last=False)[1].close()
-            self._rows[shard] = open_rows(shard, self._options)
+            self._rows[shard] = shard
         return self._rows[shard]
 
-    def get(self, shard: str) -> int:
+    def get(self, shard: Source) -> int:
         """A descriptor of the shard, which is read at offsets and never moved."""
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -158,10 +161,10 @@ class OpenShards:
             if len(self._open) >= _MAX_OPEN:
                 self._open.popitem(last=False)[1].closing.close()
             closing = ExitStack()
-            self._open[shard] = _OpenTar(closing.enter_context(open_shard(shard)).fileno(), closing)
+            self._open[shard] = _OpenTar(closing.enter_context(open_file(shard.path)).fileno(), closing)
         return self._open[shard].fd
 
-    def read(self, shard: str, offset: int, nbytes: int) -> bytes:
+    def read(self, shard: Source, offset: int, nbytes: int) -> bytes:
         """A byte range of a local tar; raises `ShardError` when the shard ends before it does.
 
         With a negative offset, −1 − row of a sample of a shard that is no tar, it is what a tar would hold of it.
@@ -177,15 +180,17 @@ class OpenShards:
             offset += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _made(self, shard: str, row: int) -> bytes:
+    def _made(self, shard: Source, row: int) -> bytes:
         sample = self._rows_of(shard).sample(row)
         if sample.problem:
-            raise ShardError(shard, f"has changed since it was scored, score it again: row {row:,}: {sample.problem}")
+            raise ShardError(
+                shard.path, f"has changed since it was scored, score it again: row {row:,}: {sample.problem}"
+            )
         return tar_members(sample)
 
 
-def shorter(shard: str, offset: int) -> ShardError:
-    return ShardError(shard, "has become shorter since it was scored: score it again; it ends", offset=offset)
+def shorter(shard: Source, offset: int) -> ShardError:
+    return ShardError(shard.path, "has become shorter since it was scored: score it again; it ends", offset=offset)
 
 
 def tar_members(sample: RawSample) -> bytes:

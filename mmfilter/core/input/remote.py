@@ -49,7 +49,7 @@ def is_web(url: str) -> bool:
 
 def without_query(url: str) -> str:
     """The URL of a web server as far as it names a file; signatures and the like come after that."""
-    return url.partition("?")[0] if is_web(url) else url
+    return re.split("[?#]", url, maxsplit=1)[0] if is_web(url) else url
 
 
 # --- asking file systems ---------------------------------------------------------------------

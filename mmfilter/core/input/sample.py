@@ -37,6 +37,11 @@ class RawSample:
     """Why the sample cannot be used, as `kind: details`, or None."""
 
 
+def problem_kind(problem: str) -> str:
+    """Of `kind: details`, the kind: what problems are counted by."""
+    return problem.split(":")[0]
+
+
 class Keys:
     """Gives every sample of a shard that is no tar a key of its own, from the name that the data has for it."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from mmfilter.core.files import atomic, system_reason
-from mmfilter.core.run.directory import in_source
+from mmfilter.core.input.source import Source
 from mmfilter.errors import SelectionError
 
 Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
@@ -24,13 +24,13 @@ def to_folder(format: Format, output: str | Path | None) -> bool:
     return format not in ("tar", "keys")
 
 
-def check_output(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None:
+def check_output(output: Path, folder: bool, run: Path, sources: Iterable[Source]) -> None:
     """Raise `SelectionError` for an output that is in the way, in the run directory, among the input's shards, or where nothing can be written."""
     with explained(output):
-        _check(output, folder, run, shards)
+        _check(output, folder, run, sources)
 
 
-def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None:
+def _check(output: Path, folder: bool, run: Path, sources: Iterable[Source]) -> None:
     real, inside = output.resolve(), run.resolve()
     if real == inside or inside in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
@@ -44,7 +44,7 @@ def _check(output: Path, folder: bool, run: Path, shards: Iterable[str]) -> None
     if not os.access(above, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if folder:
-        if any(in_source(real, shard) for shard in shards):
+        if any(source.holds(real) for source in sources):
             raise SelectionError(f"output {str(output)!r} holds shards of the input; name a new folder")
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             what = "is not empty" if real.is_dir() else "is a file"

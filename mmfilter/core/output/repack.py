@@ -18,6 +18,7 @@ import numpy as np
 
 from mmfilter.core.files import write_json
 from mmfilter.core.input.ranges import OpenShards, is_remote, read_ranges, stream_remote
+from mmfilter.core.input.source import Source
 from mmfilter.core.output.tar_writer import ShardWriter
 from mmfilter.core.run.members import Members
 
@@ -30,7 +31,7 @@ _COPIES_AT_ONCE = 100
 
 def write_tar(fd: int, members: Members) -> int:
     """Write all samples as one tar to a file descriptor; the bytes written."""
-    with OpenShards(members.options) as sources:
+    with OpenShards() as sources:
         return _write_range(fd, sources, members, 0, len(members))
 
 
@@ -55,7 +56,7 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
     starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
     sizes: dict[str, int] = {}
     nbytes = 0
-    with OpenShards(members.options) as sources:
+    with OpenShards() as sources:
         for number, (start, stop) in enumerate(zip(starts, [*starts, len(members)][1:], strict=True)):
             name = f"{number:08d}.tar"
             with open(folder / name, "xb", buffering=0) as file:
@@ -85,7 +86,7 @@ def _write_range(fd: int, sources: OpenShards, members: Members, start: int, sto
     return writer.nbytes
 
 
-def _write_copies(writer: ShardWriter, sources: OpenShards, parts: Iterator[tuple[str, int, int, int]]) -> None:
+def _write_copies(writer: ShardWriter, sources: OpenShards, parts: Iterator[tuple[Source, int, int, int]]) -> None:
     """Samples under keys of their own, a few at a time."""
     while batch := list(islice(parts, _COPIES_AT_ONCE)):
         contents = read_ranges(sources, [part[:3] for part in batch])

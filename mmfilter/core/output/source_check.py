@@ -7,8 +7,9 @@ import operator
 
 import numpy as np
 
+from mmfilter.core.input.places import Stamp, open_file
 from mmfilter.core.input.remote import check_ranges, forget, is_web
-from mmfilter.core.input.shards import STDIN, Stamp, is_tar, is_url, open_shard, read_once, stamps
+from mmfilter.core.input.shards import stamps
 from mmfilter.core.input.sources.webdataset_tar import key_at
 from mmfilter.core.input.tar_walk import BLOCK
 from mmfilter.core.run.directory import ScoredShard
@@ -30,11 +31,11 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
     shards = [tables.shards[number] for number in numbers.tolist()]
     for shard in shards:
         _check_kept(tables, shard)
-    forget(shard.path for shard in shards if is_url(shard.path))
-    for shard, now in zip(shards, stamps([shard.path for shard in shards]), strict=True):
+    forget(shard.path for shard in shards if shard.source.remote)
+    for shard, now in zip(shards, stamps([shard.source for shard in shards]), strict=True):
         _check_stamp(shard, now)
     for url in {
-        shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and is_tar(shard.path)
+        shard.path.split("/")[2]: shard.path for shard in shards if is_web(shard.path) and shard.source.is_tar
     }.values():
         check_ranges(url)
     looked_at = np.array([_has_headers_to_check(tables.shards[i]) for i in numbers.tolist()], bool)
@@ -42,12 +43,12 @@ def check_sources(tables: ScoreTables, kept: np.ndarray) -> None:
 
 
 def _has_headers_to_check(shard: ScoredShard) -> bool:
-    return is_tar(shard.path) and (not is_url(shard.path) or shard.stamp.etag is None)
+    return shard.source.is_tar and (not shard.source.remote or shard.stamp.etag is None)
 
 
 def _check_kept(tables: ScoreTables, shard: ScoredShard) -> None:
-    if read_once(shard.path):
-        what = "stdin" if shard.path == STDIN else f"the command {shard.path!r}"
+    if shard.source.once:
+        what = "stdin" if shard.source.kind == "stdin" else f"the command {shard.path!r}"
         raise SelectionError(
             f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys"
         )
@@ -67,7 +68,7 @@ def _check_headers(tables: ScoreTables, positions: np.ndarray) -> None:
     found = tables.at(positions, ("key", "shard", "offset"))
     rows = zip(found["shard"].tolist(), found["key"].tolist(), found["offset"].tolist(), strict=True)
     for shard, samples in itertools.groupby(rows, key=operator.itemgetter(0)):
-        with open_shard(shard, buffering=8 * BLOCK) as file:
+        with open_file(shard, buffering=8 * BLOCK) as file:
             for _, key, offset in samples:
                 there = key_at(shard, file, offset)
                 if there != key:

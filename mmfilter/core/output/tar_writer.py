@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable
 
 from mmfilter.core.input.ranges import OpenShards, shorter
+from mmfilter.core.input.source import Source
 from mmfilter.core.input.sources.webdataset_tar import with_suffix
 from mmfilter.core.input.tar_walk import BLOCK
 
@@ -48,7 +49,7 @@ class ShardWriter:
         write_all(self._fd, content)
         self.nbytes += len(content)
 
-    def copy(self, shard: str, offset: int, nbytes: int) -> None:
+    def copy(self, shard: Source, offset: int, nbytes: int) -> None:
         """Append a byte range of a local shard; raises `ShardError` when the shard ends before it does.
 
         A negative offset is −1 − row of a sample of a shard that is no tar: its members are appended.

@@ -1,6 +1,6 @@
 """Batches of a shard, read, decoded and pre-processed in parallel with the model.
 
-    read_samples ─► decode (threads) ─► window ─► sort by length ─► batches ─► prepare (threads) ─► queue
+    samples ─► decode (threads) ─► window ─► sort by length ─► batches ─► prepare (threads) ─► queue
 
 A window is a bounded number of decoded samples; sorting inside it keeps padding low, and everything that
 is alive at once is bounded by it, whatever the size of the shard.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mmfilter.core.input.decode import DecodeSettings, Pair, decode
-from mmfilter.core.input.shards import RawSample
+from mmfilter.core.input.sample import RawSample, problem_kind
 from mmfilter.core.model.backbone import Backbone, Inputs
 
 WINDOW_BATCHES = 8
@@ -44,6 +44,16 @@ class Window:
     batches: Iterator[Batch]
     pairs: list[Pair]
     """All samples of the stretch, in row order; `reason` says which have no score"""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Kind of problem -> samples; complete once the batches have been taken."""
+        return Counter(problem_kind(pair.reason) for pair in self.pairs if pair.reason is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """What the samples take in their shard, as far as that is known."""
+        return sum(pair.columns["nbytes"] or 0 for pair in self.pairs)
 
 
 class Feed:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from mmfilter.core.input.decode import IMAGE_EXTENSIONS, DecodeSettings, Pair, decode
-from mmfilter.core.input.shards import InputOptions, RawSample, read_samples
+from mmfilter.core.input.sample import RawSample, problem_kind
+from mmfilter.core.input.source import Source
 from mmfilter.core.pipeline.feed import in_order
 from mmfilter.core.pipeline.reference import REFERENCE_SHARDS, spread
 from mmfilter.core.progress import Progress
@@ -69,42 +71,30 @@ class PairSample:
         return len(self.pairs) + sum(self.reasons.values())
 
     def gather(
-        self,
-        shards: list[str],
-        wanted: int,
-        settings: DecodeSettings,
-        *,
-        workers: int,
-        progress: Progress,
-        allow_pipe: bool = False,
-        images: str | None = None,
+        self, sources: Sequence[Source], wanted: int, settings: DecodeSettings, *, workers: int, progress: Progress
     ) -> None:
-        """Look at `wanted` samples in all and keep the usable ones; `images` and `allow_pipe` as in `InputOptions`."""
-        options = InputOptions(settings.caption, images, allow_pipe)
-        self.shards = spread(shards, REFERENCE_SHARDS)
-        each = -(-wanted // len(self.shards))
+        """Look at `wanted` samples in all and keep the usable ones."""
+        chosen = spread(sources, REFERENCE_SHARDS)
+        self.shards = [source.path for source in chosen]
+        each = -(-wanted // len(chosen))
         progress.start("reading pairs", None)
         with ThreadPoolExecutor(workers, "decode") as decoders:
-            for shard in self.shards:
-                for raw, pair in in_order(
-                    decoders,
-                    lambda raw, shard=shard: _decoded(raw, shard, settings),
-                    self._head(shard, each, options),
-                    4 * workers,
-                ):
+            for source in chosen:
+                decoded = partial(_decoded, shard=source.path, settings=settings)
+                for raw, pair in in_order(decoders, decoded, self._head(source, each), 4 * workers):
                     self._keep(raw, pair)
                     progress.advance(1, raw.nbytes or 0)
 
-    def _head(self, shard: str, n: int, options: InputOptions) -> Iterator[RawSample]:
+    def _head(self, source: Source, n: int) -> Iterator[RawSample]:
         """The first `n` samples of a shard; one that breaks ends early."""
         try:
-            yield from itertools.islice(read_samples(shard, options=options), n)
+            yield from itertools.islice(source.samples(), n)
         except ShardError as error:
             self.failures.append(error)
 
     def _keep(self, raw: RawSample, pair: Pair) -> None:
         if pair.reason is not None:
-            self.reasons[pair.reason.split(":")[0]] += 1
+            self.reasons[problem_kind(pair.reason)] += 1
             return
         extension = next(name for name in raw.members if name in IMAGE_EXTENSIONS)
         image = raw.members[extension]

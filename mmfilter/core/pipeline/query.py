@@ -27,12 +27,13 @@ from mmfilter.core.cards.sae_options import make_options
 from mmfilter.core.codes.vectors import Codes, SideCodes
 from mmfilter.core.files import read_json
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import RawSample
+from mmfilter.core.input.sample import RawSample
 from mmfilter.core.model.backbone import Backbone, Inputs
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.pipeline.engine import DeviceSettings, load
 from mmfilter.core.pipeline.feed import Feed
-from mmfilter.core.pipeline.scorer import explained_memory, strongest
+from mmfilter.core.pipeline.model_pass import memory_explained
+from mmfilter.core.pipeline.scorer import strongest
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.token_codes import pool
@@ -146,7 +147,7 @@ def _prepared(backbone: Backbone, raw: RawSample) -> Inputs:
 
 @torch.inference_mode()
 def _codes(inputs: Inputs, backbone: Backbone, sae: SAE, wanted: list[str]) -> Codes:
-    with explained_memory(1):
+    with memory_explained(1):
         activations = backbone.activations(inputs)
         if not torch.isfinite(activations.states).all():
             raise ModelError("the model's states of the query are not finite; try --dtype float32")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mmfilter.core.model.backbone import Activations, Backbone, Inputs
+from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.token_codes import PooledCodes, TokenCodes, pool
 from mmfilter.core.scores.crossmodal import FeatureWeights
 from mmfilter.core.scores.pooled_pairs import PooledPairs
 from mmfilter.core.scores.registry import formulas
 from mmfilter.core.sides import IMAGE, TEXT
-from mmfilter.errors import ModelError, SAEError
+from mmfilter.errors import SAEError
 
 STORED_FEATURES = 256
 """Strongest features a side that the code table keeps."""
@@ -39,20 +37,12 @@ class Scorer:
 
     def __init__(self, backbone: Backbone, sae: SAE, weights: FeatureWeights, threshold: float) -> None:
         check_fit(backbone, sae)
-        self._backbone, self._sae = backbone, sae
+        self._sae = sae
         self._weights, self._threshold = weights.to(backbone.device), threshold
 
     @torch.inference_mode()
-    def score(self, inputs: Inputs) -> Scored:
-        """Scores and codes of a batch; dense per-token activations live for one chunk only.
-
-        Raises `ModelError` when the device's memory does not suffice.
-        """
-        with explained_memory(len(inputs.side), "; finished shards are kept"):
-            return self._score(inputs)
-
-    def _score(self, inputs: Inputs) -> Scored:
-        activations = self._backbone.activations(inputs)
+    def score(self, activations: Activations) -> Scored:
+        """Scores and codes of a batch; dense per-token activations live for one chunk only."""
         codes = self._sae.encode(activations.states)
         pairs = pool_pairs(activations, codes, self._weights, self._threshold)
         return Scored(
@@ -61,16 +51,6 @@ class Scorer:
             pairs.text.n_tokens.cpu().numpy(),
             _stored(pairs),
         )
-
-
-@contextmanager
-def explained_memory(n_pairs: int, consolation: str = "") -> Iterator[None]:
-    """Turn the device's running out of memory on a batch of `n_pairs` into a `ModelError` that names the way out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        step = "use a smaller --batch-size" if n_pairs > 1 else "use a larger device, or --dtype bfloat16"
-        raise ModelError(f"the device ran out of memory on a batch of {n_pairs} pairs: {step}{consolation}") from error
 
 
 def check_fit(backbone: Backbone, sae: SAE) -> None:

@@ -6,17 +6,18 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmfilter import __version__
 from mmfilter.core.files import read_json, write_json
-from mmfilter.core.input.places import PIPE, STDIN
-from mmfilter.core.input.remote import without_query
-from mmfilter.core.input.shards import Stamp, stamps
-from mmfilter.core.input.sources.image_folder import is_folder
+from mmfilter.core.input.places import Stamp
+from mmfilter.core.input.shards import open_source, stamps
+from mmfilter.core.input.source import NO_OPTIONS, InputOptions, Source
 from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.errors import RunError
 
@@ -85,8 +86,12 @@ class RunDirectory:
 class Shard:
     """One input shard and its name in the run."""
 
-    path: str
+    source: Source
     name: str
+
+    @property
+    def path(self) -> str:
+        return self.source.path
 
 
 @dataclass(frozen=True)
@@ -96,31 +101,26 @@ class ScoredShard:
     path: str
     stamp: Stamp
     rows: int
+    options: InputOptions = NO_OPTIONS
+    """How it was read"""
+
+    @cached_property
+    def source(self) -> Source:
+        """For reading it again; it is looked at when it is first asked for."""
+        return open_source(self.path, self.options)
 
 
-def name_shards(paths: list[str], run: RunDirectory) -> list[Shard]:
+def name_shards(sources: Sequence[Source], run: RunDirectory) -> list[Shard]:
     """Give every shard a name: its file or folder name, with a digest of its path where two share one."""
     known = {item["shard"]: item["name"] for item in read_json(run.manifest)["inputs"]} if run.manifest.exists() else {}
-    stems = {path: _stem(path) for path in paths}
+    stems = {source.path: source.stem for source in sources}
     taken = Counter(known.values())
     taken.update(stem for path, stem in stems.items() if path not in known)
 
     def name(path: str, stem: str) -> str:
         return stem if taken[stem] == 1 else f"{stem}-{_digest(path)}"
 
-    return [Shard(path, known.get(path) or name(path, stem)) for path, stem in stems.items()]
-
-
-def _stem(path: str) -> str:
-    if path == STDIN:
-        return "stdin"
-    if path.startswith(PIPE):
-        named = re.findall(r"[\w-]+(?=\.tar\b)", path)
-        return f"pipe-{named[-1] if named else _digest(path)}"
-    if is_folder(path):
-        folder, _, number = path.rpartition("/")
-        return os.path.basename(folder) + number.replace("#", "-") or "folder"
-    return re.sub(r"\.(tar|parquet|jsonl?)$", "", without_query(path).rstrip("/").rpartition("/")[2])
+    return [Shard(source, known.get(source.path) or name(source.path, source.stem)) for source in sources]
 
 
 def _digest(path: str) -> str:
@@ -135,23 +135,23 @@ def unfinished(run: RunDirectory, shards: list[Shard]) -> list[Shard]:
     there = [
         shard
         for shard in shards
-        if shard.path != STDIN and run.scores(shard.name).exists() and run.codes(shard.name).exists()
+        if shard.source.kind != "stdin" and run.scores(shard.name).exists() and run.codes(shard.name).exists()
     ]
-    now = zip(there, stamps([shard.path for shard in there]), strict=True)
+    now = zip(there, stamps([shard.source for shard in there]), strict=True)
     finished = {
         shard for shard, found in now if found == Stamp.from_metadata(read_table_metadata(run.scores(shard.name)))
     }
     return [shard for shard in shards if shard not in finished]
 
 
-def check_place(run: RunDirectory, paths: list[str]) -> None:
+def check_place(run: RunDirectory, sources: Iterable[Source]) -> None:
     """Raise `RunError` when the run would be written to a URL, or among the input's shards."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run.path)):
         raise RunError(f"run {str(run.path)!r} is a URL; use a local folder and upload that")
-    for path in paths:
-        if in_source(run.path, path):
+    for source in sources:
+        if source.holds(run.path):
             raise RunError(
-                f"run {str(run.path)!r} is the folder of shard {path!r}, and nothing is written there: use another --run"
+                f"run {str(run.path)!r} is the folder of shard {source.path!r}, and nothing is written there: use another --run"
             )
 
 
@@ -163,7 +163,7 @@ def open_run(
     Raises `RunError` naming what differs, or when the run would be written among the input's shards;
     returns the manifest.
     """
-    check_place(run, [shard.path for shard in shards])
+    check_place(run, [shard.source for shard in shards])
     manifest: dict[str, Any] = {
         "kind": "mmfilter run",
         "version": __version__,
@@ -180,14 +180,6 @@ def open_run(
     manifest["inputs"] += [{"name": shard.name, "shard": shard.path} for shard in shards if shard.path not in known]
     write_json(run.manifest, manifest)
     return manifest
-
-
-def in_source(path: str | os.PathLike[str], shard: str) -> bool:
-    """Whether a path is the folder that a local shard is in, or, where the shard is a folder, lies anywhere in it."""
-    if not os.path.isabs(shard):
-        return False
-    folder, real = os.path.realpath(os.path.dirname(shard)), os.path.realpath(path)
-    return real == folder or (is_folder(shard) and real.startswith(os.path.join(folder, "")))
 
 
 def _check_same(run: RunDirectory, old: dict[str, Any], new: dict[str, Any]) -> None:

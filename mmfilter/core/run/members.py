@@ -7,38 +7,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmfilter.core.input.source import NO_OPTIONS, InputOptions
+from mmfilter.core.input.source import Source
+from mmfilter.core.run.directory import ScoredShard
 
 
 @dataclass(frozen=True)
 class Members:
     """Where samples are, in output order: one value a sample."""
 
-    sources: Sequence[str]
-    """Paths or URLs of the shards"""
-    source: np.ndarray
-    """Index into `sources`"""
+    shards: Sequence[ScoredShard]
+    shard: np.ndarray
+    """Index into `shards`"""
     offset: np.ndarray
-    """In the tar; −1 − row for a sample of a shard that is no tar"""
+    """In the tar; −1 − row for a sample of a shard that is not a tar"""
     nbytes: np.ndarray
     key_hash: np.ndarray
     copy: np.ndarray | None = None
     """0 for a sample under its own key, n for the n-th further copy, whose key ends in `-` and n + 1; None: no copies"""
-    options: InputOptions = NO_OPTIONS
-    """How shards that are no tars are read"""
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.shard)
 
     def take(self, order: np.ndarray) -> Members:
-        columns = {name: getattr(self, name)[order] for name in ("source", "offset", "nbytes", "key_hash")}
+        columns = {name: getattr(self, name)[order] for name in ("shard", "offset", "nbytes", "key_hash")}
         return replace(self, **columns, copy=None if self.copy is None else self.copy[order])
 
     def with_copies(self, number: np.ndarray, copy: np.ndarray, key_hash: np.ndarray) -> Members:
         """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it gets."""
         again = self.take(number)
         columns = {
-            name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("source", "offset", "nbytes")
+            name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("shard", "offset", "nbytes")
         }
         return replace(
             self, **columns, key_hash=np.concatenate([self.key_hash, key_hash]), copy=np.concatenate([np.zeros(len(self), np.int64), copy])
@@ -56,17 +54,22 @@ class Members:
         previous[order[1:][same]] = order[:-1][same]
         return previous
 
-    def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+    def places(self, start: int, stop: int) -> list[tuple[Source, int, int]]:
+        """Shard, offset and length of each of the samples `start` to `stop`."""
+        columns = (column[start:stop].tolist() for column in (self.shard, self.offset, self.nbytes))
+        return [(self.shards[i].source, offset, nbytes) for i, offset, nbytes in zip(*columns, strict=True)]
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[Source, int, int, int]]:
         """Shard, offset, length and copy of the bytes of samples `start` to `stop`, adjacent ones of a tar joined."""
         copy = np.zeros(stop - start, np.int64) if self.copy is None else self.copy[start:stop]
-        source, offset, nbytes = (column[start:stop] for column in (self.source, self.offset, self.nbytes))
+        shard, offset, nbytes = (column[start:stop] for column in (self.shard, self.offset, self.nbytes))
         end = offset + nbytes
         apart = (
-            (source[1:] != source[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0) | (copy[1:] > 0) | (copy[:-1] > 0)
+            (shard[1:] != shard[:-1]) | (offset[1:] != end[:-1]) | (offset[1:] < 0) | (copy[1:] > 0) | (copy[:-1] > 0)
         )
-        first = np.flatnonzero(np.r_[len(source) > 0, apart])
-        last = np.r_[first[1:], len(source)] - 1
+        first = np.flatnonzero(np.r_[len(shard) > 0, apart])
+        last = np.r_[first[1:], len(shard)] - 1
         for i, start, stop, n in zip(
-            source[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True
+            shard[first].tolist(), offset[first].tolist(), end[last].tolist(), copy[first].tolist(), strict=True
         ):
-            yield self.sources[i], start, stop - start, n
+            yield self.shards[i].source, start, stop - start, n

@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 
 from mmfilter.core.input.remote import exists, in_parallel, is_url, look, matches, without_query
-from mmfilter.core.input.shards import is_tar, read_once
+from mmfilter.core.input.source import Source
 from mmfilter.core.run.database import identifier, literal, no_glob, reason_of
 from mmfilter.core.run.remote_tables import reach, said_by_file
 from mmfilter.core.run.tables import arrow_table
@@ -64,13 +64,13 @@ class Files:
 # --- which files there are -------------------------------------------------------------------
 
 
-def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
+def beside(database: duckdb.DuckDBPyConnection, sources: Sequence[Source], starts: Sequence[int]) -> Files | None:
     """The parquet files beside the tars of a run, None where there are none with a column `key`."""
     start_of = _there(
         {
-            shard.removesuffix(".tar") + ".parquet": start
-            for shard, start in zip(shards, starts, strict=False)
-            if _may_have_one(shard)
+            source.path.removesuffix(".tar") + ".parquet": start
+            for source, start in zip(sources, starts, strict=False)
+            if source.kind == "tar" and source.path.endswith(".tar")
         }
     )
     if not start_of:
@@ -85,14 +85,10 @@ def beside(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: S
     return Files(what, f"(FROM {relation}{fetched})", types, "key", start_of)
 
 
-def own(database: duckdb.DuckDBPyConnection, shards: Sequence[str], starts: Sequence[int]) -> Files | None:
+def own(database: duckdb.DuckDBPyConnection, sources: Sequence[Source], starts: Sequence[int]) -> Files | None:
     """The parquet files that are shards of a run themselves, None where there are none."""
     start_of = _there(
-        {
-            shard: start
-            for shard, start in zip(shards, starts, strict=False)
-            if shard.lower().endswith(".parquet") and not read_once(shard)
-        }
+        {source.path: start for source, start in zip(sources, starts, strict=False) if source.kind == "parquet"}
     )
     if not start_of:
         return None
@@ -108,10 +104,6 @@ def _parquet_files(database: duckdb.DuckDBPyConnection, paths: Iterable[str], mo
     reach(database, paths)
     listed = ", ".join(literal(no_glob(path)) for path in paths)
     return f"read_parquet([{listed}], union_by_name = true, filename = '{_FILE}', hive_partitioning = false{more})"
-
-
-def _may_have_one(shard: str) -> bool:
-    return shard.endswith(".tar") and is_tar(shard) and not read_once(shard)
 
 
 def _there(start_of: dict[str, int]) -> dict[str, int]:

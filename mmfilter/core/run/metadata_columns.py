@@ -11,7 +11,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from mmfilter.core.input.shards import stamp
 from mmfilter.core.run import metadata
 from mmfilter.core.run.directory import ScoredShard
 from mmfilter.errors import SelectionError
@@ -59,7 +58,7 @@ class MoreColumns:
         if self._files is None:
             found = [metadata.named(database, self._patterns, uids=_has_uids(database))] if self._patterns else []
             for look in (metadata.beside, metadata.own):
-                files = look(database, [shard.path for shard in self._shards], self._starts.tolist())
+                files = look(database, [shard.source for shard in self._shards], self._starts.tolist())
                 found += [files] if files else []
             self._files = found
         return self._files
@@ -81,7 +80,7 @@ class MoreColumns:
     def _check_unchanged(self, paths: set[str]) -> None:
         """Raise `SelectionError` for a shard whose rows may not be those of its score table any more."""
         for shard in self._shards:
-            if shard.path in paths and stamp(shard.path) != shard.stamp:
+            if shard.path in paths and shard.source.stamp() != shard.stamp:
                 raise SelectionError(
                     f"shard {shard.path!r} has changed since it was scored, its rows may be others; score it again"
                 )

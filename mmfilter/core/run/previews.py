@@ -10,7 +10,6 @@ import numpy as np
 
 from mmfilter.core.input.decode import DecodeSettings, caption_of, images_of
 from mmfilter.core.input.ranges import OpenShards, Range, read_ranges
-from mmfilter.core.input.shards import read_once
 from mmfilter.core.input.sources.webdataset_tar import sample_members
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.errors import ShardError
@@ -40,19 +39,14 @@ def looks(tables: ScoreTables, positions: Sequence[int] | np.ndarray) -> list[Lo
     among[wanted] = True
     members, settings = tables.members(among), DecodeSettings(tables.options.caption)
     keys = tables.at(wanted, ("key",))["key"].tolist()
-    ranges = [
-        (members.sources[source], offset, nbytes)
-        for source, offset, nbytes in zip(
-            *(column.tolist() for column in (members.source, members.offset, members.nbytes)), strict=True
-        )
-    ]
+    ranges = members.places(0, len(members))
     found: list[Look] = []
-    with OpenShards(members.options) as sources:
+    with OpenShards() as sources:
         for first in range(0, len(wanted), _AT_ONCE):
             some = slice(first, first + _AT_ONCE)
             contents = _contents(sources, ranges[some])
             found += [
-                _look(content, part[0], key, settings)
+                _look(content, part[0].path, key, settings)
                 for content, part, key in zip(contents, ranges[some], keys[some], strict=True)
             ]
     return [found[i] for i in place.tolist()]
@@ -75,9 +69,11 @@ def one_line(text: str, at_most: int) -> str:
 
 def _contents(sources: OpenShards, ranges: Sequence[Range]) -> list[bytes | Look]:
     """What each range holds, or why it cannot be read; one that cannot does not keep the others from it."""
-    once = {shard for shard, _, _ in ranges if read_once(shard)}
+    once = {shard for shard, _, _ in ranges if shard.once}
     read = _read(sources, [part for part in ranges if part[0] not in once])
-    return [Look(problem=f"{part[0]!r} could be read only once") if part[0] in once else next(read) for part in ranges]
+    return [
+        Look(problem=f"{part[0].path!r} could be read only once") if part[0] in once else next(read) for part in ranges
+    ]
 
 
 def _read(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes | Look]:

@@ -17,7 +17,8 @@ import duckdb
 import numpy as np
 
 from mmfilter.core.files import read_json
-from mmfilter.core.input.shards import InputOptions, Stamp
+from mmfilter.core.input.places import Stamp
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.run.database import identifier, literal, lock, open_database, reason_of
 from mmfilter.core.run.directory import RunDirectory, ScoredShard
 from mmfilter.core.run.expressions import DECIMAL, NUMERIC, Expression
@@ -55,11 +56,13 @@ class ScoreTables:
         about = [read_table_metadata(path) for path in self._paths]
         self.names = [path.stem for path in self._paths]
         """Of the shards in the run, as in the names of their tables"""
-        self.shards = [ScoredShard(item["shard"], Stamp.from_metadata(item), item["rows"]) for item in about]
-        self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
-        """Position of the first row of each shard, and after the last the number of all rows"""
         self.options = InputOptions.of_run(read_json(run.manifest).get("settings", {}))
         """How the shards are read again"""
+        self.shards = [
+            ScoredShard(item["shard"], Stamp.from_metadata(item), item["rows"], self.options) for item in about
+        ]
+        self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
+        """Position of the first row of each shard, and after the last the number of all rows"""
         self._more = MoreColumns(self.shards, self.starts, files)
         self._database = self._connect()
         self.types = self._described()
@@ -255,7 +258,7 @@ class ScoreTables:
                 f"the score tables of run {str(self.run.path)!r} are not in row order; score the shards again"
             )
         columns = (shard.astype(np.int32), *(np.ma.getdata(found[name]) for name in "onh"))
-        members = Members([scored.path for scored in self.shards], *columns, options=self.options)
+        members = Members(self.shards, *columns)
         if copies is None:
             return members
         again = self._query(

@@ -10,7 +10,8 @@ from typing import Any
 
 from mmfilter import __version__
 from mmfilter.core.files import system_reason
-from mmfilter.core.input.shards import Stamp
+from mmfilter.core.input.places import Stamp
+from mmfilter.core.input.sample import problem_kind
 from mmfilter.core.run.directory import RunDirectory, Shard
 from mmfilter.core.run.tables import CODE_TABLE, TableWriter, score_table
 from mmfilter.errors import RunError
@@ -40,7 +41,7 @@ class ShardTables:
             self._codes.write(codes)
         self.rows += len(rows)
         self.ok += len(codes)
-        self.reasons.update(row["reason"].split(":")[0] for row in rows if not row["ok"])
+        self.reasons.update(problem_kind(row["reason"]) for row in rows if not row["ok"])
 
     def finish(self, before: Stamp) -> None:
         """Move both tables into place; the score table last, since its existence means finished."""

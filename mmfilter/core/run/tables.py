@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path, self._schema = path, schema
-        self._context = atomic(path)
-        self._writer = pq.ParquetWriter(self._context.__enter__(), schema, compression="zstd")
+        self._temporary = ExitStack()
+        self._writer = pq.ParquetWriter(self._temporary.enter_context(atomic(path)), schema, compression="zstd")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows (dicts by column name; missing columns become null) as one row group."""
@@ -111,13 +111,13 @@ class TableWriter:
         """Store `metadata` in the file and move it into place."""
         self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(dict(metadata)).encode()})
         self._writer.close()
-        self._context.__exit__(None, None, None)
+        self._temporary.close()
 
     def abandon(self) -> None:
-        """Drop what was written."""
+        """Drop what was written; nothing happens to what is finished."""
         with suppress(OSError):  # a disk may be full
             self._writer.close()
-        self._context.__exit__(RuntimeError, RuntimeError("abandoned"), None)
+        self._temporary.__exit__(RuntimeError, RuntimeError("abandoned"), None)
 
 
 def read_table_metadata(path: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,16 +17,21 @@ from safetensors.torch import save_file
 
 from mmfilter import __version__
 from mmfilter.core.files import atomic, write_json
+from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.source import Source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.pipeline.model_pass import ModelPass
+from mmfilter.core.pipeline.reference import fit_weights
+from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.scores.crossmodal import FeatureWeights
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training import collective
 from mmfilter.core.training.buffer import BufferSettings, ShuffleBuffer
 from mmfilter.core.training.cache import CachedStates, write_cache
 from mmfilter.core.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmfilter.core.training.curves import curves_page
-from mmfilter.core.training.finish import fit_run_weights
 from mmfilter.core.training.memory_check import check_memory
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.shard_states import Position, ShardStates, States, estimated_pairs, pilot, sizes_of
@@ -47,13 +53,13 @@ class TrainRun:
 
     def __init__(
         self,
-        shards: list[str],
+        sources: Sequence[Source],
         backbone: Backbone,
         settings: TrainRunSettings,
         device: DeviceSettings,
         progress: TrainProgress,
     ) -> None:
-        self.shards, self.backbone, self.settings, self.progress = shards, backbone, settings, progress
+        self.sources, self.backbone, self.settings, self.progress = sources, backbone, settings, progress
         self.device = device
         self.rank, self.processes = collective.world()
         self.trainers: dict[str, Trainer] = {}
@@ -107,14 +113,14 @@ class TrainRun:
         if self.settings.cache is not None:
             cached = self._cached(None)
             return pilot(iter(cached), min(PILOT_TOKENS, cached.tokens), self.progress.advance)[0], cached.tokens
-        found, per_pair = pilot(self._live(self.shards, None).once(), PILOT_TOKENS, self.progress.advance)
-        pairs = estimated_pairs(self.shards, self.settings.inputs)
+        found, per_pair = pilot(self._live(self.sources, None).once(), PILOT_TOKENS, self.progress.advance)
+        pairs = estimated_pairs(self.sources)
         return found, None if pairs is None else pairs * per_pair
 
-    def _live(self, shards: list[str], position: Position | None) -> ShardStates:
+    def _live(self, sources: Sequence[Source], position: Position | None) -> ShardStates:
         settings = self.settings
         return ShardStates(
-            shards, self.backbone, settings.inputs, batch_size=settings.pairs, workers=settings.workers, seed=settings.seed, position=position
+            sources, self.backbone, DecodeSettings(settings.caption), batch_size=settings.pairs, workers=settings.workers, seed=settings.seed, position=position
         )  # fmt: skip
 
     def _cached(self, position: Position | None) -> CachedStates:
@@ -130,7 +136,7 @@ class TrainRun:
     def _make_cache(self, folder: Path) -> None:
         if not folder.exists() and self.first:
             self.progress.start("caching states", None)
-            write_cache(folder, self.about(), self._live(self.shards, None).once(), self.progress.advance)
+            write_cache(folder, self.about(), self._live(self.sources, None).once(), self.progress.advance)
         collective.wait()
 
     def _trainer(self, variant: TrainSettings, found: torch.Tensor) -> Trainer:
@@ -161,14 +167,15 @@ class TrainRun:
             "text_context": self.backbone.text_context,
             "caption": self.settings.caption,
             "shards": [
-                [shard.rpartition("/")[2], size] for shard, size in zip(self.shards, sizes_of(self.shards), strict=True)
+                [source.path.rpartition("/")[2], size]
+                for source, size in zip(self.sources, sizes_of(self.sources), strict=True)
             ],
         } | ({} if self.settings.images is None else {"images": os.path.basename(self.settings.images.rstrip("/"))})
 
     def _source(self, position: Position | None) -> ShardStates | CachedStates:
         if self.settings.cache is not None:
             return self._cached(position)
-        return self._live(self.shards[self.rank :: self.processes], position)
+        return self._live(self.sources[self.rank :: self.processes], position)
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -231,6 +238,19 @@ class TrainRun:
                 None if i else self.buffer,
                 source=self.source.position.mapping(),
                 keep=2,
+            )
+
+    def _fitted_weights(self, sae: SAE) -> FeatureWeights:
+        """Cross-modal weights on the heads of the training shards, as `score` fits them."""
+        settings = self.settings
+        decoding = DecodeSettings(settings.caption)
+        with ModelPass(self.backbone, decoding, batch_size=settings.pairs, workers=settings.workers) as model_pass:
+            return fit_weights(
+                self.sources,
+                lambda source, n: itertools.islice(source.samples(), n),
+                model_pass,
+                sae.to(self.backbone.device),
+                self.progress,
             )
 
     # --- the loop ----------------------------------------------------------------------------
@@ -320,15 +340,7 @@ class TrainRun:
                 save_file(figures, temporary)
             if self.settings.weights:
                 self.progress.start("fitting feature weights", None)
-                fit_run_weights(
-                    self.shards,
-                    self.backbone,
-                    sae,
-                    self.settings.inputs,
-                    self.settings.pairs,
-                    self.settings.workers,
-                    self.progress,
-                ).save(folder / WEIGHTS)
+                self._fitted_weights(sae).save(folder / WEIGHTS)
             (folder / PAGE).write_text(curves_page(folder / LOG, trainer.settings), "utf-8")
             about = {
                 "kind": "mmfilter sae",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import InputOptions, RawSample, read_samples, stamps
+from mmfilter.core.input.sample import RawSample
+from mmfilter.core.input.shards import stamps
+from mmfilter.core.input.source import Kind, Source
 from mmfilter.core.model.backbone import Activations, Backbone
-from mmfilter.core.pipeline.feed import Batch, Feed
-from mmfilter.core.pipeline.scorer import explained_memory
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.errors import SAEError, ShardError
 
 
@@ -57,33 +59,32 @@ class ShardStates:
 
     def __init__(
         self,
-        shards: list[str],
+        sources: Sequence[Source],
         backbone: Backbone,
-        inputs: InputOptions,
+        decoding: DecodeSettings,
         *,
         batch_size: int,
         workers: int,
         seed: int,
         position: Position | None = None,
     ) -> None:
-        if not shards:
+        if not sources:
             raise SAEError("training has fewer shards than processes: split the shards, or start fewer processes")
-        self._shards, self._backbone, self._inputs = shards, backbone, inputs
+        self._sources, self._backbone, self._decoding = sources, backbone, decoding
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
         self.position = position or Position()
-        self.reasons: dict[str, int] = {}
+        self.reasons: Counter[str] = Counter()
         """Kind of problem -> samples left out in the first epoch"""
         self.failures: list[ShardError] = []
 
+    def _pass(self) -> ModelPass:
+        return ModelPass(self._backbone, self._decoding, batch_size=self._batch_size, workers=self._workers)
+
     def __iter__(self) -> Iterator[States]:
-        with closing(
-            Feed(
-                self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers
-            )
-        ) as feed:
+        with self._pass() as model_pass:
             while True:
                 used = False
-                for states in self._epoch(feed):
+                for states in self._epoch(model_pass):
                     used = True
                     yield states
                 if not used and self.position.shard == 0:
@@ -92,12 +93,8 @@ class ShardStates:
 
     def once(self) -> Iterator[States]:
         """One epoch, in order."""
-        with closing(
-            Feed(
-                self._backbone, DecodeSettings(self._inputs.caption), batch_size=self._batch_size, workers=self._workers
-            )
-        ) as feed:
-            yield from self._epoch(feed)
+        with self._pass() as model_pass:
+            yield from self._epoch(model_pass)
 
     def _why(self) -> str:
         return (
@@ -106,41 +103,39 @@ class ShardStates:
             or "they are empty"
         )
 
-    def _epoch(self, feed: Feed) -> Iterator[States]:
-        order = list(range(len(self._shards)))
+    def _epoch(self, model_pass: ModelPass) -> Iterator[States]:
+        order = list(range(len(self._sources)))
         random.Random(f"{self._seed} {self.position.epoch}").shuffle(order)
         while self.position.shard < len(order):
-            shard = self._shards[order[self.position.shard]]
+            source = self._sources[order[self.position.shard]]
             try:
-                yield from self._windows(feed, shard)
+                yield from self._windows(model_pass, source)
             except ShardError as error:  # the rest of the shards is worth training on
                 if self.position.epoch == 0:
                     self.failures.append(error)
             self.position.shard, self.position.samples, self.position.batches = self.position.shard + 1, 0, 0
 
-    def _windows(self, feed: Feed, shard: str) -> Iterator[States]:
-        samples = itertools.islice(read_samples(shard, options=self._inputs), self.position.samples, None)
-        for window in feed.windows(samples, shard):
+    def _windows(self, model_pass: ModelPass, source: Source) -> Iterator[States]:
+        samples = itertools.islice(source.samples(), self.position.samples, None)
+        take = partial(_states, source.path)
+        for window in model_pass.windows(samples, source.path):
             skip = self.position.batches
             for number, batch in enumerate(window.batches):
                 if number < skip:
                     continue
-                states = self._run(batch, shard)
+                states = model_pass.through(batch, take)
                 self.position.batches = number + 1
                 yield states
             if self.position.epoch == 0:
-                for pair in window.pairs:
-                    if pair.reason is not None:
-                        kind = pair.reason.split(":")[0]
-                        self.reasons[kind] = self.reasons.get(kind, 0) + 1
+                self.reasons.update(window.reasons)
             self.position.samples, self.position.batches = self.position.samples + len(window.pairs), 0
 
-    def _run(self, batch: Batch, shard: str) -> States:
-        keys = [pair.columns["key"] for pair in batch.pairs]
-        with explained_memory(len(keys)), torch.inference_mode():
-            found = self._backbone.activations(batch.inputs)
-        check_finite(found, shard, keys)
-        return States(found.states, found.side, f"shard {shard!r}, samples {keys[0]!r} to {keys[-1]!r}", len(keys))
+
+def _states(shard: str, batch: Batch, activations: Activations) -> States:
+    keys = [pair.columns["key"] for pair in batch.pairs]
+    check_finite(activations, shard, keys)
+    origin = f"shard {shard!r}, samples {keys[0]!r} to {keys[-1]!r}"
+    return States(activations.states, activations.side, origin, len(keys))
 
 
 def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
@@ -153,42 +148,42 @@ def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
         )
 
 
-def sizes_of(shards: Sequence[str]) -> list[int | None]:
+def sizes_of(sources: Sequence[Source]) -> list[int | None]:
     """Size of each shard, None where it is unknown; raises `ShardError` for one that is gone."""
     sizes: list[int | None] = []
-    for found in stamps(shards):
-        if isinstance(found, ShardError):
-            raise found
-        sizes.append(found.size)
+    for stamp in stamps(sources):
+        if isinstance(stamp, ShardError):
+            raise stamp
+        sizes.append(stamp.size)
     return sizes
 
 
-def estimated_pairs(shards: Sequence[str], inputs: InputOptions) -> float | None:
+def estimated_pairs(sources: Sequence[Source]) -> float | None:
     """How many pairs shards hold, by their sizes and those of the first pairs; None where a size is unknown.
 
-    Of shards with one extension a pair takes what it takes in the first of them that has any. Parquet whose
+    Of shards of one kind a pair takes what it takes in the first of them that has any. Parquet whose
     images shrink by its compression, as JPEGs hardly do, is taken to hold fewer.
     """
-    sizes = sizes_of(shards)
-    if None in sizes:
-        return None
-    kinds: dict[str, float] = {}
-    for shard in shards:
-        kind = os.path.splitext(shard)[1]
-        kinds[kind] = kinds.get(kind) or _bytes_per_pair(shard, inputs)
-    return sum(size / (kinds[os.path.splitext(shard)[1]] or 1) for shard, size in zip(shards, sizes, strict=True))
+    per_pair: dict[Kind, float] = {}
+    total = 0.0
+    for source, size in zip(sources, sizes_of(sources), strict=True):
+        if size is None:
+            return None
+        per_pair[source.kind] = per_pair.get(source.kind) or _bytes_per_pair(source)
+        total += size / (per_pair[source.kind] or 1)
+    return total
 
 
-def _bytes_per_pair(shard: str, inputs: InputOptions) -> float:
-    sizes = [_share(shard, raw) for raw in itertools.islice(read_samples(shard, options=inputs), 100)]
+def _bytes_per_pair(source: Source) -> float:
+    sizes = [_share(source, raw) for raw in itertools.islice(source.samples(), 100)]
     return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def _share(shard: str, raw: RawSample) -> int:
+def _share(source: Source, raw: RawSample) -> int:
     """Bytes of a shard's size that a sample takes; the images of LLaVA JSON are elsewhere."""
     if raw.nbytes is not None:
         return raw.nbytes
-    alone = shard.lower().endswith((".json", ".jsonl"))
+    alone = source.kind == "llava-json"
     return sum(len(content) for name, content in raw.members.items() if name == "json" or not alone)
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmfilter.core.input.decode import DecodeSettings, decode
-from mmfilter.core.input.shards import RawSample
+from mmfilter.core.input.sample import RawSample
 from tests.conftest import picture
 
 

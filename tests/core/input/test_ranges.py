@@ -14,7 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mmfilter.core.input import ranges
 from mmfilter.core.input.ranges import OpenShards, coalesce, read_ranges, stream_remote
-from mmfilter.core.input.shards import read_samples, stamp
+from mmfilter.core.input.shards import open_source
+from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import SelectSettings, select
@@ -52,6 +53,9 @@ class CountedFile(io.BytesIO):
         return content
 
 
+A, B = WebdatasetTar("a"), WebdatasetTar("b")
+
+
 fsspec.register_implementation("counted", Counted, clobber=True)
 
 
@@ -80,7 +84,7 @@ def test_requests_cover_every_range_and_join_near_ones(seed, monkeypatch):
     monkeypatch.setattr(ranges, "MAX_REQUEST", 1 << 20)
     randomness = random.Random(seed)
     asked = [
-        (randomness.choice("ab"), randomness.randrange(4 << 20), randomness.choice([1, 512, 10_000, 300_000, 1 << 20]))
+        (randomness.choice([A, B]), randomness.randrange(4 << 20), randomness.choice([1, 512, 10_000, 300_000, 1 << 20]))
         for _ in range(randomness.randrange(40))
     ]
     made, places = coalesce(asked)
@@ -107,11 +111,11 @@ def test_requests_cover_every_range_and_join_near_ones(seed, monkeypatch):
 def test_bytes_come_back_in_the_order_asked_for(counted, tmp_path):
     content = random.Random(0).randbytes(3 << 20)
     (tmp_path / "local").write_bytes(content[::-1])
-    url = counted("a", content)
+    url, local = WebdatasetTar(counted("a", content)), WebdatasetTar(str(tmp_path / "local"))
     randomness = random.Random(1)
     asked = [
         (
-            randomness.choice([url, str(tmp_path / "local")]),
+            randomness.choice([url, local]),
             randomness.randrange(2 << 20),
             randomness.randrange(1, 100_000),
         )
@@ -129,7 +133,7 @@ def test_a_stream_holds_a_bounded_number_of_bytes(counted, monkeypatch):
     monkeypatch.setattr(ranges, "MAX_REQUEST", 256 << 10)
     monkeypatch.setattr(ranges, "_RANGES_AT_ONCE", 3)
     content = random.Random(0).randbytes(5 << 20)
-    url = counted("a", content)
+    url = WebdatasetTar(counted("a", content))
     pieces = stream_remote([(url, 0, 3 << 20), (url, 4 << 20, 100), (url, (4 << 20) + 100, 100)])
     assert len(next(pieces)) == 256 << 10
     assert sum(requests()) == 3 * (256 << 10), "no more than a batch has been read"
@@ -144,7 +148,7 @@ def remote_run(counted, tmp_path) -> tuple[Path, bytes]:
     content = (tmp_path / "x.tar").read_bytes()
     url = counted("x.tar", content)
     make_run(tmp_path / "run", {str(tmp_path / "x.tar"): [(i * 37 % 400) / 400 for i in range(400)]})
-    now = stamp(url)
+    now = open_source(url).stamp()
     rows = pq.read_table(RunDirectory(tmp_path / "run").scores("x-0")).to_pylist()
     add_table(tmp_path / "run", "x-0", url, [row | {"shard": url} for row in rows], size=now.size, etag=now.etag)
     (tmp_path / "x.tar").unlink()
@@ -175,8 +179,8 @@ def test_copies_of_remote_samples_get_keys_of_their_own(remote_run, tmp_path):
         row["key"] for row in sorted(sorted(rows, key=lambda row: -row["similarity"])[:2], key=lambda row: row["row"])
     ]
     (tmp_path / "x.tar").write_bytes(content)
-    source = {sample.key: sample.members for sample in read_samples(str(tmp_path / "x.tar"))}
-    found = {sample.key: sample.members for sample in read_samples(str(tmp_path / "best/00000000.tar"))}
+    source = {sample.key: sample.members for sample in open_source(str(tmp_path / "x.tar")).samples()}
+    found = {sample.key: sample.members for sample in open_source(str(tmp_path / "best/00000000.tar")).samples()}
     assert found == {key: source[key] for key in keys} | {f"{key}-2": source[key] for key in keys}
 
 
@@ -192,7 +196,7 @@ def test_other_formats_read_remote_shards_in_the_same_way(tmp_path, counted):
     source = write_tar(tmp_path / "y.tar", [member for i in range(60) for member in good(f"{i:02d}", i)])
     url = counted("y.tar", source.read_bytes())
     make_run(tmp_path / "run", {str(source): [i / 60 for i in range(60)]})
-    now = stamp(url)
+    now = open_source(url).stamp()
     rows = pq.read_table(RunDirectory(tmp_path / "run").scores("y-0")).to_pylist()
     add_table(tmp_path / "run", "y-0", url, rows, size=now.size, etag=now.etag)
     requests().clear()
@@ -213,7 +217,7 @@ def test_a_server_that_gives_whole_files(remote_run, tmp_path):
 
 
 def test_what_a_remote_shard_can_lack(counted):
-    url = counted("short", b"x" * 1000)
+    url = WebdatasetTar(counted("short", b"x" * 1000))
     with OpenShards() as sources:
         with pytest.raises(
             ShardError,
@@ -221,7 +225,7 @@ def test_what_a_remote_shard_can_lack(counted):
         ):
             list(read_ranges(sources, [(url, 512, 1024)]))
         with pytest.raises(ShardError, match=r"^shard 'counted:///none' does not exist; check the URL$"):
-            list(read_ranges(sources, [(url, 0, 10), ("counted:///none", 512, 1024)]))
+            list(read_ranges(sources, [(url, 0, 10), (WebdatasetTar("counted:///none"), 512, 1024)]))
 
 
 def test_a_local_shard_that_ends_early(tmp_path):
@@ -232,4 +236,4 @@ def test_a_local_shard_that_ends_early(tmp_path):
             ShardError, match=r"/short' has become shorter since it was scored: score it again; it ends at byte 1,000$"
         ),
     ):
-        list(read_ranges(sources, [(str(tmp_path / "short"), 512, 1024)]))
+        list(read_ranges(sources, [(WebdatasetTar(str(tmp_path / "short")), 512, 1024)]))

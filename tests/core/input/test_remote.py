@@ -16,7 +16,8 @@ import pytest
 
 from mmfilter.core.input import remote
 from mmfilter.core.input.remote import fetch, open_remote
-from mmfilter.core.input.shards import InputOptions, expand, read_samples, stamp
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import MMFilterError, ShardError
 from tests.conftest import good, write_tar
 from tests.inputs import as_folder, as_llava, as_parquet, pairs
@@ -51,7 +52,7 @@ def put(place: str, path: Path) -> str:
 def read(shard: str, **options) -> list[tuple]:
     return [
         (sample.key, sample.row, sample.offset, sample.nbytes, sample.members, sample.problem)
-        for sample in read_samples(shard, **options)
+        for sample in open_source(shard, **options).samples()
     ]
 
 
@@ -105,7 +106,9 @@ def test_other_inputs_on_s3_are_the_local_ones(s3: Log, tmp_path):
         str(llava), options=InputOptions(images=str(tmp_path / "llava/images"))
     )
     assert read(put("rows.parquet", parquet)) == read(str(parquet))
-    assert len({stamp(name).etag for name in (shard, f"{url}/data.json", "s3://bucket/rows.parquet")}) == 3
+    assert (
+        len({open_source(name).stamp().etag for name in (shard, f"{url}/data.json", "s3://bucket/rows.parquet")}) == 3
+    )
 
 
 def test_an_image_that_is_not_there_is_a_bad_sample_but_a_store_that_fails_is_not(s3: Log, tmp_path):
@@ -136,7 +139,7 @@ def test_web_servers_with_and_without_byte_ranges(tar, tmp_path, ranges, sizes):
         assert read(f"{web.url}/a.tar") == read(str(tmp_path / "a.tar"))
         assert web.nbytes("a.tar") == len(tar) if ranges else web.nbytes("a.tar") <= 3 * len(tar)
         assert read(f"{web.url}/rows.parquet") == read(str(rows))
-        assert stamp(f"{web.url}/a.tar").size == (len(tar) if sizes else None)
+        assert open_source(f"{web.url}/a.tar").stamp().size == (len(tar) if sizes else None)
         if not ranges:
             said = (
                 "comes from a server that gives whole files only, no byte ranges; download it, and score the local file"

@@ -11,11 +11,18 @@ import tarfile
 import threading
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmfilter.core.input.shards import RawSample, Stamp, expand, read_samples, stamp
+from mmfilter.core.input.places import Stamp
+from mmfilter.core.input.sample import MAX_MEMBER_BYTES, RawSample
+from mmfilter.core.input.shards import expand, open_source, open_sources
+from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import ShardError
+from tests.conftest import picture
 
 
 def tar_bytes(members: list[tuple[str, bytes]], *, format: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -44,8 +51,8 @@ def write(tmp_path: Path):
     return write
 
 
-def read(shard: str, **options) -> list[RawSample]:
-    return list(read_samples(shard, **options))
+def read(shard: str, max_member_bytes: int = MAX_MEMBER_BYTES, **options) -> list[RawSample]:
+    return list(open_source(shard, **options).samples(max_member_bytes))
 
 
 def error_of(shard: str) -> str:
@@ -227,7 +234,7 @@ def test_urls_are_read_through_fsspec():
     assert expand(["memory://bucket/*.tar"]) == ["memory:///bucket/a.tar"]
     assert [s.key for s in read("memory://bucket/a.tar")] == ["0000", "0001"]
     assert error_of("memory://bucket/b.tar") == "does not exist; check the URL"
-    assert stamp("memory://bucket/a.tar").size == 10_240
+    assert open_source("memory://bucket/a.tar").stamp().size == 10_240
 
 
 # --- shards that end badly ---
@@ -251,7 +258,7 @@ def test_a_truncated_shard_says_where(write, cut, yielded, message):
     assert error_of(shard) == message
     keys = []
     with pytest.raises(ShardError):
-        for sample in read_samples(shard):
+        for sample in open_source(shard).samples():
             keys.append(sample.key)
     assert keys == ["0000", "0001"][:yielded]
 
@@ -295,7 +302,7 @@ def test_a_tar_without_samples_yields_nothing(write):
 
 
 def test_what_is_no_tar_is_refused(write, tmp_path):
-    assert error_of(write(b"PAR1" * 1000)) == "is no tar: it does not begin with a tar header"
+    assert error_of(write(b"PK\x03\x04" * 1000)) == "is no tar: it does not begin with a tar header"
     assert error_of(write(gzip.compress(tar_bytes(pairs(1))))) == (
         "is compressed with gzip; decompress it first with gunzip: samples are copied by their byte ranges"
     )
@@ -420,21 +427,115 @@ def test_a_path_that_no_table_can_hold(folder):
     with pytest.raises(ShardError) as caught:
         expand(["bad*.tar"])
     assert str(caught.value).endswith(
-        r"bad\udcff.tar' has a line break or bytes that are no UTF-8 in its path; rename it"
+        r"bad\udcff.tar' has a line break or bytes that are not UTF-8 in its path; rename it"
     )
 
 
 def test_a_stamp_tells_change(write):
     shard = write(tar_bytes(pairs(1)))
-    before = stamp(shard)
+    before = open_source(shard).stamp()
     assert (
         before
         == Stamp(10_240, os.stat(shard).st_mtime_ns)
         == Stamp.from_metadata({"size": 10_240, "mtime_ns": before.mtime_ns})
     )
     os.utime(shard, ns=(0, 5))
-    assert stamp(shard) == Stamp(10_240, 5)
-    assert stamp("-") == Stamp()
+    assert open_source(shard).stamp() == Stamp(10_240, 5)
+    assert open_source("-").stamp() == Stamp()
     os.unlink(shard)
     with pytest.raises(ShardError, match="cannot be found: No such file or directory"):
-        stamp(shard)
+        open_source(shard).stamp()
+
+
+# --- what kind a shard is ----------------------------------------------------------------------
+
+
+def parquet_bytes() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [picture(0)], "caption": ["a cat"]}), file)
+    return file.getvalue()
+
+
+RECORDS = b'[{"image": "a.jpg", "conversations": []}]'
+KINDS = {
+    "a.tar": (tar_bytes(pairs(1)), "tar"),
+    "a.parquet": (parquet_bytes(), "parquet"),
+    "a.json": (RECORDS, "llava-json"),
+    "a.jsonl": (RECORDS[1:-1], "llava-json"),
+    "nothing-said": (tar_bytes(pairs(1)), "tar"),
+    "no-extension": (parquet_bytes(), "parquet"),
+    "records": (b"  \n" + RECORDS, "llava-json"),
+    "lines": (b"\xef\xbb\xbf" + RECORDS[1:-1], "llava-json"),
+    "a.tar.gz": (b"\x1f\x8b\x08" + bytes(500), "tar"),
+    "contradicted.tar": (parquet_bytes(), "parquet"),
+    "contradicted.parquet": (tar_bytes(pairs(1)), "tar"),
+    "contradicted.json": (tar_bytes(pairs(1)), "tar"),
+    "records.tar": (RECORDS, "llava-json"),
+    "[begins like a list].tar": (tar_bytes([("[1].jpg", picture(0)), ("[1].txt", b"x")]), "tar"),
+    "empty.tar": (b"", "tar"),
+    "empty.parquet": (b"", "parquet"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_by_name_and_first_bytes(write, name):
+    content, kind = KINDS[name]
+    [source] = open_sources([write(content, name)])
+    assert source.kind == kind and source.is_tar == (kind == "tar") and not source.once and not source.remote
+
+
+def test_records_without_an_extension_are_read_by_what_they_are(write, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    lists, lines = (
+        [raw.problem for raw in open_source(write(content, name)).samples()]
+        for name, content in (("records", RECORDS), ("lines", RECORDS[1:-1] + b"\n" + RECORDS[1:-1]))
+    )
+    assert lists == [None] and lines == [None, None]
+
+
+def test_what_is_missing_is_of_the_kind_that_its_name_says(tmp_path):
+    for name, kind in (("a.parquet", "parquet"), ("a.tar", "tar"), ("a", "tar")):
+        assert open_source(str(tmp_path / name)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("https://host/a.parquet?signature=x.tar", "parquet"),
+        ("https://host/a.tar?name=a.parquet", "tar"),
+        ("https://host/a.json#part.tar", "llava-json"),
+        ("s3://bucket/a.PARQUET", "parquet"),
+        ("s3://bucket/folder/", "folder"),
+    ],
+)
+def test_the_query_of_a_url_is_not_an_extension_and_nothing_is_fetched(url, kind, monkeypatch):
+    monkeypatch.setattr("mmfilter.core.input.places.read_start", lambda *_: pytest.fail("a request was made"))
+    source = open_source(url)
+    assert source.kind == kind and source.remote
+
+
+def test_a_url_without_an_extension_is_looked_at():
+    fsspec.filesystem("memory").pipe_file("/kinds/rows", parquet_bytes())
+    assert open_source("memory://kinds/rows").kind == "parquet"
+
+
+def test_streams_are_read_once_and_never_looked_at():
+    piped = open_source("pipe:exit 1", InputOptions(allow_pipe=True))
+    stdin = open_source("-", stdin=io.BytesIO(b"PAR1"))
+    assert [(source.kind, source.once, source.is_tar) for source in (piped, stdin)] == [
+        ("pipe", True, True),
+        ("stdin", True, True),
+    ]
+
+
+def test_two_sources_of_one_path_are_one_shard(write):
+    path = write(tar_bytes(pairs(1)))
+    assert len({open_source(path), open_source(path)}) == 1
+    assert repr(open_source(path)) == f"<tar {path!r}>"
+
+
+def test_a_source_holds_what_would_be_written_among_its_files(write, tmp_path):
+    tar, folder = open_source(write(tar_bytes(pairs(1)))), open_source(f"{tmp_path}/")
+    assert tar.holds(tmp_path) and not tar.holds(tmp_path / "below")
+    assert folder.holds(tmp_path / "below") and not folder.holds(tmp_path.parent)
+    assert not open_source("s3://bucket/a.tar").holds("bucket") and not open_source("-").holds(".")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.pipeline.feed import WINDOW_BATCHES, Feed, Prefetched, in_order
 from tests.conftest import good, write_tar
 
@@ -83,7 +83,7 @@ def windows(tiny, path, n: int, *, batch_size: int, width: int = 0):
     members = [member for i in range(n) for member in good(f"{i}", i)]
     write_tar(path, [*members[:6], ("odd.jpg", out.getvalue()), ("odd.txt", b"odd"), *members[6:]])
     with closing(Feed(Picky(tiny[1], width), DecodeSettings(), batch_size=batch_size, workers=2)) as feed:
-        for window in feed.windows(read_samples(str(path)), str(path)):
+        for window in feed.windows(open_source(str(path)).samples(), str(path)):
             yield [[pair.row for pair in batch.pairs] for batch in window.batches], window.pairs
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mmfilter.core.input.decode import DecodeSettings, decode
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source, open_sources
 from mmfilter.core.pipeline import pair_sample as module
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
 from tests.conftest import caption, good, picture, write_tar
@@ -15,7 +15,7 @@ from tests.conftest import caption, good, picture, write_tar
 
 def gathered(shards, wanted, progress, caption_from="auto") -> PairSample:
     sample = PairSample()
-    sample.gather([str(shard) for shard in shards], wanted, DecodeSettings(caption_from), workers=2, progress=progress)
+    sample.gather(open_sources(shards), wanted, DecodeSettings(caption_from), workers=2, progress=progress)
     return sample
 
 
@@ -74,7 +74,7 @@ def test_captions_survive_the_round_trip(tmp_path, quiet):
 
 def test_images_are_bounded(make_shard, quiet, monkeypatch):
     shard = make_shard(n=6)
-    sizes = [len(raw.members["jpg"]) for raw in read_samples(str(shard))]
+    sizes = [len(raw.members["jpg"]) for raw in open_source(str(shard)).samples()]
     monkeypatch.setattr(module, "DISK_BYTES", sum(sizes[:3]))
     with gathered([shard], 6, quiet) as sample:
         assert len(sample) == 3 and sum(sample.reasons.values()) == 3

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mmfilter.core.files import write_json
-from mmfilter.core.input.shards import InputOptions, expand, read_samples, stamp
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.pages.gallery import Shown, Tile, check_page, thumbnail, write_page
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.previews import Look, looks, one_line, problems
@@ -32,9 +33,9 @@ def scored(run: Path, *inputs: Path, images: Path | None = None) -> ScoreTables:
     for i, shard in enumerate(shards):
         rows = [
             {"key": s.key, "shard": shard, "row": s.row, "offset": s.offset, "nbytes": s.nbytes, "ok": True}
-            for s in read_samples(shard, options=options)
+            for s in open_source(shard, options).samples()
         ]
-        now, writer = stamp(shard), TableWriter(RunDirectory(run).scores(f"{i}"), score_table(SCORES))
+        now, writer = open_source(shard).stamp(), TableWriter(RunDirectory(run).scores(f"{i}"), score_table(SCORES))
         writer.write(rows)
         writer.finish({"shard": shard, "name": f"{i}", "size": now.size, "mtime_ns": now.mtime_ns, "rows": len(rows)})
     about = {

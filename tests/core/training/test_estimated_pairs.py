@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.input.source import NO_OPTIONS
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.training.shard_states import estimated_pairs
 from tests import inputs
 
@@ -27,11 +27,11 @@ def shards(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["tar", "folder", "parquet"])
 def test_the_estimate_is_near(shards, kind):
-    assert estimated_pairs([shards[kind]] * 2, NO_OPTIONS) == pytest.approx(500, rel=0.15)
+    assert estimated_pairs([open_source(shards[kind])] * 2) == pytest.approx(500, rel=0.15)
 
 
 def test_of_several_kinds_each_has_its_own_size_of_a_pair(shards):
-    assert estimated_pairs([shards["parquet"], shards["tar"], shards["folder"]], NO_OPTIONS) == pytest.approx(
+    assert estimated_pairs([open_source(shards[kind]) for kind in ("parquet", "tar", "folder")]) == pytest.approx(
         750, rel=0.15
     )
 
@@ -39,8 +39,8 @@ def test_of_several_kinds_each_has_its_own_size_of_a_pair(shards):
 def test_images_beside_a_json_do_not_count(shards):
     """The shard's size is that of the JSON."""
     jsonl = shards["jsonl"]
-    assert estimated_pairs([jsonl], NO_OPTIONS) == pytest.approx(250, rel=0.15)
+    assert estimated_pairs([open_source(jsonl)]) == pytest.approx(250, rel=0.15)
 
 
 def test_a_stream_has_no_size():
-    assert estimated_pairs(["-"], NO_OPTIONS) is None
+    assert estimated_pairs([open_source("-")]) is None

@@ -15,6 +15,7 @@ from functools import lru_cache
 from mmfilter.core.input.places import BadFile, Stamp, read_file
 from mmfilter.core.input.remote import as_it_suits, ask, filesystem_of, is_url, tag_of
 from mmfilter.core.input.sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SAMPLE_LIMIT, Keys, RawSample, fit
+from mmfilter.core.input.source import RowSource
 from mmfilter.errors import ShardError
 
 STRETCH = 10_000
@@ -49,13 +50,24 @@ def folder_shards(folder: str) -> Iterator[str]:
         yield f"{folder}/#{number:05d}" if number else f"{folder}/"
 
 
-class ImageFolder:
+class ImageFolder(RowSource):
     """One stretch of a folder; files are read one by one, as they are asked for."""
 
-    def __init__(self, shard: str) -> None:
-        self._shard = shard
-        self._folder, _, number = shard.rpartition("/")
-        self._first = STRETCH * int(number.removeprefix("#") or 0)
+    kind = "folder"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._folder, _, self._number = path.rpartition("/")
+        self._first = STRETCH * int(self._number.removeprefix("#") or 0)
+
+    @property
+    def stem(self) -> str:
+        return os.path.basename(self._folder) + self._number.replace("#", "-") or "folder"
+
+    def holds(self, path: str | os.PathLike[str]) -> bool:
+        """Whether it lies anywhere in the folder."""
+        real, folder = os.path.realpath(path), os.path.realpath(self._folder)
+        return not self.remote and (real == folder or real.startswith(os.path.join(folder, "")))
 
     def stamp(self) -> Stamp:
         """The size of all its files, the time of the last change, and a digest of names, sizes and times."""
@@ -70,16 +82,16 @@ class ImageFolder:
 
     def _about(self, name: str) -> tuple[int, int | str]:
         """Size and time of the last change of a file."""
-        if is_url(self._folder):
+        if self.remote:
             info = _remote_files(self._folder)[name]
             return int(info.get("size") or 0), str(tag_of(info))
         try:
             found = os.stat(os.path.join(self._folder, name))
         except OSError as error:
-            raise ShardError(self._shard, f"has changed: {name!r}: {error.strerror}") from error
+            raise ShardError(self.path, f"has changed: {name!r}: {error.strerror}") from error
         return found.st_size, found.st_mtime_ns
 
-    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
         """The samples in the order of their paths."""
         samples = enumerate(self._samples())
         return as_it_suits(self._folder, lambda item: self._read(*item, max_member_bytes), samples)
@@ -89,7 +101,7 @@ class ImageFolder:
         samples = self._samples()
         if row >= len(samples):
             raise ShardError(
-                self._shard, f"has only {len(samples):,} samples; it has changed since it was scored, score it again"
+                self.path, f"has only {len(samples):,} samples; it has changed since it was scored, score it again"
             )
         return self._read(row, samples[row], MAX_MEMBER_BYTES)
 
@@ -99,7 +111,7 @@ class ImageFolder:
     def _samples(self) -> list[_Sample]:
         samples = _listing(self._folder)[self._first : self._first + STRETCH]
         if not samples:
-            raise ShardError(self._shard, "has no samples any more; score what is there into another --run")
+            raise ShardError(self.path, "has no samples any more; score what is there into another --run")
         return samples
 
     def _read(self, row: int, sample: _Sample, limit: int) -> RawSample:

@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from mmfilter.core.input.places import BadFile, Stamp, open_shard, read_file, stamp_file
+from mmfilter.core.input.places import BadFile, Stamp, open_file, read_file, stamp_file
 from mmfilter.core.input.remote import as_it_suits
 from mmfilter.core.input.sample import MAX_MEMBER_BYTES, Keys, RawSample, image_extension
-from mmfilter.core.input.source import InputOptions
+from mmfilter.core.input.source import InputOptions, RowSource
 from mmfilter.errors import ShardError
 
 MAX_RECORD = 16 << 20
@@ -40,25 +40,27 @@ class _Record:
     problem: str | None = None
 
 
-class LlavaJson:
+class LlavaJson(RowSource):
     """A JSON or JSONL file whose images are in a folder."""
 
-    def __init__(self, shard: str, options: InputOptions) -> None:
-        self._shard = shard
-        self._images = (options.images or shard.rpartition("/")[0]).rstrip("/")
-        self._lines = shard.lower().endswith(".jsonl")
+    kind = "llava-json"
+
+    def __init__(self, path: str, options: InputOptions, *, lines: bool) -> None:
+        super().__init__(path)
+        self._images = (options.images or path.rpartition("/")[0]).rstrip("/")
+        self._lines = lines
         self._index: tuple[list[str], array[int], array[int]] | None = None
         self._open = ExitStack()
         self._file: BinaryIO | None = None
 
     def stamp(self) -> Stamp:
         """That of the JSON; the images are not looked at."""
-        return stamp_file(self._shard)
+        return stamp_file(self.path)
 
-    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
         """The records in order, each with its image."""
         keys = self._keys()
-        with open_shard(self._shard) as file:
+        with open_file(self.path) as file:
             records = (
                 (keys.take(_id(record.value), row), row, record) for row, record in enumerate(self._records(file))
             )
@@ -71,7 +73,7 @@ class LlavaJson:
         keys, offsets, sizes = self._index
         if row >= len(keys):
             raise ShardError(
-                self._shard, f"has only {len(keys):,} records; it has changed since it was scored, score it again"
+                self.path, f"has only {len(keys):,} records; it has changed since it was scored, score it again"
             )
         self._file.seek(offsets[row])
         text = self._file.read(sizes[row])
@@ -83,11 +85,11 @@ class LlavaJson:
         self._index = self._file = None
 
     def _keys(self) -> Keys:
-        return Keys(os.path.basename(self._shard).rpartition(".")[0])
+        return Keys(os.path.basename(self.path).rpartition(".")[0])
 
     def _indexed(self) -> tuple[list[str], array[int], array[int]]:
         """Key, offset and length of every record."""
-        self._file = self._open.enter_context(open_shard(self._shard))
+        self._file = self._open.enter_context(open_file(self.path))
         keys, names, offsets, sizes = self._keys(), [], array("q"), array("q")
         for row, record in enumerate(self._records(self._file)):
             names.append(keys.take(_id(record.value), row))
@@ -96,7 +98,7 @@ class LlavaJson:
         return names, offsets, sizes
 
     def _records(self, file: BinaryIO) -> Iterator[_Record]:
-        return _lines(self._shard, file) if self._lines else _ListReader(self._shard, file).records()
+        return _lines(self.path, file) if self._lines else _ListReader(self.path, file).records()
 
     def _sample(self, key: str, row: int, record: _Record, limit: int) -> RawSample:
         members: dict[str, bytes] = {}

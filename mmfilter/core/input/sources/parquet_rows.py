@@ -17,8 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmfilter.core.input.places import Stamp, open_shard, stamp_file
-from mmfilter.core.input.remote import is_url
+from mmfilter.core.input.places import Stamp, open_file, stamp_file
 from mmfilter.core.input.sample import (
     CAPTION_FIELDS,
     IMAGE_EXTENSIONS,
@@ -27,7 +26,7 @@ from mmfilter.core.input.sample import (
     RawSample,
     image_extension,
 )
-from mmfilter.core.input.source import InputOptions
+from mmfilter.core.input.source import InputOptions, RowSource
 from mmfilter.errors import ShardError
 
 CAPTION_COLUMNS = (*CAPTION_FIELDS, "txt", "conversations")
@@ -39,11 +38,14 @@ _BATCH = 16
 """Rows that are in memory at one time"""
 
 
-class ParquetRows:
+class ParquetRows(RowSource):
     """A parquet file with an image column; an open one remembers where it stands."""
 
-    def __init__(self, shard: str, options: InputOptions) -> None:
-        self._shard, self._caption = shard, options.caption
+    kind = "parquet"
+
+    def __init__(self, path: str, options: InputOptions) -> None:
+        super().__init__(path)
+        self._caption = options.caption
         self._open = ExitStack()
         self._file: pq.ParquetFile | None = None
         self._keys: list[str] = []
@@ -52,9 +54,9 @@ class ParquetRows:
         self._at: tuple[int, list[dict[str, Any]]] = (0, [])
 
     def stamp(self) -> Stamp:
-        return stamp_file(self._shard)
+        return stamp_file(self.path)
 
-    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
         """The rows in order."""
         try:
             self._opened()
@@ -69,7 +71,7 @@ class ParquetRows:
         self._opened()
         if row >= len(self._keys):
             raise ShardError(
-                self._shard, f"has only {len(self._keys):,} rows; it has changed since it was scored, score it again"
+                self.path, f"has only {len(self._keys):,} rows; it has changed since it was scored, score it again"
             )
         start, rows = self._at
         group = bisect_right(self._starts, row) - 1
@@ -88,7 +90,7 @@ class ParquetRows:
         """Open the file, find its columns, and name its rows."""
         if self._file is not None:
             return
-        file = self._open.enter_context(open_shard(self._shard))
+        file = self._open.enter_context(open_file(self.path))
         with self._explained():
             self._file = pq.ParquetFile(file)
             schema = self._file.schema_arrow
@@ -108,7 +110,7 @@ class ParquetRows:
             if column is None
             else self._file.read([column], use_threads=False).column(0).to_pylist()
         )
-        keys = Keys(os.path.basename(self._shard).rpartition(".")[0])
+        keys = Keys(os.path.basename(self.path).rpartition(".")[0])
         return [keys.take(name, row) for row, name in enumerate(names)]
 
     def _image_column(self, schema: pa.Schema) -> str:
@@ -118,15 +120,15 @@ class ParquetRows:
             return named[0]
         if named:
             raise ShardError(
-                self._shard, f"has several columns of bytes ({', '.join(named)}); call the one with the images 'image'"
+                self.path, f"has several columns of bytes ({', '.join(named)}); call the one with the images 'image'"
             )
         raise ShardError(
-            self._shard, f"has no column with the bytes of images{self._beside_tar()}; it has {_listed(schema)}"
+            self.path, f"has no column with the bytes of images{self._beside_tar()}; it has {_listed(schema)}"
         )
 
     def _beside_tar(self) -> str:
-        tar = self._shard[: -len("parquet")] + "tar"
-        if not is_url(self._shard) and os.path.exists(tar):
+        tar = self.path[: -len("parquet")] + "tar"
+        if not self.remote and os.path.exists(tar):
             return f" (it describes {os.path.basename(tar)!r} beside it: name that)"
         return ""
 
@@ -139,7 +141,7 @@ class ParquetRows:
                 if self._caption == "auto"
                 else f"no {self._caption!r}"
             )
-            raise ShardError(self._shard, f"has no column with captions ({said}): it has {_listed(schema)}")
+            raise ShardError(self.path, f"has no column with captions ({said}): it has {_listed(schema)}")
         return found
 
     def _from(self, group: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -159,7 +161,7 @@ class ParquetRows:
             yield
         except (pa.ArrowException, OSError) as error:
             raise ShardError(
-                self._shard, f"is no readable parquet file ({' '.join(str(error).split())[:200]})"
+                self.path, f"is no readable parquet file ({' '.join(str(error).split())[:200]})"
             ) from error
 
     def _sample(self, row: int, values: dict[str, Any], limit: int) -> RawSample:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from mmfilter.core.input.places import PIPE, Stamp
-from mmfilter.core.input.sample import RawSample
-from mmfilter.core.input.source import InputOptions
+from mmfilter.core.input.sample import MAX_MEMBER_BYTES, RawSample
+from mmfilter.core.input.source import InputOptions, Source
 from mmfilter.core.input.sources.webdataset_tar import tar_samples
 from mmfilter.errors import ShardError
 
@@ -20,25 +22,33 @@ _PATIENCE = 5.0
 _TAIL = 4096
 
 
-class PipedTar:
+class PipedTar(Source):
     """Runs the command when it is read; what it prints on stderr is quoted if it fails."""
 
-    def __init__(self, shard: str, options: InputOptions) -> None:
-        options.check_pipe(shard)
-        self._shard = shard
+    kind = "pipe"
+
+    def __init__(self, path: str, options: InputOptions) -> None:
+        super().__init__(path)
+        self._options = options
+
+    @property
+    def stem(self) -> str:
+        named = re.findall(r"[\w-]+(?=\.tar\b)", self.path)
+        return f"pipe-{named[-1] if named else hashlib.sha256(self.path.encode()).hexdigest()[:8]}"
 
     def stamp(self) -> Stamp:
         return Stamp()
 
-    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
         """The samples of the tar; raises `ShardError` when the command fails, also after a whole tar."""
-        command = self._shard.removeprefix(PIPE)
+        self._options.check_pipe(self.path)
+        command = self.path.removeprefix(PIPE)
         with tempfile.TemporaryFile() as stderr:
             process = subprocess.Popen(
                 command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
             )
             try:
-                yield from tar_samples(self._shard, process.stdout, max_member_bytes)
+                yield from tar_samples(self.path, process.stdout, max_member_bytes)
             except ShardError:
                 self._end(process)
                 if process.returncode not in _READER_GONE:
@@ -62,4 +72,4 @@ class PipedTar:
         stderr.seek(max(0, stderr.seek(0, 2) - _TAIL))
         lines = stderr.read().decode("utf-8", "replace").split("\n")
         said = next((f" ({' '.join(line.split())})" for line in reversed(lines) if line.strip()), "")
-        return ShardError(self._shard, f"failed with exit status {status}{said}; run the command by itself to see why")
+        return ShardError(self.path, f"failed with exit status {status}{said}; run the command by itself to see why")

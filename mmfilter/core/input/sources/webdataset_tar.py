@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from mmfilter.core.input.places import STDIN, Stamp, open_shard, stamp_file
-from mmfilter.core.input.sample import SAMPLE_LIMIT, RawSample
+from mmfilter.core.input.places import STDIN, Stamp, open_file, stamp_file
+from mmfilter.core.input.sample import MAX_MEMBER_BYTES, SAMPLE_LIMIT, RawSample
+from mmfilter.core.input.source import Source
 from mmfilter.core.input.tar_walk import BLOCK, Member, TarWalk
 from mmfilter.errors import ShardError
 
@@ -17,18 +19,37 @@ _SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META_NAME = re.compile(r"__[^/]*__(/|$)")
 
 
-class WebdatasetTar:
-    """A tar at a path, at a URL or on stdin."""
+class WebdatasetTar(Source):
+    """A tar at a path or at a URL."""
 
-    def __init__(self, shard: str, stdin: BinaryIO | None = None) -> None:
-        self._shard, self._stdin = shard, stdin
+    kind = "tar"
 
     def stamp(self) -> Stamp:
-        return Stamp() if self._shard == STDIN else stamp_file(self._shard)
+        return stamp_file(self.path)
 
-    def samples(self, max_member_bytes: int) -> Iterator[RawSample]:
-        with open_shard(self._shard, stdin=self._stdin) as file:
-            yield from tar_samples(self._shard, file, max_member_bytes)
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
+        with open_file(self.path) as file:
+            yield from tar_samples(self.path, file, max_member_bytes)
+
+
+class StdinTar(Source):
+    """A tar on standard input, the process's own or a given one, which stays open."""
+
+    kind = "stdin"
+
+    def __init__(self, stdin: BinaryIO | None = None) -> None:
+        super().__init__(STDIN)
+        self._stdin = stdin
+
+    @property
+    def stem(self) -> str:
+        return "stdin"
+
+    def stamp(self) -> Stamp:
+        return Stamp()
+
+    def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
+        yield from tar_samples(self.path, self._stdin or sys.stdin.buffer, max_member_bytes)
 
 
 def tar_samples(shard: str, file: BinaryIO, max_member_bytes: int) -> Iterator[RawSample]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmfilter.core.input.decode import DecodeSettings, caption_of, images_of
-from mmfilter.core.input.ranges import OpenShards, read_ranges
+from mmfilter.core.input.ranges import OpenShards, Range, read_ranges
 from mmfilter.core.input.sources.webdataset_tar import sample_members
 from mmfilter.core.run.members import Members
 from mmfilter.core.run.score_tables import ScoreTables
@@ -71,15 +71,9 @@ class Kept:
         columns = list(dict.fromkeys(["key", *columns]))
         rows = self.tables.take(self.positions, columns)
         members = self.members
-        with OpenShards(members.options) as sources:
+        with OpenShards() as sources:
             for start, stop in self._bounds(np.where(members.offset < 0, _UNKNOWN_BYTES, members.nbytes)):
-                places = [
-                    (members.sources[source], offset, nbytes)
-                    for source, offset, nbytes in zip(
-                        *(part[start:stop].tolist() for part in (members.source, members.offset, members.nbytes)),
-                        strict=True,
-                    )
-                ]
+                places = members.places(start, stop)
                 contents = read_ranges(sources, places)
                 named = (dict(zip(columns, row, strict=True)) for row in islice(rows, stop - start))
                 yield (
@@ -103,7 +97,7 @@ class Kept:
             start = stop
 
 
-def _sample(row: dict[str, Any], place: tuple[str, int, int], content: bytes, settings: DecodeSettings) -> KeptSample:
+def _sample(row: dict[str, Any], place: Range, content: bytes, settings: DecodeSettings) -> KeptSample:
     members = sample_members(content, row["key"])
     if members is None:
         raise _changed(place, f"does not hold sample {row['key']!r} where it was scored", "should begin")
@@ -115,11 +109,11 @@ def _sample(row: dict[str, Any], place: tuple[str, int, int], content: bytes, se
     return KeptSample(row["key"], members, images, caption, row)
 
 
-def _changed(place: tuple[str, int, int], problem: str, begins: str) -> ShardError:
+def _changed(place: Range, problem: str, begins: str) -> ShardError:
     shard, offset, _ = place
     if offset < 0:
-        return ShardError(shard, f"{problem}: score it again; it is row {-1 - offset:,}")
-    return ShardError(shard, f"{problem}: score it again; it {begins}", offset=offset)
+        return ShardError(shard.path, f"{problem}: score it again; it is row {-1 - offset:,}")
+    return ShardError(shard.path, f"{problem}: score it again; it {begins}", offset=offset)
 
 
 @dataclass(frozen=True)

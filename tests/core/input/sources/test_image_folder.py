@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmfilter.core.input.decode import DecodeSettings, decode
-from mmfilter.core.input.shards import InputOptions, expand, open_rows, read_samples, stamp
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.input.sources import image_folder
 from mmfilter.core.run.directory import RunDirectory, name_shards
 from mmfilter.errors import ShardError
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> list:
-    return [raw for shard in expand([folder]) for raw in read_samples(shard)]
+    return [raw for shard in expand([folder]) for raw in open_source(shard).samples()]
 
 
 def test_samples_are_in_the_order_of_their_paths(folder):
@@ -65,7 +66,7 @@ def test_what_is_missing_is_a_row_with_a_reason(folder):
 
 
 def test_large_files_are_not_read(folder):
-    [raw, *_] = read_samples(expand([folder])[0], max_member_bytes=200)
+    [raw, *_] = open_source(expand([folder])[0]).samples(200)
     assert raw.problem == f"member too large: 'Mr. X.jpg' has {len(picture(4)):,} bytes, the limit is 200"
 
 
@@ -74,15 +75,15 @@ def test_stretches_are_shards(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(image_folder, "STRETCH", 2)
     shards = expand([folder])
     assert shards == [f"{folder}/", f"{folder}/#00001", f"{folder}/#00002"]
-    parts = [list(read_samples(shard)) for shard in shards]
+    parts = [list(open_source(shard).samples()) for shard in shards]
     assert [len(part) for part in parts] == [2, 2, 1] and [raw.row for part in parts for raw in part] == [0, 1, 0, 1, 0]
     assert [(raw.key, raw.members) for part in parts for raw in part] == [(raw.key, raw.members) for raw in whole]
-    assert [shard.name for shard in name_shards(shards, RunDirectory(tmp_path / "run"))] == [
+    assert [shard.name for shard in name_shards(list(map(open_source, shards)), RunDirectory(tmp_path / "run"))] == [
         "my set",
         "my set-00001",
         "my set-00002",
     ]
-    rows = open_rows(shards[1], InputOptions())
+    rows = open_source(shards[1], InputOptions())
     assert [rows.sample(row) for row in (1, 0)] == parts[1][::-1]
     with pytest.raises(ShardError, match="has only 2 samples; it has changed since it was scored, score it again"):
         rows.sample(2)
@@ -91,27 +92,29 @@ def test_stretches_are_shards(folder, monkeypatch, tmp_path):
         os.unlink(folder / f"{path}.txt")
     assert expand([folder]) == shards[:1]
     with pytest.raises(ShardError, match="has no samples any more; score what is there into another --run"):
-        stamp(shards[2])
+        open_source(shards[2]).stamp()
 
 
 def test_the_stamp_sees_every_change(folder):
     shard = expand([folder])[0]
-    seen = {stamp(shard)}
-    assert stamp(shard) in seen and stamp(shard).size == sum(path.stat().st_size for path in folder.rglob("*.*"))
+    seen = {open_source(shard).stamp()}
+    assert open_source(shard).stamp() in seen and open_source(shard).stamp().size == sum(
+        path.stat().st_size for path in folder.rglob("*.*")
+    )
     os.utime(folder / "a.txt", ns=(1, 1))
-    seen.add(stamp(shard))
+    seen.add(open_source(shard).stamp())
     (folder / "b.txt").write_text("longer than it was, by far")
-    seen.add(stamp(shard))
+    seen.add(open_source(shard).stamp())
     (folder / "new.jpg").write_bytes(picture(9))
     expand([folder])
-    seen.add(stamp(shard))
+    seen.add(open_source(shard).stamp())
     os.rename(folder / "new.jpg", folder / "newer.jpg")
     expand([folder])
-    seen.add(stamp(shard))
+    seen.add(open_source(shard).stamp())
     assert len(seen) == 5
     (folder / "a.txt").unlink()
     with pytest.raises(ShardError, match=r"has changed: 'a\.txt': No such file or directory"):
-        stamp(shard)
+        open_source(shard).stamp()
 
 
 def test_a_tar_may_have_a_name_with_a_hash(tmp_path):
@@ -137,9 +140,13 @@ def test_a_url_that_ends_in_a_slash_is_a_folder(folder):
         memory.pipe(f"/set/{path.relative_to(folder)}", path.read_bytes())
     [shard] = expand(["memory://set/"])
     assert shard == "memory://set/"
-    assert [(raw.key, raw.members) for raw in read_samples(shard)] == [(raw.key, raw.members) for raw in read(folder)]
-    before = stamp(shard)
-    assert before == stamp(shard) and before.size == sum(path.stat().st_size for path in folder.rglob("*.*"))
+    assert [(raw.key, raw.members) for raw in open_source(shard).samples()] == [
+        (raw.key, raw.members) for raw in read(folder)
+    ]
+    before = open_source(shard).stamp()
+    assert before == open_source(shard).stamp() and before.size == sum(
+        path.stat().st_size for path in folder.rglob("*.*")
+    )
     memory.pipe("/none/a.txt", b"x")
     with pytest.raises(ShardError) as caught:
         expand(["memory://none/"])

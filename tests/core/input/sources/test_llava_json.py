@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mmfilter.core.input.decode import DecodeSettings, decode
-from mmfilter.core.input.shards import InputOptions, expand, open_rows, read_samples
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.input.sources import llava_json
 from mmfilter.errors import ShardError
 from tests.conftest import picture
@@ -39,13 +40,13 @@ def write(tmp_path: Path, content: object, name: str = "data.json") -> str:
 
 
 def reasons(shard: str, images: str) -> list[str | None]:
-    samples = list(read_samples(shard, options=InputOptions(images=images)))
+    samples = list(open_source(shard, InputOptions(images=images)).samples())
     return [decode(raw, shard, DecodeSettings()).reason for raw in samples]
 
 
 def error_of(shard: str) -> str:
     with pytest.raises(ShardError) as caught:
-        list(read_samples(shard))
+        list(open_source(shard).samples())
     message = str(caught.value)
     assert "\n" not in message
     return message.replace(f"shard {shard!r} ", "", 1)
@@ -57,7 +58,7 @@ def test_caption_key_and_image(tmp_path, images):
         {"id": 2, "image": ["sub/b.PNG"], "conversations": TURNS},
     ]
     shard = write(tmp_path, records)
-    samples = list(read_samples(shard, options=InputOptions(images=images)))
+    samples = list(open_source(shard, InputOptions(images=images)).samples())
     assert [(raw.key, raw.row, sorted(raw.members), raw.offset, raw.nbytes) for raw in samples] == [
         ("one", 0, ["jpg", "json"], None, None),
         ("2", 1, ["json", "png"], None, None),
@@ -69,7 +70,7 @@ def test_caption_key_and_image(tmp_path, images):
 
 def test_images_are_beside_the_json_by_default(tmp_path, images):
     shard = write(Path(images), [record("x", "words", "a.jpg")])
-    [raw] = read_samples(shard)
+    [raw] = open_source(shard).samples()
     assert (raw.problem, raw.members["jpg"]) == (None, picture(1))
 
 
@@ -145,14 +146,14 @@ def test_a_bad_record_is_a_row_with_a_reason(tmp_path, images):
 
 def test_large_images_are_not_read(tmp_path, images):
     shard = write(tmp_path, [record("0", "words", "a.jpg")])
-    [raw] = read_samples(shard, max_member_bytes=100, options=InputOptions(images=images))
+    [raw] = open_source(shard, InputOptions(images=images)).samples(100)
     assert raw.problem == f"member too large: 'a.jpg' has {len(picture(1)):,} bytes, the limit is 100"
 
 
 def test_keys_are_unique_and_can_be_file_names(tmp_path, images):
     ids = ["a", "a", "x/y.jpg", "../../etc", "", None, True, 12, "a-1", "a\nb", "k" * 300]
     shard = write(tmp_path, json.dumps([record("", "w", "a.jpg") | {"id": i} for i in ids]).encode())
-    keys = [raw.key for raw in read_samples(shard, options=InputOptions(images=images))]
+    keys = [raw.key for raw in open_source(shard, InputOptions(images=images)).samples()]
     assert keys == [
         "a",
         "a-1",
@@ -166,7 +167,7 @@ def test_keys_are_unique_and_can_be_file_names(tmp_path, images):
         "a_b",
         "k" * 200,
     ]
-    rows = open_rows(shard, InputOptions(images=images))
+    rows = open_source(shard, InputOptions(images=images))
     assert [rows.sample(row).key for row in range(len(ids))] == keys
     rows.close()
 
@@ -185,9 +186,9 @@ def test_records_are_those_of_json(tmp_path, images, monkeypatch, chunk, indent)
     content = json.dumps(records, indent=indent, ensure_ascii=False)
     for start in ("", "\ufeff \n"):
         shard = write(tmp_path, (start + content + "\n").encode())
-        samples = list(read_samples(shard, options=InputOptions(images=images)))
+        samples = list(open_source(shard, InputOptions(images=images)).samples())
         assert [json.loads(raw.members["json"]) for raw in samples] == records
-        rows = open_rows(shard, InputOptions(images=images))
+        rows = open_source(shard, InputOptions(images=images))
         order = list(range(40))
         rng.shuffle(order)
         assert [rows.sample(row) for row in order] == [samples[row] for row in order]
@@ -203,11 +204,11 @@ def test_lines_that_are_no_json_are_rows_with_a_reason(tmp_path, images):
         b"  " + json.dumps(record("b", "w", "a.jpg")).encode(),
     ]
     shard = write(tmp_path, b"\n".join(lines), "data.jsonl")
-    samples = list(read_samples(shard, options=InputOptions(images=images)))
+    samples = list(open_source(shard, InputOptions(images=images)).samples())
     assert [(raw.key, (raw.problem or "").split(":")[0]) for raw in samples] == [
         ("a", ""), ("data-000000001", "unreadable json"), ("data-000000002", "unreadable json"), ("b", ""),
     ]  # fmt: skip
-    rows = open_rows(shard, InputOptions(images=images))
+    rows = open_source(shard, InputOptions(images=images))
     assert rows.sample(3) == samples[3]
     rows.close()
 
@@ -235,7 +236,7 @@ def test_a_file_that_is_no_list_says_so(tmp_path, content, message):
 
 
 def test_an_empty_list_has_no_samples(tmp_path):
-    assert list(read_samples(write(tmp_path, []))) == []
+    assert list(open_source(write(tmp_path, [])).samples()) == []
 
 
 def test_endless_records_are_refused(tmp_path, monkeypatch):
@@ -258,14 +259,14 @@ def test_a_url_works_for_both(tmp_path, images):
     memory = fsspec.filesystem("memory")
     memory.pipe("/llava/data.json", Path(shard).read_bytes())
     memory.pipe("/llava/images/a.jpg", picture(1))
-    found = list(read_samples("memory://llava/data.json", options=InputOptions(images="memory://llava/images/")))
+    found = list(open_source("memory://llava/data.json", InputOptions(images="memory://llava/images/")).samples())
     assert [(raw.key, raw.problem) for raw in found] == [("a", None), ("b", "no such file: 'nope.jpg'")]
     assert found[0].members["jpg"] == picture(1)
 
 
 def test_a_json_that_has_changed_says_so(tmp_path, images):
     shard = write(tmp_path, [record("a", "w", "a.jpg")])
-    rows = open_rows(shard, InputOptions(images=images))
+    rows = open_source(shard, InputOptions(images=images))
     with pytest.raises(ShardError, match="has only 1 records; it has changed since it was scored, score it again"):
         rows.sample(1)
     rows.close()

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.input.decode import DecodeSettings, decode
-from mmfilter.core.input.shards import InputOptions, RawSample, expand, open_rows, read_samples
+from mmfilter.core.input.sample import RawSample
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import ShardError
 from tests import inputs
 from tests.conftest import picture
@@ -25,7 +27,7 @@ def write(path: Path, columns: dict, **options) -> str:
 
 
 def read(shard: str, caption: str = "auto", **options) -> list[RawSample]:
-    return list(read_samples(shard, options=InputOptions(caption), **options))
+    return list(open_source(shard, InputOptions(caption)).samples(**options))
 
 
 def error_of(shard: str, caption: str = "auto") -> str:
@@ -117,7 +119,7 @@ def test_single_rows_are_those_of_the_stream(tmp_path, row_group_size):
     shard = str(inputs.as_parquet(tmp_path / "a.parquet", inputs.pairs(50), row_group_size=row_group_size))
     samples = read(shard)
     order = [random.Random(row_group_size).randrange(50) for _ in range(80)] + list(range(0, 50, 3))
-    rows = open_rows(shard, InputOptions())
+    rows = open_source(shard, InputOptions())
     assert [rows.sample(row) for row in order] == [samples[row] for row in order]
     with pytest.raises(ShardError, match="has only 50 rows; it has changed since it was scored, score it again"):
         rows.sample(50)

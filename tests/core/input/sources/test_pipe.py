@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmfilter.core.input.shards import InputOptions, Stamp, expand, read_samples, stamp
+from mmfilter.core.input.places import Stamp
+from mmfilter.core.input.shards import expand, open_source
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.run.directory import RunDirectory, name_shards
 from mmfilter.errors import ShardError
 
@@ -18,7 +20,7 @@ REFUSED = "is a command and would run a shell; run it yourself and pipe its outp
 
 def error_of(shard: str) -> str:
     with pytest.raises(ShardError) as caught:
-        list(read_samples(shard, options=ALLOWED))
+        list(open_source(shard, ALLOWED).samples())
     message = str(caught.value)
     assert "\n" not in message
     return message.replace(f"shard {shard!r} ", "", 1)
@@ -26,7 +28,7 @@ def error_of(shard: str) -> str:
 
 def test_a_command_is_refused_unless_allowed(make_shard, tmp_path):
     shard = f"pipe:touch {tmp_path}/ran; cat {make_shard()}"
-    for refused in (lambda: expand([shard]), lambda: list(read_samples(shard))):
+    for refused in (lambda: expand([shard]), lambda: list(open_source(shard).samples())):
         with pytest.raises(ShardError) as caught:
             refused()
         assert str(caught.value) == f"shard {shard!r} {REFUSED}"
@@ -36,8 +38,8 @@ def test_a_command_is_refused_unless_allowed(make_shard, tmp_path):
 def test_samples_are_those_of_the_tar(make_shard):
     path = make_shard(n=5)
     [shard] = expand([f"pipe:cat {path} | cat"], ALLOWED)
-    assert list(read_samples(shard, options=ALLOWED)) == list(read_samples(str(path)))
-    assert stamp(shard) == Stamp()
+    assert list(open_source(shard, ALLOWED).samples()) == list(open_source(str(path)).samples())
+    assert open_source(shard).stamp() == Stamp()
 
 
 def test_braces_are_a_range_and_names_come_from_the_tar(tmp_path):
@@ -48,7 +50,9 @@ def test_braces_are_a_range_and_names_come_from_the_tar(tmp_path):
         "pipe:cat /data/00002.tar",
         "pipe:make-a-tar",
     ]
-    names = [shard.name for shard in name_shards(shards, RunDirectory(tmp_path))]
+    names = [
+        shard.name for shard in name_shards([open_source(shard, ALLOWED) for shard in shards], RunDirectory(tmp_path))
+    ]
     assert names[:3] == ["pipe-00000", "pipe-00001", "pipe-00002"] and len(names[3]) == len("pipe-01234567")
 
 
@@ -77,7 +81,7 @@ def test_a_command_that_fails_says_so(make_shard, command, message):
 def test_a_reader_that_stops_early_stops_the_command(make_shard):
     tar: Path = make_shard(n=3)
     started = time.monotonic()
-    samples = read_samples(f"pipe:cat {tar} {tar}; yes", options=ALLOWED)
+    samples = open_source(f"pipe:cat {tar} {tar}; yes", ALLOWED).samples()
     assert [raw.key for raw in itertools.islice(samples, 2)] == ["000000000", "000000001"]
     samples.close()
     assert time.monotonic() - started < 5

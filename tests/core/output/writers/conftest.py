@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.files import read_json, write_json
-from mmfilter.core.input.shards import read_samples
+from mmfilter.core.input.shards import open_source
 from mmfilter.ops.select import SelectSettings, select
 from tests.conftest import picture
 from tests.runs import add_table, make_run
@@ -65,7 +65,7 @@ def hard(tmp_path: Path) -> Path:
 def truncated(hard: Path, tmp_path: Path) -> Path:
     """The same run, but the second shard has lost its end without its score table knowing."""
     shard = tmp_path / "data/1.tar"
-    last = list(read_samples(str(shard)))[-1].offset
+    last = list(open_source(str(shard)).samples())[-1].offset
     os.truncate(shard, last + 512)
     table = hard / "scores/1-1.parquet"
     now = shard.stat()
