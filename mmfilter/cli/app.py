@@ -24,6 +24,7 @@ from mmfilter.cli.sae_commands import sae_app
 from mmfilter.cli.score_command import score
 from mmfilter.cli.search_command import search
 from mmfilter.cli.select_command import select
+from mmfilter.cli.settings_options import command
 from mmfilter.cli.stopping import stopping
 from mmfilter.errors import MMFilterError
 
@@ -55,13 +56,16 @@ def _root(
     pass
 
 
-app.command()(score)
-app.command()(select)
-app.command()(check)
-app.command()(dedup)
-app.command()(search)
-app.command("run")(run_recipe)
-app.command()(init)
+for _function, _word in (
+    (score, None),
+    (select, None),
+    (check, None),
+    (dedup, None),
+    (search, None),
+    (run_recipe, "run"),
+    (init, None),
+):
+    command(app, _word)(_function)
 
 
 _OF_THE_SYSTEM = {
@@ -113,7 +117,7 @@ def _exit_code(error: BaseException) -> int:
 
 def command_paths(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The words of every command, those of groups too: ("score",), ("sae", "show"), …"""
-    for command in group.registered_commands:
-        yield (*prefix, command.name or command.callback.__name__.replace("_", "-"))
+    for registered in group.registered_commands:
+        yield (*prefix, registered.name or registered.callback.__name__.replace("_", "-"))
     for inner in group.registered_groups:
         yield from command_paths(inner.typer_instance, (*prefix, inner.name))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mmfilter.cli.options import DEFAULT_RUN, one_of
+from mmfilter.cli.options import AsJson, RunArgument
+from mmfilter.ops.dedup_settings import DedupSettings
+from mmfilter.ops.score_settings import DEFAULT_RUN
 
 if TYPE_CHECKING:
     from mmfilter.ops.dedup import BorderlinePair, DedupSummary
@@ -19,30 +19,10 @@ CAPTION_CHARS = 32
 """Of a caption in the table of pairs"""
 
 
-def dedup(
-    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
-    threshold: Annotated[
-        float, typer.Option(help="Cosine of codes from which two samples are near-duplicates.")
-    ] = 0.95,
-    on: Annotated[str, typer.Option(help="Which sides have to be that close: both, image, or text.")] = "both",
-    by: Annotated[str, typer.Option(help="Score column that says which of two duplicates is kept.")] = "similarity",
-    borderline: Annotated[
-        int, typer.Option(help="List so many pairs closest to the threshold, on either side of it.", metavar="N")
-    ] = 0,
-    page: Annotated[
-        Optional[Path],
-        typer.Option(help="Also write the pairs of --borderline as an HTML page with pictures.", metavar="FILE"),
-    ] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Search with faiss-gpu.")] = False,
-    workers: Annotated[Optional[int], typer.Option(help="Threads (default: all cores).")] = None,
-    memory: Annotated[
-        Optional[float], typer.Option(help="GiB that the index may take in memory (default: half of what is free).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
-) -> None:
+def dedup(settings: DedupSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJson = False) -> None:
     """Find exact and near duplicates in a run.
 
-    Needs no model. The best of each kind is kept; dedup.parquet in the run has every sample with what
+    Needs no model. The best of each group is kept; dedup.parquet in the run has every sample with what
     became of it, duplicates.parquet the close pairs. To leave duplicates out of a selection, give
     select --dedup.
 
@@ -51,9 +31,6 @@ def dedup(
     from mmfilter.cli import display
     from mmfilter.ops import dedup as operation
 
-    one_of("--on", on, ("both", "image", "text"))
-    duplicates = operation.DuplicateSettings(threshold, on, gpu, workers, memory)
-    settings = operation.DedupSettings(duplicates, by, borderline, page)
     with display.TerminalProgress() as progress:
         summary = operation.dedup(run, settings, progress)
     if as_json:
@@ -62,12 +39,12 @@ def dedup(
     display.show_funnel(summary.funnel)
     if summary.crowded:
         display.note(
-            f"{summary.crowded:,} samples have more close neighbours than are listed; they were compared with the kept ones directly"
+            f"{summary.crowded:,} samples have more close neighbours than are listed; "
+            "they were compared with the kept ones directly"
         )
-    display.note(
-        f"{summary.pairs:,} pairs{' listed' if summary.crowded else ''}, {_search(summary.index)} -> {run}/dedup.parquet"
-    )
-    if borderline and not summary.borderline:
+    listed = " listed" if summary.crowded else ""
+    display.note(f"{summary.pairs:,} pairs{listed}, {_search(summary.index)} -> {run}/dedup.parquet")
+    if settings.borderline and not summary.borderline:
         display.note("no pair is near the threshold")
     for line in display.aligned(_rows(summary.borderline)):
         print(line)
@@ -84,11 +61,11 @@ def _search(index: dict[str, Any]) -> str:
 
 
 def _report(summary: DedupSummary) -> dict[str, Any]:
-    duplicates = summary.settings.duplicates
+    settings = summary.settings
     return {
         "run": str(summary.run),
-        "threshold": duplicates.threshold,
-        "on": duplicates.on,
+        "threshold": settings.threshold,
+        "on": settings.on,
         "by": summary.settings.by,
         "samples": summary.rows,
         "scored": summary.scored,

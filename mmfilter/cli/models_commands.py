@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
+from mmfilter.cli.options import AsJson
+
 models_app = typer.Typer(
     help="Known models with their SAEs: the cards that --model takes.",
     rich_markup_mode=None,
     invoke_without_command=True,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models_app.callback()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ def run_recipe(
         Path, typer.Argument(help="Recipe, or the manifest.json of what a recipe made.", metavar="RECIPE")
     ],
     changes: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", help="Override a key, as select.top=30%; repeatable.", metavar="KEY.KEY=VALUE"),
     ] = None,
     dry_run: Annotated[

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmfilter.cli import options
+from mmfilter.cli.options import AsJson, SAEName, SAEOption
 from mmfilter.cli.sae_eval_command import evaluate
 from mmfilter.cli.sae_train_command import train
+from mmfilter.cli.settings_options import command
 from mmfilter.errors import SAEError
+from mmfilter.ops.measure_settings import MeasureSettings
 
 if TYPE_CHECKING:
     from mmfilter.ops.sae_files import Description, Listed
@@ -26,18 +28,9 @@ sae_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-sae_app.command()(train)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-sae_app.command("eval")(evaluate)
-
-
-@sae_app.command("list")
 def list_command(
-    word: Annotated[
-        Optional[str], typer.Argument(help="Only those with this word in any column.", metavar="WORD")
-    ] = None,
+    word: Annotated[str | None, typer.Argument(help="Only those with this word in any column.", metavar="WORD")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the SAEs of the cards and the published ones.
@@ -57,66 +50,32 @@ def list_command(
         _show_list(entries)
 
 
-@sae_app.command()
 def show(
-    sae: options.SAEName,
+    sae: SAEName,
+    settings: MeasureSettings,
     on: Annotated[
-        Optional[list[str]], typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")
+        list[str] | None, typer.Option("--on", help="Measure it on these shards; repeatable.", metavar="SHARDS")
     ] = None,
-    model: Annotated[
-        Optional[str],
-        typer.Option(help="With --on: card name, local folder or hub id (default: the card called like the SAE)."),
-    ] = None,
-    layer: Annotated[
-        Optional[int],
-        typer.Option(
-            help="With --on: layer whose output the SAE reads (default: the card's, else what the SAE states)."
-        ),
-    ] = None,
-    prompt: options.Prompt = None,
-    text_context: options.TextContext = None,
-    caption: options.Caption = "auto",
-    images: options.Images = None,
-    allow_pipe: options.AllowPipe = False,
-    sample: Annotated[
-        int, typer.Option(help="With --on: pairs to measure on, from the heads of up to 10 shards.")
-    ] = 200,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    batch_size: options.BatchSize = 32,
-    sae_option: options.SAEOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what an SAE is: shapes, activation, hook point, what its publisher states.
 
     With --on it is also measured on your pairs, image and caption tokens apart: FVU, the share of the
     states' variance that it does not explain; L0, the mean number of active features a token; and the
-    features that fire on no token.
+    features that fire on no token. The other options say how.
 
     Example: mmfilter sae show tiny --on 'examples/shards/*.tar'
     """
     from mmfilter.cli import check_display, display
-    from mmfilter.core.cards.sae_options import parse_options
+    from mmfilter.core.cards.sae_options import make_options
     from mmfilter.ops import measure
     from mmfilter.ops import sae_files as operation
 
-    description = operation.describe(sae, parse_options(sae_option or ()))
+    description = operation.describe(sae, make_options(settings.sae_options))
     report = asdict(description)
+    measurement = None
     if on:
-        stated = layer if layer is not None else description.metadata.get("layer")
-        card = options.card_of_sae(sae, "--on", model, stated, prompt, text_context, sae_option or ())
-        how = options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code)
-        settings = measure.MeasureSettings(
-            card,
-            sample=sample,
-            device=how,
-            batch_size=batch_size,
-            caption=caption,
-            images=images,
-            allow_pipe=allow_pipe,
-        )
+        settings = replace(settings, sae=sae, stated_layer=description.metadata.get("layer"))
         with display.TerminalProgress() as progress:
             measurement = measure.measure(on, settings, progress)
         report["measured"] = check_display.measurement_json(measurement)
@@ -124,17 +83,16 @@ def show(
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     _show_description(description)
-    if on:
+    if measurement is not None:
         for note in measurement.notes:
             display.note(note)
         check_display.show_measurement(measurement)
 
 
-@sae_app.command()
 def convert(
-    sae: options.SAEName,
+    sae: SAEName,
     destination: Annotated[Path, typer.Argument(help="Folder to write, in the SAELens 6 layout.", metavar="DST")],
-    sae_option: options.SAEOption = None,
+    sae_option: SAEOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an SAE's folder that is there.")] = False,
 ) -> None:
     """Write an SAE as a folder that mmfilter and SAELens open as it is.
@@ -155,7 +113,6 @@ def convert(
     print(destination)
 
 
-@sae_app.command()
 def fetch(sae: Annotated[str, typer.Argument(help="hf:OWNER/REPO[@REVISION]/folder-or-file", metavar="SAE")]) -> None:
     """Download an SAE into the hub's cache and print where it lies.
 
@@ -166,6 +123,17 @@ def fetch(sae: Annotated[str, typer.Argument(help="hf:OWNER/REPO[@REVISION]/fold
     from mmfilter.ops import sae_files as operation
 
     print(operation.fetch(sae))
+
+
+for _function, _name in (
+    (train, None),
+    (evaluate, "eval"),
+    (list_command, "list"),
+    (show, None),
+    (convert, None),
+    (fetch, None),
+):
+    command(sae_app, _name)(_function)
 
 
 def _show_list(entries: list[Listed]) -> None:

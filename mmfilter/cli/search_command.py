@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mmfilter.cli import options
-from mmfilter.cli.options import DEFAULT_RUN, one_of
+from mmfilter.cli.options import AsJson, RunArgument
+from mmfilter.core.pipeline.pass_settings import EncodeSettings
+from mmfilter.ops.score_settings import DEFAULT_RUN
+from mmfilter.ops.search_settings import SearchSettings
 
 if TYPE_CHECKING:
-    from mmfilter.core.pipeline.engine import DeviceSettings
     from mmfilter.ops.search import Encoder, Hit
 
 CAPTION_CHARS = 48
@@ -20,37 +19,7 @@ CAPTION_CHARS = 48
 
 
 def search(
-    run: Annotated[Path, typer.Argument(help="Run directory that score wrote.", metavar="RUN")] = DEFAULT_RUN,
-    key: Annotated[Optional[str], typer.Option(help="Find the samples most like the one with this key.")] = None,
-    shard: Annotated[
-        Optional[str], typer.Option(help="End of the path of the shard that the key is in, where keys repeat.")
-    ] = None,
-    image: Annotated[
-        Optional[Path], typer.Option(help="Find the samples most like this image (JPEG, PNG or WebP).", metavar="FILE")
-    ] = None,
-    text: Annotated[
-        Optional[str],
-        typer.Option(help="Find the samples most like these words; with --image, like the pair.", metavar="WORDS"),
-    ] = None,
-    feature: Annotated[
-        Optional[int], typer.Option(help="Find the samples in which this SAE feature is strongest.")
-    ] = None,
-    on: Annotated[
-        str, typer.Option(help="Sides to compare, or to look for the feature on: both, image, or text.")
-    ] = "both",
-    n: Annotated[int, typer.Option("-n", "--number", help="Samples to list.")] = 20,
-    model: Annotated[
-        Optional[str], typer.Option(help="Where the run's model is now, if it has moved: card, folder or hub id.")
-    ] = None,
-    sae: Annotated[Optional[str], typer.Option(help="Where the run's SAE is now, if it has moved.")] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    page: Annotated[
-        Optional[Path], typer.Option(help="Also write an HTML page with pictures and captions.", metavar="FILE")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    settings: SearchSettings, encoding: EncodeSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJson = False
 ) -> None:
     """Find samples by their codes.
 
@@ -65,22 +34,14 @@ def search(
     from mmfilter.cli import display
     from mmfilter.ops import search as operation
 
-    one_of("--on", on, ("both", "image", "text"))
-    settings = operation.SearchSettings(
-        key=key, shard=shard, image=image, text=text, feature=feature, on=on, n=n, page=page
-    )
-    encode = (
-        _encoder(model, sae, options.device_settings(device, dtype, device_map, "sdpa", False, trust_remote_code))
-        if settings.by_query
-        else None
-    )
     with display.TerminalProgress() as progress:
-        hits = operation.search(run, settings, progress, encode)
+        hits = operation.search(run, settings, progress, _encoder(encoding) if settings.by_query else None)
     if as_json:
         print(json.dumps([_report(hit) for hit in hits], indent=2))
     elif hits:
         print("\n".join(display.aligned(_rows(hits))))
     else:
+        feature = settings.feature
         display.note(
             "nothing found"
             if feature is None
@@ -88,11 +49,10 @@ def search(
         )
 
 
-def _encoder(model: str | None, sae: str | None, device: DeviceSettings) -> Encoder:
+def _encoder(settings: EncodeSettings) -> Encoder:
     """What makes codes of a query; the model is loaded when it is called."""
-    from mmfilter.core.pipeline.query import EncodeSettings, encode_query
+    from mmfilter.core.pipeline.query import encode_query
 
-    settings = EncodeSettings(device, model, sae)
     return lambda run, image, text: encode_query(run, image, text, settings)
 
 

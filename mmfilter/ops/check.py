@@ -23,7 +23,6 @@ from mmfilter.core.pipeline.engine import card_weights, load
 from mmfilter.core.pipeline.feed import Batch
 from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
-from mmfilter.core.pipeline.pass_settings import PassSettings
 from mmfilter.core.pipeline.reference import REFERENCE_PAIRS, fit_all
 from mmfilter.core.pipeline.scorer import pool_pairs
 from mmfilter.core.progress import Progress
@@ -31,26 +30,11 @@ from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.crossmodal import FeatureWeights
 from mmfilter.core.scores.registry import formulas
 from mmfilter.errors import MMFilterError
+from mmfilter.ops.check_settings import FEWEST_PAIRS, CheckSettings
 
-FEWEST_PAIRS = 20
 STEADY_PAIRS = 200
 """Below this many pairs the report says that its intervals are wide."""
 STEADY_WEIGHTS = 100
-
-
-@dataclass(frozen=True)
-class CheckSettings(PassSettings):
-    """What to check, and on how many pairs."""
-
-    sample: int = 1000
-    """Pairs to score with their own caption and with another one's; up to 1,000 others are read to fit feature weights on"""
-    seed: int = 0
-    """Seed of the shuffling, of the bootstrap and of the random SAE"""
-    bootstrap: int = 1000
-    """Draws of the bootstrap"""
-
-    def __post_init__(self) -> None:
-        self.check_at_least(sample=FEWEST_PAIRS, bootstrap=100, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +86,7 @@ def check(patterns: Sequence[str], settings: CheckSettings, progress: Progress) 
     `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when too few pairs are usable.
     """
     sources = open_sources(patterns, settings.inputs)
-    backbone, sae = load(settings.card, settings.device)
+    backbone, sae = load(settings.card, settings)
     return compare(sources, backbone, sae, settings, progress)
 
 

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmfilter import __version__
-from mmfilter.core.codes.duplicates import SAME, DuplicateSettings, Pairs
+from mmfilter.core.codes.duplicate_settings import SAME
+from mmfilter.core.codes.duplicates import Pairs
 from mmfilter.core.codes.rule import Deduplicator, Duplicates
 from mmfilter.core.files import atomic, system_reason
-from mmfilter.core.pages.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.pages.gallery import Shown, Tile, write_page
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.decisions import write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.previews import Look, looks, problems
 from mmfilter.core.run.score_tables import Column, ScoreTables
 from mmfilter.core.selection.choice import Decision
-from mmfilter.errors import RunError, SelectionError
-
-
-@dataclass(frozen=True)
-class DedupSettings:
-    """What counts as a duplicate, and which of two is kept."""
-
-    duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
-    by: str = "similarity"
-    """Score column; of two duplicates the one with the larger value is kept"""
-    borderline: int = 0
-    """How many of the pairs closest to the threshold, on either side of it, to list"""
-    page: Path | None = None
-    """An HTML file to write, with pictures and captions of these pairs"""
-
-    def __post_init__(self) -> None:
-        if self.borderline < 0:
-            raise SelectionError(f"--borderline is {self.borderline}; give a number of pairs from 0")
-        if self.page is not None:
-            check_page(self.page)
-            if not self.borderline:
-                raise SelectionError("--page shows the pairs of --borderline: say how many, as in --borderline 20")
+from mmfilter.errors import RunError
+from mmfilter.ops.dedup_settings import DedupSettings
 
 
 @dataclass(frozen=True)
@@ -94,8 +75,8 @@ class DedupSummary:
         return [
             ("in the run", self.rows),
             (f"have a score {self.settings.by!r}", self.scored),
-            (f"without exact duplicates ({SAME[self.settings.duplicates.on]})", self.scored - self.exact),
-            (f"without near-duplicates at {self.settings.duplicates.threshold}", self.kept),
+            (f"without exact duplicates ({SAME[self.settings.on]})", self.scored - self.exact),
+            (f"without near-duplicates at {self.settings.threshold}", self.kept),
         ]
 
 
@@ -111,9 +92,9 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
         raise RunError(
             f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
         )
-    rule = Deduplicator(scores, settings.duplicates, progress)
+    rule = Deduplicator(scores, settings, progress)
     found = rule(column.values, column.present)
-    close = rule.pairs.at_least(settings.duplicates.threshold)
+    close = rule.pairs.at_least(settings.threshold)
     summary = DedupSummary(
         run, settings, scores.rows, int(column.present.sum()), int(found.exact.sum()), int(found.near.sum()),
         len(close), len(close.crowded), rule.pairs.index, _borderline(scores, rule.pairs, settings, progress),
@@ -123,17 +104,17 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
 
 
 def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: DedupSummary) -> None:
-    duplicates = summary.settings.duplicates
+    settings = summary.settings
     decision = np.where(
         found.exact, Decision.EXACT_DUPLICATE, np.where(found.near, Decision.NEAR_DUPLICATE, Decision.KEPT)
     ).astype(np.int8)
     decision[~column.present] = Decision.NO_SCORE
     labels = ["" if code else None for code in Decision]
     labels[Decision.NO_SCORE] = "no score: "
-    labels[Decision.EXACT_DUPLICATE] = f"exact duplicate ({SAME[duplicates.on]})"
-    labels[Decision.NEAR_DUPLICATE] = f"near-duplicate at {duplicates.threshold}"
+    labels[Decision.EXACT_DUPLICATE] = f"exact duplicate ({SAME[settings.on]})"
+    labels[Decision.NEAR_DUPLICATE] = f"near-duplicate at {settings.threshold}"
     shown = ("borderline", "page")  # decide nothing
-    settings = {name: value for name, value in asdict(summary.settings).items() if name not in shown}
+    settings = {name: value for name, value in summary.settings.stored().items() if name not in shown}
     about = {"kind": "dedup", "version": __version__, "settings": settings}
     about |= {
         "rows": summary.rows,
@@ -160,7 +141,7 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
 def _borderline(
     scores: ScoreTables, pairs: Pairs, settings: DedupSettings, progress: Progress
 ) -> tuple[BorderlinePair, ...]:
-    at = pairs.borderline(settings.duplicates.threshold, settings.borderline)
+    at = pairs.borderline(settings.threshold, settings.borderline)
     positions = np.unique(np.concatenate([pairs.first[at], pairs.second[at]]))
     names, seen = scores.names_of(positions), looks(scores, positions)
     for problem in problems(seen)[:3]:
@@ -181,13 +162,12 @@ def _write_page(
     run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Look, Look]]
 ) -> None:
     tiles = []
-    duplicates = settings.duplicates
     for pair, (one, other) in sorted(zip(pairs, shown, strict=True), key=lambda item: -item[0].similarity):
-        verdict = "duplicates" if pair.similarity >= duplicates.threshold else "not close enough"
+        verdict = "duplicates" if pair.similarity >= settings.threshold else "not close enough"
         sides = (
             Shown(one, (pair.key, Path(pair.shard).name)),
             Shown(other, (pair.other_key, Path(pair.other_shard).name)),
         )
         tiles.append(Tile(f"{pair.similarity:.4f} {verdict} (image {pair.image:.4f}, text {pair.text:.4f})", sides))
-    about = f"the {len(pairs):,} pairs of run {run} nearest to --threshold {duplicates.threshold} with --on {duplicates.on}, the closest first"
+    about = f"the {len(pairs):,} pairs of run {run} nearest to --threshold {settings.threshold} with --on {settings.on}, the closest first"
     write_page(settings.page, "Borderline pairs", about, tiles)

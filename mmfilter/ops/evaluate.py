@@ -24,35 +24,18 @@ from mmfilter.core.pipeline.engine import load, load_model, load_settings
 from mmfilter.core.pipeline.feed import Batch
 from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
-from mmfilter.core.pipeline.pass_settings import PassSettings
 from mmfilter.core.pipeline.reference import REFERENCE_PAIRS, fit_all
 from mmfilter.core.pipeline.scorer import check_fit
 from mmfilter.core.progress import Progress
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError, ModelError, SAEError
+from mmfilter.ops.evaluate_settings import EvaluateSettings
 
 STEADY_PAIRS = 50
 """Below this many pairs the report says that its figures are unsteady."""
 TRAINED, RANDOM = "trained", "random"
 """Names of the SAE and of the random one beside it."""
 AHEAD = "the model reads captions in both directions and sees the token that it should predict"
-
-
-@dataclass(frozen=True)
-class EvaluateSettings(PassSettings):
-    """What to evaluate, and on how many pairs."""
-
-    also: tuple[Card, ...] = ()
-    """Other checkpoints of the same architecture, whose states at the same layer the same SAE reconstructs"""
-    text_only: bool = False
-    """Reconstruct captions without an image too, through the language model alone"""
-    sample: int = 200
-    """Pairs to evaluate on, from the heads of up to 10 shards"""
-    seed: int = 0
-    """Seed of the random SAE"""
-
-    def __post_init__(self) -> None:
-        self.check_at_least(sample=1, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -101,8 +84,8 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
     and `SAEError` for what cannot be loaded or does not fit, `MMFilterError` when no pair is usable.
     """
     sources = open_sources(patterns, settings.inputs)
-    backbone, sae = load(settings.card, settings.device, whole=True)
-    for other in settings.also:
+    backbone, sae = load(settings.card, settings, whole=True)
+    for other in settings.others:
         check_also(other, backbone, sae, settings)
     contexts = contexts_of(backbone, settings)
     with PairSample() as sample:
@@ -122,7 +105,7 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
             trials.append(tried)
             reasons.update({} if text_only else refused)
         del backbone, contexts, view  # the next model wants the memory
-        for other in settings.also:
+        for other in settings.others:
             trials += also_trials(other, saes, sample, settings, progress)
         limits = notes(sample, trials, weights[TRAINED], settings)
         return Evaluation(trials, weights, settings.card.layer, trials[0].n_pairs, sample.shards, reasons, limits)
@@ -130,7 +113,7 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
 
 def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSettings) -> None:
     """Raise, before anything is computed, when the other model is of another architecture or width; reads its configuration only."""
-    config = read_config(other.model, revision=other.revision, settings=load_settings(settings.device))
+    config = read_config(other.model, revision=other.revision, settings=load_settings(settings))
     kinds = [
         " with ".join(dict.fromkeys((c.model_type, c.get_text_config().model_type)))
         for c in (config, backbone.model.config)
@@ -178,7 +161,7 @@ def also_trials(
     other: Card, saes: Mapping[str, SAE], sample: PairSample, settings: EvaluateSettings, progress: Progress
 ) -> Iterator[Trial]:
     """The trials of another checkpoint."""
-    backbone = load_model(other, settings.device, whole=True)
+    backbone = load_model(other, settings, whole=True)
     check_fit(backbone, saes[TRAINED])
     for text_only, view in contexts_of(backbone, settings):
         yield trial(view, other.name, text_only, saes, sample, settings, progress)[0]

@@ -15,25 +15,14 @@ from mmfilter.core.pipeline.engine import load
 from mmfilter.core.pipeline.feed import Batch
 from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.pair_sample import CAPTION, PairSample
-from mmfilter.core.pipeline.pass_settings import PassSettings
 from mmfilter.core.progress import Progress
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError
+from mmfilter.ops.measure_settings import MeasureSettings
 
 STEADY_PAIRS = 50
 HOW_OPENED = ("layout", "source")
 """Metadata that says how the SAE was opened, and nothing of what its publisher states."""
-
-
-@dataclass(frozen=True)
-class MeasureSettings(PassSettings):
-    """What to measure, and on how many pairs."""
-
-    sample: int = 200
-    """Pairs whose tokens are reconstructed, from the heads of up to 10 shards"""
-
-    def __post_init__(self) -> None:
-        self.check_at_least(sample=1, batch_size=1, workers=1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ def measure(patterns: Sequence[str], settings: MeasureSettings, progress: Progre
     loaded or does not fit, `MMFilterError` when no pair is usable.
     """
     sources = open_sources(patterns, settings.inputs)
-    backbone, sae = load(settings.card, settings.device)
+    backbone, sae = load(settings.card, settings)
     meter = FidelityMeter(sae)
     n_pairs = 0
 

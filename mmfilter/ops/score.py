@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,12 @@ import numpy as np
 import torch
 import transformers
 
-from mmfilter.core.cards.cards import Card
 from mmfilter.core.input.decode import DecodeSettings
-from mmfilter.core.input.remote import is_url
 from mmfilter.core.input.shards import open_sources, stamps
-from mmfilter.core.input.source import InputOptions, Source
+from mmfilter.core.input.source import Source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.pipeline.engine import DeviceSettings, load
+from mmfilter.core.pipeline.engine import load, resolved_dtype
 from mmfilter.core.pipeline.intake import Intake
 from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.run_weights import record_weights, run_weights
@@ -33,43 +30,8 @@ from mmfilter.core.run.shard_tables import ShardTables
 from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.registry import SCORES
-from mmfilter.errors import MMFilterError, ShardError
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How to score. What changes a score is stored in the run and may not differ when it goes on."""
-
-    card: Card
-    """Model, layer, SAE and how to prompt"""
-    run: Path = Path("mmfilter-run")
-    """Where everything is written"""
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how the model runs"""
-    batch_size: int = 32
-    workers: int = 4
-    """Threads that decode and pre-process"""
-    limit: int | None = None
-    """Score only the first so many samples of the input"""
-    caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
-    seed: int = 0
-    """Seed of the `random` score"""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "workers", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MMFilterError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
-
-    @property
-    def inputs(self) -> InputOptions:
-        images = self.images if self.images is None or is_url(self.images) else os.path.abspath(self.images)
-        return InputOptions(self.caption, images, self.allow_pipe)
+from mmfilter.errors import ShardError
+from mmfilter.ops.score_settings import ScoreSettings
 
 
 @dataclass
@@ -101,6 +63,17 @@ class ScoreSummary:
         self.reasons.update(shard.reasons)
 
     @property
+    def failed(self) -> str | None:
+        """What could not be read, in a sentence; None where all was."""
+        if not self.failures:
+            return None
+        shards = len(self.failures) + self.n_shards + self.n_skipped
+        return (
+            f"{len(self.failures)} of {shards} shards could not be read to their end, first: {self.failures[0]}. "
+            "The others are finished; repair and run again"
+        )
+
+    @property
     def fraction_bad(self) -> float:
         return 1 - self.n_scored / self.n_samples if self.n_samples else 0.0
 
@@ -119,7 +92,7 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     """
     run = RunDirectory(settings.run)
     shards = name_shards(open_sources(patterns, settings.inputs), run)
-    backbone, sae = load(settings.card, settings.device)
+    backbone, sae = load(settings.card, settings)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
     todo = set(unfinished(run, shards))
     summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
@@ -188,7 +161,7 @@ def manifest_settings(settings: ScoreSettings, backbone: Backbone, sae: SAE) -> 
         "sae_options": card.sae_options.stated(),
         "sae_hash": sae.hash,
         "threshold": card.threshold,
-        "dtype": str(settings.device.resolved_dtype).removeprefix("torch."),
+        "dtype": str(resolved_dtype(settings)).removeprefix("torch."),
         "caption": settings.caption,
         "images": settings.inputs.images,
         "limit": settings.limit,

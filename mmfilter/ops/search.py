@@ -14,69 +14,20 @@ import numpy as np
 
 from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.duplicates import representatives
-from mmfilter.core.codes.index import IndexSettings, On, open_index
+from mmfilter.core.codes.index import IndexSettings, open_index
 from mmfilter.core.codes.nearest import nearest, only, strongest
 from mmfilter.core.codes.vectors import Codes
-from mmfilter.core.pages.gallery import Shown, Tile, check_page, write_page
+from mmfilter.core.pages.gallery import Shown, Tile, write_page
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.previews import Look, looks, problems
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.scores.registry import HEADLINES, SCORES, shown
 from mmfilter.errors import RunError, SelectionError
+from mmfilter.ops.search_settings import SearchSettings
 
 Encoder = Callable[[Path, Path | None, str | None], Codes]
 """(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/scoring/query`"""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What to look for: a key, an image, words, both of these as a pair, or a feature."""
-
-    key: str | None = None
-    """Samples like the one with this key"""
-    shard: str | None = None
-    """… in the shard whose path ends so, where keys repeat"""
-    image: Path | None = None
-    """Samples like this image"""
-    text: str | None = None
-    """Samples like these words"""
-    feature: int | None = None
-    """Samples in which this SAE feature is strongest"""
-    on: On = "both"
-    """Sides to compare, or to look for the feature on"""
-    n: int = 20
-    """Samples to list"""
-    page: Path | None = None
-    """An HTML file to write, with pictures and captions of what was found"""
-
-    def __post_init__(self) -> None:
-        if [self.key is not None, self.by_query, self.feature is not None].count(True) != 1:
-            raise SelectionError(
-                "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER"
-            )
-        if self.shard is not None and self.key is None:
-            raise SelectionError("--shard says which sample a --key means; give both")
-        if self.n < 1:
-            raise SelectionError(f"-n is {self.n}; at least 1 is needed")
-        if self.page is not None:
-            check_page(self.page)
-        IndexSettings(self.on)
-        if self.by_query and not self.sides:
-            given = "--image FILE" if self.text is None else "--text WORDS"
-            raise SelectionError(f"--on {self.on} has nothing to compare with: the query is {given} alone")
-
-    @property
-    def by_query(self) -> bool:
-        """Whether an image or words are looked for."""
-        return self.image is not None or self.text is not None
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """The sides that count: those of `on`, and of these what the query has."""
-        return tuple(
-            side for side in IndexSettings(self.on).sides if not self.by_query or getattr(self, side) is not None
-        )
 
 
 @dataclass(frozen=True)

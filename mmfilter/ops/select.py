@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmfilter import __version__
-from mmfilter.core.codes.duplicates import DuplicateSettings
+from mmfilter.core.codes.duplicate_settings import DuplicateSettings
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.files import write_json
 from mmfilter.core.input.places import is_url
@@ -34,10 +34,11 @@ from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.expressions import Expression
 from mmfilter.core.run.members import Members
 from mmfilter.core.run.score_tables import Column, ScoreTables
-from mmfilter.core.selection.choice import Decision, Top, choose, positions
+from mmfilter.core.selection.choice import Decision, choose, positions
 from mmfilter.core.selection.funnel import Selection, counted, labels_of
 from mmfilter.core.selection.matching import Covering
 from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.top import Top
 from mmfilter.errors import SelectionError
 
 MAX_COPIES = 1000
@@ -60,6 +61,8 @@ def select(
     made: an unknown column, an expression that is none, more asked for than there is, an output in the
     way, a source shard that is missing or has changed since it was scored.
     """
+    if settings.misdirected:
+        raise SelectionError(settings.misdirected)
     tables = ScoreTables(RunDirectory(run), settings.metadata)
     progress = progress or Silence()
     if settings.output is not None:
@@ -197,7 +200,7 @@ def _write_folder(
 ) -> Selection:
     settings = selection.settings
     with explained(settings.output), new_folder(Path(settings.output)) as folder:
-        written = FOLDER_WRITERS[settings.format](folder, kept)
+        written = FOLDER_WRITERS[settings.form](folder, kept)
         output = None
         if written.number is not None:
             output = np.full(len(decision), -1, np.int32)

@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError
 
 from mmfilter.core.input.shards import open_sources
-from mmfilter.core.pipeline.engine import DeviceSettings, load_model
+from mmfilter.core.pipeline.engine import load_model, resolved_device
+from mmfilter.core.pipeline.pass_settings import DeviceSettings
+from mmfilter.core.training.run_settings import TrainRunSettings
 from mmfilter.core.training.session import TrainRun
-from mmfilter.core.training.summary import TrainProgress, TrainRunSettings, TrainSummary
+from mmfilter.core.training.summary import TrainProgress, TrainSummary
 from mmfilter.errors import SAEError
 
 
@@ -24,7 +26,7 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
     `SAEError` for states that are not finite, too little memory or disk, and checkpoints of other settings.
     """
     sources = open_sources(patterns, settings.inputs)
-    with together(settings.device) as device:
+    with together(settings) as device:
         backbone = load_model(settings.card, device)
         run = TrainRun(sources, backbone, settings, device, progress)
         try:
@@ -43,7 +45,7 @@ def together(device: DeviceSettings) -> Iterator[DeviceSettings]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    cuda = device.resolved_device.startswith("cuda")
+    cuda = resolved_device(device).startswith("cuda")
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         if cuda:

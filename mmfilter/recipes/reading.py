@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from mmfilter.core.typed import MistypedError, read
 from mmfilter.errors import RecipeError
 from mmfilter.recipes.schema import Recipe
 
@@ -68,7 +66,10 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         )
     for change in changes:
         _change(values, change)
-    return build(Recipe, values, "")
+    try:
+        return read(Recipe, values, what="a recipe")
+    except MistypedError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _manifest(text: str, path: Path) -> Any:
@@ -134,118 +135,3 @@ def _index(inner: list[Any], part: str, change: str) -> int:
             f"--set {change!r}: {part!r} is none of the {len(inner)} parts of that list; they count from 0"
         )
     return int(part)
-
-
-def build(cls: type, values: Any, place: str) -> Any:
-    """A section from the mapping that says it; raises `RecipeError`."""
-    if not isinstance(values, Mapping):
-        raise RecipeError(
-            f"{place} is {values!r}; expected keys such as {', '.join(item.name for item in fields(cls)[:3])}"
-        )
-    kinds = get_type_hints(cls)
-    for key in values:
-        if key not in kinds:
-            raise RecipeError(
-                f"{_at(place, key)} is no key of a recipe; the nearest is {_nearest(str(key), cls, place)}"
-            )
-    for item in fields(cls):
-        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise RecipeError(f"{_at(place, item.name)} is missing; {_EXPECTED.get(item.name, 'it has no default')}")
-    return cls(**{key: _value(kinds[key], value, _at(place, key)) for key, value in values.items()})
-
-
-_EXPECTED = {
-    "inputs": "name the shards there, such as 'inputs: {shards: data/*.tar}'",
-    "shards": "name paths, globs, brace patterns or URLs",
-    "path": "name a new folder, or a new file for tar, keys and *.npy",
-}
-
-
-def _at(place: str, key: Any) -> str:
-    return f"{place}.{key}" if place else str(key)
-
-
-def _nearest(key: str, cls: type, place: str) -> str:
-    """The key that was probably meant: one of that name in another section, or the most alike in this one."""
-    elsewhere = [name for name in _all_keys(Recipe, "") if name.rpartition(".")[2] == key]
-    if elsewhere:
-        return elsewhere[0]
-    names = [item.name for item in fields(cls)]
-    return _at(place, difflib.get_close_matches(key, names, 1, cutoff=0)[0])
-
-
-def _all_keys(cls: type, place: str) -> list[str]:
-    found = []
-    for name, kind in get_type_hints(cls).items():
-        found.append(_at(place, name))
-        if get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
-            found += _all_keys(get_args(kind)[0], _at(place, f"{name}.0"))
-        for inner in (kind, *get_args(kind)):
-            if get_origin(kind) is not tuple and is_dataclass(inner):
-                found += _all_keys(inner, _at(place, name))
-    return found
-
-
-def _value(kind: Any, value: Any, place: str) -> Any:
-    """The value as one of its kind; raises `RecipeError`."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return _one_of(get_args(kind), value, place)
-    if is_dataclass(kind):
-        return build(kind, {} if value is None else value, place)
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        parts = [value] if isinstance(value, str) and inner is str else value
-        if not isinstance(parts, (list, tuple)):
-            raise RecipeError(f"{place} is {value!r}; expected a list")
-        return tuple(_value(inner, part, f"{place}.{i}") for i, part in enumerate(parts))
-    if get_origin(kind) is dict:
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{place} is {value!r}; expected keys and values")
-        return dict(value)
-    if not _fits(kind, value):
-        raise RecipeError(f"{place} is {value!r}; expected {_told((kind,))}")
-    return float(value) if kind is float else value
-
-
-def _one_of(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
-    if value is None:
-        return None
-    some = [kind for kind in kinds if kind is not type(None)]
-    if len(some) == 1:
-        return _value(some[0], value, place)
-    for kind in some:
-        if _fits(kind, value):
-            return float(value) if kind is float else value
-    raise RecipeError(f"{place} is {value!r}; expected {_told(some)}")
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return any(value is choice or (value == choice and isinstance(value, str)) for choice in get_args(kind))
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if kind is float:
-        return isinstance(value, (int, float)) or (isinstance(value, str) and _is_number(value))
-    return isinstance(value, kind)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)  # YAML 1.1 takes 1e-3 for a word
-    except ValueError:
-        return False
-    return True
-
-
-def _told(kinds: Sequence[Any]) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    told = []
-    for kind in kinds:
-        if kind is int and float in kinds:
-            continue
-        if get_origin(kind) is Literal:
-            choices = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in get_args(kind)]
-            told.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
-        else:
-            told.append(words[kind])
-    return " or ".join(told)

@@ -47,7 +47,7 @@ def store(run: RunDirectory, step: str, asked: Any) -> None:
 
 def score_request(recipe: Recipe) -> dict[str, Any]:
     """All that decides on a score; local models and SAEs with the size and time of change of their files."""
-    card, run = recipe.model.card(), recipe.run
+    card, run = recipe.model.card, recipe.run
     return {
         "card": asdict(card),
         "files": {name: _files(Path(name)) for name in (card.model, card.sae, card.weights) if name and Path(name).exists()},
@@ -108,7 +108,7 @@ def about_output(recipe: Recipe, output: Output, run: RunDirectory) -> dict[str,
         "recipe": recipe.values(),
         "digest": output_digest(recipe, output),
         "scores": scores_digest(recipe, run),
-        "card": asdict(recipe.model.card()),
+        "card": asdict(recipe.model.card),
         "hashes": {name: settings.get(name) for name in ("model_hash", "sae_hash")},
         "versions": {"mmfilter": __version__, "python": platform.python_version()} | about.get("versions", {}),
     }

@@ -7,34 +7,32 @@ their words; here is only what there is to say, and of what kind.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfilter.core.cards.card_choice import card_for
-from mmfilter.core.cards.cards import Card, card_names
-from mmfilter.core.codes.duplicates import DuplicateSettings
-from mmfilter.core.codes.index import On
-from mmfilter.core.input.shards import STDIN, is_url
+from mmfilter.core.cards.card_choice import ModelSettings
+from mmfilter.core.cards.cards import card_names
+from mmfilter.core.codes.duplicate_settings import On
+from mmfilter.core.input.places import PIPE, STDIN
+from mmfilter.core.input.remote import is_url
 from mmfilter.core.input.source import InputOptions
-from mmfilter.core.output.destination import Format
+from mmfilter.core.output.formats import Format
+from mmfilter.core.pipeline.pass_settings import BatchSettings, DeviceSettings
+from mmfilter.core.selection.settings import ChoiceSettings, SelectSettings
+from mmfilter.core.typed import combined, key_of, setting
 from mmfilter.errors import RecipeError
-from mmfilter.ops.dedup import DedupSettings
-from mmfilter.ops.select import SelectSettings
+from mmfilter.ops.check_settings import CheckSettings
+from mmfilter.ops.dedup_settings import DedupSettings
+from mmfilter.ops.score_settings import RunSettings
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(InputOptions):
     """The pairs, and how they are read. What a sample is belongs here."""
 
-    shards: tuple[str, ...]
+    shards: tuple[str, ...] = setting(required=True, missing="name paths, globs, brace patterns or URLs")
     """WebDataset tars, parquet with images, LLaVA JSON, folders of images: paths, globs, brace patterns, URLs"""
-    caption: str = "auto"
-    """Where captions are (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -44,51 +42,10 @@ class Inputs:
                 "inputs.shards is '-', a tar on stdin, which cannot be read again; a recipe names its shards"
             )
 
-    @property
-    def options(self) -> InputOptions:
-        """As sources take them."""
-        return InputOptions(self.caption, self.images, self.allow_pipe)
-
 
 @dataclass(frozen=True)
-class Model:
-    """The model and the SAE that pairs are scored with; None is what the card says."""
-
-    name: str = "tiny"
-    """A card, or with `layer` and `sae` a local folder or hub id"""
-    layer: int | None = None
-    sae: str | None = None
-    sae_options: dict[str, Any] = field(default_factory=dict)
-    """What the SAE's files leave open (see `SAEOptions`)"""
-    prompt: str | None = None
-    text_context: Literal["image", "none"] | None = None
-    threshold: float | None = None
-
-    def card(self) -> Card:
-        """The card that this means; raises `ModelError` and `SAEError`."""
-        options = [f"{key}={value}" for key, value in self.sae_options.items()]
-        return card_for(self.name, self.layer, self.sae, self.prompt, self.text_context, self.threshold, options)
-
-
-@dataclass(frozen=True)
-class Run:
+class Run(RunSettings, BatchSettings, DeviceSettings):
     """Where the pass over the model is kept, and how it goes."""
-
-    directory: str = "mmfilter-run"
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device_map: Literal["auto"] | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    compile: bool = False
-    trust_remote_code: bool = False
-    batch_size: int = 32
-    workers: int = 4
-    limit: int | None = None
-    """Score only the first so many samples"""
-    seed: int = 0
-    """Seed of the `random` score"""
-    max_bad: float = 0.1
-    """With a larger share of samples without a score the recipe ends after scoring"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
@@ -99,61 +56,59 @@ class Run:
 class Check:
     """Whether the scores tell true pairs from shuffled ones; told, and written into the run."""
 
-    sample: int = 1000
-    seed: int = 0
+    sample: int = CheckSettings.sample
+    seed: int = CheckSettings.seed
 
 
 @dataclass(frozen=True)
 class Dedup:
     """Duplicates in the whole run; a selection leaves them out unless `select.dedup` says otherwise."""
 
-    threshold: float = 0.95
-    on: On = "both"
-    by: str = "similarity"
+    threshold: float = DedupSettings.threshold
+    on: On = DedupSettings.on
+    by: str = DedupSettings.by
 
     def settings(self) -> DedupSettings:
         """For the operation."""
-        return DedupSettings(DuplicateSettings(self.threshold, self.on), self.by)
+        return combined(DedupSettings, self)
 
 
 @dataclass(frozen=True)
-class Select:
-    """What to keep (see `SelectSettings`)."""
+class Select(ChoiceSettings):
+    """What to keep."""
 
-    top: str | int | float | None = None
-    """As `SelectSettings` has it; a number with a point is refused there"""
-    min: float | None = None
-    by: str = "similarity"
-    where: str | None = None
+    top: str | int | float | None = None  # type: ignore[assignment]
+    """As `ChoiceSettings` has it; a number with a point is refused there"""
     dedup: float | Literal[False] | None = None
     """A cosine; false keeps duplicates; None is what the section dedup says"""
-    dedup_on: On | None = None
-    per: str | None = None
-    diverse: bool = False
-    match: str | None = None
+    dedup_on: On | None = None  # type: ignore[assignment]
+    """None is what the section dedup says"""
+    match: str | None = None  # type: ignore[assignment]
     """Run directory"""
-    repeat: str | None = None
-    metadata: tuple[str, ...] = ()
-    """Files whose columns `where`, `by`, `per` and `repeat` may name"""
     shuffle: int | None = None
+    """Seed of a random output order; None keeps the order of the source"""
 
 
 @dataclass(frozen=True)
 class Output:
     """One thing to write."""
 
-    path: str
+    path: str = setting(
+        required=True, kw_only=False, missing="name a new folder, or a new file for tar, keys and *.npy"
+    )
     """New folder, or new file for tar, keys and `*.npy`"""
     format: Format = "shards"
-    shard_size: int = 10_000
+    shard_size: int = SelectSettings.shard_size
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The whole of it. A section that is None is a step left out."""
 
-    inputs: Inputs
-    model: Model = field(default_factory=Model)
+    inputs: Inputs = setting(
+        required=True, kw_only=False, missing="name the shards there, such as 'inputs: {shards: data/*.tar}'"
+    )
+    model: ModelSettings = field(default_factory=ModelSettings)
     run: Run = field(default_factory=Run)
     check: Check | None = None
     dedup: Dedup | None = None
@@ -185,7 +140,7 @@ class Recipe:
         """The same recipe with every default of the selection spelled out, and with paths that mean the same in any folder."""
         model = replace(
             self.model,
-            name=_absolute(self.model.name),
+            model=_absolute(str(self.model.model)),
             sae=None if self.model.sae is None else _absolute(self.model.sae),
         )
         select = self.select
@@ -209,7 +164,7 @@ class Recipe:
                 images=self.inputs.images and _whole(self.inputs.images),
             ),
             model=model,
-            run=replace(self.run, directory=_place(self.run.directory)),
+            run=replace(self.run, run=Path(_place(str(self.run.run)))),
             select=select,
             outputs=tuple(replace(output, path=_place(output.path)) for output in self.outputs),
         )
@@ -224,18 +179,53 @@ class Recipe:
 
     def selection(self, output: Output, *, dry_run: bool = False) -> SelectSettings:
         """Settings of the selection that makes `output`; raises `SelectionError` for what cannot be."""
-        select = self.select
+        select = Select() if self.select is None else self.select
         threshold, on = self._duplicates(select)
-        return SelectSettings(
-            top=None if select.top is None else str(select.top), min=select.min, by=select.by, where=select.where,
-            dedup=None if threshold is False else threshold, dedup_on=on, per=select.per, diverse=select.diverse,
-            match=None if select.match is None else Path(select.match), repeat=select.repeat, metadata=select.metadata, shuffle=select.shuffle, dry_run=dry_run,
-            format=output.format, output=output.path, shard_size=output.shard_size,
-        )  # fmt: skip
+        return combined(
+            SelectSettings,
+            select,
+            top=None if select.top is None else str(select.top),
+            dedup=None if threshold is False else threshold,
+            dedup_on=on,
+            match=None if select.match is None else Path(select.match),
+            dry_run=dry_run,
+            format=output.format,
+            output=output.path,
+            shard_size=output.shard_size,
+        )
 
     def values(self) -> dict[str, Any]:
         """As it is written, in lists and mappings."""
-        return _plain(asdict(self))
+        return {
+            item.name: None if (part := getattr(self, item.name)) is None else _written(part)
+            for item in sorted(fields(self), key=lambda item: SECTIONS.index(item.name))
+        }
+
+
+SECTIONS = ("inputs", "model", "run", "check", "dedup", "select", "outputs")
+WRITTEN: dict[type, tuple[str, ...]] = {
+    Inputs: ("shards", "caption", "images", "allow_pipe"),
+    ModelSettings: ("name", "layer", "sae", "sae_options", "prompt", "text_context", "threshold"),
+    Run: (
+        "directory", "device", "dtype", "device_map", "attention", "compile", "trust_remote_code", "batch_size",
+        "workers", "limit", "seed", "max_bad",
+    ),
+    Select: (
+        "top", "min", "by", "where", "dedup", "dedup_on", "per", "diverse", "match", "repeat", "metadata", "shuffle",
+    ),
+    Output: ("path", "format", "shard_size"),
+}  # fmt: skip
+"""Keys in the order in which a recipe is written; one that came later follows where it says something"""
+
+
+def _written(section: Any) -> Any:
+    """A section, or a list of them, in lists and mappings."""
+    if isinstance(section, tuple):
+        return [_written(part) for part in section]
+    values = {key_of(item): (getattr(section, item.name), item.default) for item in fields(section)}
+    order = WRITTEN.get(type(section), tuple(values))
+    later = [key for key, (value, default) in values.items() if key not in order and value != default]
+    return {key: _plain(values[key][0]) for key in (*order, *later)}
 
 
 def _absolute(name: str) -> str:
@@ -246,7 +236,7 @@ def _absolute(name: str) -> str:
 
 def _whole(path: str) -> str:
     """An input that means the same in any folder, with the slash that makes a folder of a URL; commands as they are."""
-    return path if path.startswith("pipe:") else _place(path) + ("/" if path.endswith("/") and not is_url(path) else "")
+    return path if path.startswith(PIPE) else _place(path) + ("/" if path.endswith("/") and not is_url(path) else "")
 
 
 def _place(path: str) -> str:
@@ -257,4 +247,6 @@ def _place(path: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mmfilter.core.codes.faiss_library import check_installed
 from mmfilter.core.files import read_json, write_json
@@ -19,14 +19,14 @@ from mmfilter.core.output.destination import check_output
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.directory import RunDirectory, check_place
 from mmfilter.core.run.tables import read_table_metadata
+from mmfilter.core.typed import combined
 from mmfilter.errors import RecipeError
 from mmfilter.ops import dedup as dedup_operation
 from mmfilter.ops import select as select_operation
+from mmfilter.ops.check_settings import CheckSettings
+from mmfilter.ops.score_settings import ScoreSettings
 from mmfilter.recipes import record
 from mmfilter.recipes.schema import Output, Recipe
-
-if TYPE_CHECKING:
-    from mmfilter.core.pipeline.engine import DeviceSettings
 
 State = Literal["done", "skipped", "planned"]
 
@@ -63,8 +63,8 @@ def follow(recipe: Recipe, progress: Progress, told: Told, *, dry_run: bool = Fa
 class _Follower:
     def __init__(self, recipe: Recipe, progress: Progress, told: Told, dry_run: bool) -> None:
         self._recipe, self._progress, self._told, self._dry_run = recipe, progress, told, dry_run
-        self._run = RunDirectory(Path(recipe.run.directory))
-        self._sources = open_sources(recipe.inputs.shards, recipe.inputs.options)
+        self._run = RunDirectory(Path(recipe.run.run))
+        self._sources = open_sources(recipe.inputs.shards, recipe.inputs.inputs)
         self._scored = False
         """Whether the scores are as the recipe wants them"""
 
@@ -141,10 +141,7 @@ class _Follower:
             return Step("check", "planned", f"compare true with shuffled pairs, {wanted.sample:,} of them")
         from mmfilter.ops import check as operation
 
-        settings = operation.CheckSettings(
-            recipe.model.card(), sample=wanted.sample, seed=wanted.seed, device=self._device(), batch_size=recipe.run.batch_size, workers=recipe.run.workers,
-            caption=recipe.inputs.caption, images=recipe.inputs.images, allow_pipe=recipe.inputs.allow_pipe,
-        )  # fmt: skip
+        settings = combined(CheckSettings, recipe.model, recipe.inputs, recipe.run, wanted)
         report = operation.check(recipe.inputs.shards, settings, self._progress)
         facts = {
             "verdict": report.verdict,
@@ -163,7 +160,7 @@ class _Follower:
             return Step(
                 "score",
                 "planned",
-                f"score {_shards(len(self._sources))} with {self._recipe.model.name!r} into {self._run.path}; finished ones are skipped",
+                f"score {_shards(len(self._sources))} with {self._recipe.model.model!r} into {self._run.path}; finished ones are skipped",
             )
         if self._recipe.dedup is not None or (
             self._recipe.select is not None and self._recipe.select.dedup is not False
@@ -171,17 +168,10 @@ class _Follower:
             check_installed()  # rather now than after the pass
         from mmfilter.ops import score as operation
 
-        run = self._recipe.run
-        settings = operation.ScoreSettings(
-            card=self._recipe.model.card(), run=self._run.path, device=self._device(), batch_size=run.batch_size, workers=run.workers, limit=run.limit,
-            caption=self._recipe.inputs.caption, images=self._recipe.inputs.images, allow_pipe=self._recipe.inputs.allow_pipe, seed=run.seed,
-        )  # fmt: skip
+        settings = combined(ScoreSettings, self._recipe.model, self._recipe.inputs, self._recipe.run)
         summary = operation.score(self._recipe.inputs.shards, settings, self._progress)
-        if summary.failures:
-            raise RecipeError(
-                f"{len(summary.failures)} of {len(self._sources)} shards could not be read to their end, first: {summary.failures[0]}. "
-                "The others are finished; repair and run again"
-            )
+        if summary.failed:
+            raise RecipeError(summary.failed)
         record.store(self._run, "score", request)
         self._scored = True
         return self._counted("done", "")
@@ -190,13 +180,8 @@ class _Follower:
         """What has scores; raises `RecipeError` where that is too little."""
         tables = [read_table_metadata(path) for path in self._run.score_tables()]
         rows, ok = (sum(table[name] for table in tables) for name in ("rows", "ok"))
-        if not rows:
-            raise RecipeError("the shards hold no samples: nothing to score")
-        if 1 - ok / rows > self._recipe.run.max_bad:
-            raise RecipeError(
-                f"{1 - ok / rows:.1%} of the samples have no score, more than run.max_bad: {self._recipe.run.max_bad} allows; "
-                f"the column 'reason' of {self._run.path}/scores/*.parquet says why for each"
-            )
+        if problem := self._recipe.run.problem(rows, ok, name="run.max_bad"):
+            raise RecipeError(problem)
         return Step(
             "score",
             state,
@@ -208,7 +193,7 @@ class _Follower:
         settings = self._recipe.dedup.settings()
         about = f"at {self._recipe.dedup.threshold} on {self._recipe.dedup.on}"
         found = record.stored(self._run, "dedup") if self._scored else None
-        asked = {"settings": asdict(settings), "scores": record.tables_digest(self._run)} if self._scored else None
+        asked = {"settings": settings.stored(), "scores": record.tables_digest(self._run)} if self._scored else None
         if found is not None and found["asked"] == asked and found["file"] == record.stamp_of(self._run.dedup):
             return Step(
                 "dedup", "skipped", f"finished before: {found['kept']:,} are left {about}", {"kept": found["kept"]}
@@ -266,12 +251,6 @@ class _Follower:
             with suppress(FileNotFoundError):
                 manifest.unlink()
             raise
-
-    def _device(self) -> DeviceSettings:
-        from mmfilter.core.pipeline.engine import DeviceSettings
-
-        run = self._recipe.run
-        return DeviceSettings(run.device, run.dtype, run.device_map, run.attention, run.compile, run.trust_remote_code)
 
 
 def _shards(n: int) -> str:

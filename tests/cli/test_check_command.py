@@ -10,7 +10,8 @@ import pytest
 from mmfilter.cli import check_display
 from mmfilter.cli.app import main
 from mmfilter.core.scores.registry import shown
-from mmfilter.ops.measure import MeasureSettings, measure
+from mmfilter.ops.measure import measure
+from mmfilter.ops.measure_settings import MeasureSettings
 from tests.conftest import good, write_tar
 
 pytestmark = pytest.mark.slow  # whole runs of the command

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.cli.app import command_paths, main
-from mmfilter.cli.options import FORMATS, destination
+from mmfilter.cli.select_command import check_terminal
+from mmfilter.core.selection.settings import SelectSettings
 from tests import inputs
 from tests.conftest import good, write_tar
 
@@ -129,12 +129,6 @@ def test_other_formats_in_a_directory(scored, tmp_path, form):
     assert pq.read_table(tmp_path / "best/selection.parquet")["kept"].to_pylist().count(True) == 24
 
 
-def test_the_formats_of_the_command_are_those_of_the_operation():
-    from mmfilter.core.output.destination import Format
-
-    assert get_args(Format) == FORMATS
-
-
 EXPLAINED = {
     "missing shard": (["score", "nowhere.tar"], "nowhere.tar"),
     "no match": (["score", "nowhere/*.tar"], "nowhere/*.tar"),
@@ -193,16 +187,33 @@ def test_wrong_usage_exits_2(case, capsys):
 
 
 def test_a_tar_is_not_poured_into_a_terminal():
+    def check(is_terminal: bool, **settings) -> None:
+        check_terminal(SelectSettings(top="5", **settings), is_terminal=is_terminal)
+
     with pytest.raises(Exception, match="say where to"):
-        destination(None, None, stdout_is_terminal=True)
+        check(True)
     with pytest.raises(
         Exception, match=r"say where to: -o subset\.npy, or -o DIR for the subset file with a table of all decisions"
     ):
-        destination(None, "datacomp", stdout_is_terminal=True)
-    assert destination(None, "datacomp", stdout_is_terminal=False) == ("datacomp", None)
-    assert destination(None, "keys", stdout_is_terminal=True) == ("keys", None)
-    assert destination(None, None, stdout_is_terminal=False) == ("tar", None)
-    assert destination("best", None, stdout_is_terminal=True) == ("shards", Path("best"))
+        check(True, format="datacomp")
+    check(False, format="datacomp")
+    check(True, format="keys")
+    check(False)
+    check(True, output="best")
+
+
+@pytest.mark.parametrize(
+    ("output", "form", "meant"),
+    [
+        (None, None, ("tar", None)),
+        ("-", None, ("tar", None)),
+        ("best", None, ("shards", "best")),
+        ("a", "keys", ("keys", "a")),
+    ],
+)
+def test_what_is_written_where_nothing_is_said(output, form, meant):
+    settings = SelectSettings(top="5", output=output, format=form)
+    assert (settings.format, settings.output) == meant
 
 
 @pytest.mark.slow

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from mmfilter.cli import app, check_command, sae_commands, sae_eval_command, sae_train_command
 from mmfilter.cli.app import main
+from mmfilter.cli.settings_options import options_of
+from mmfilter.core.input.source import InputOptions
 from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.training.run_settings import TrainRunSettings
+from mmfilter.ops.check_settings import CheckSettings
+from mmfilter.ops.evaluate_settings import EvaluateSettings
+from mmfilter.ops.measure_settings import MeasureSettings
+from mmfilter.ops.score_settings import ScoreSettings
 from tests.inputs import as_llava, as_tar, pairs
 
 TRAIN = ["--tokens", "1024", "--batch-size", "256", "--capacity", "512", "--widths", "64", "--k", "4"]
-TAKES_PAIRS = (app.score, check_command.check, sae_train_command.train, sae_eval_command.evaluate, sae_commands.show)
+TAKES_PAIRS = (ScoreSettings, CheckSettings, TrainRunSettings, EvaluateSettings, MeasureSettings, InputOptions)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +39,14 @@ def places(tmp_path_factory) -> dict[str, list[str]]:
 
 
 def test_the_options_have_the_same_words_everywhere():
-    def words(command, name: str) -> tuple:
-        import typing
-
-        option = typing.get_args(typing.get_type_hints(command, include_extras=True)[name])[-1]
-        return option.param_decls, option.help, option.metavar
-
-    for name in ("images", "allow_pipe"):
-        assert len({words(command, name) for command in TAKES_PAIRS}) == 1
-        assert all(name in inspect.signature(command).parameters for command in TAKES_PAIRS)
+    for key in ("images", "allow_pipe", "caption"):
+        words = [
+            (option.item.metadata, option.help, option.group)
+            for settings in TAKES_PAIRS
+            for option in options_of(settings)
+            if option.key == key
+        ]
+        assert len(words) == len(TAKES_PAIRS) and all(one == words[0] for one in words)
 
 
 @pytest.mark.slow
@@ -105,6 +109,6 @@ def test_what_is_not_allowed_says_so(places, tmp_path, capsys, command):
     assert main([*given, places["tar"][0], "--images", str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err
-        == f"mmfilter: shard {places['tar'][0]!r} is no LLaVA JSON, and --images is the folder of those; leave it out\n"
+        == f"mmfilter: shard {places['tar'][0]!r} is not LLaVA JSON, and --images is the folder of its images; leave it out\n"
     )
     assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ def test_init_to_stdout(here, capsys):
 EXPLAINED = {
     "unknown key": (
         ["run", "recipe.yaml", "--set", "select.tpo=5"],
-        "select.tpo is no key of a recipe; the nearest is select.top",
+        "select.tpo is not a key of a recipe; the nearest is select.top",
     ),
     "no recipe": (
         ["run", "none.yaml"],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 import yaml
 
-from mmfilter.cli import sae_train_command
 from mmfilter.cli.app import main
-from mmfilter.cli.sae_train_command import KINDS, parsed, run_settings
+from mmfilter.cli.settings_options import options_of
 from mmfilter.core.sae.pretrained import load_sae
+from mmfilter.core.training.run_settings import TrainRunSettings
 from mmfilter.core.training.settings import TrainSettings
 
 pytestmark = pytest.mark.slow
@@ -24,15 +25,12 @@ def shard(make_shard):
 SHORT = ["--tokens", "2048", "--batch-size", "256", "--capacity", "512", "--no-weights"]
 
 
-def test_every_option_is_a_key_of_the_yaml_and_back():
-    import inspect
-
-    options = set(inspect.signature(sae_train_command.train).parameters) - {"shards", "output", "config", "as_json"}
-    assert {"compile" if name == "compile_blocks" else name for name in options} == set(KINDS)
-    trained = {
-        field for field in TrainSettings.__dataclass_fields__ if field not in ("n_features", "tokens", "dtype", "k")
-    }
-    assert trained == set(sae_train_command.OPTIMISATION)
+def test_every_field_of_a_training_is_an_option():
+    keys = {option.key for option in options_of(TrainRunSettings)}
+    not_options = {"n_features", "k", "tokens", "seed", "dtype"}  # said by --widths, --k, --tokens, --seed, --precision
+    assert {item.name for item in fields(TrainSettings)} - not_options < keys
+    assert {"widths", "k", "tokens", "seed", "precision", "dtype", "pairs", "model", "images", "attn"} < keys
+    assert not keys & {"sae", "sae_option", "threshold", "n_features"}
 
 
 def test_yaml_and_options_give_the_same_sae_and_options_go_first(shard, tmp_path, capsys):
@@ -74,35 +72,21 @@ def test_every_architecture_trains_from_the_command_line(shard, tmp_path, capsys
     assert load_sae(tmp_path / "sae").activation == {"jumprelu": "jumprelu", "relu": "relu"}.get(options[1], "jumprelu")
 
 
-def test_values_are_of_their_kind():
-    assert (
-        parsed("widths", "4096,16384") == (4096, 16384)
-        and parsed("widths", [8, 16]) == (8, 16)
-        and parsed("k", 32) == (32,)
-    )
-    assert parsed("groups", "0.25,512") == (0.25, 512) and parsed("tokens", "1e6") == 1_000_000
-    assert parsed("image_fraction", "none") is None and parsed("image_fraction", 0.3) == 0.3
-
-
 def test_no_setting_is_needed(tmp_path):
-    made = run_settings(tmp_path, {})
-    assert (
-        made.train == TrainSettings()
-        and made.tokens is None
-        and made.image_fraction == 0.5
-        and made.card.name == "tiny"
-    )
+    made = TrainRunSettings(output=tmp_path)
+    assert made.train == TrainSettings() and made.tokens is None and made.image_fraction == 0.5
+    assert made.card.name == "tiny"
 
 
 WRONG = {
     "unknown key": ({"learning_rat": 1}, "has the unknown key 'learning_rat'; the nearest is"),
-    "no mapping": (["k"], "holds no settings; expected lines like 'k: 32'"),
-    "kind": ({"k": "many"}, "--k is 'many'; expected whole numbers with commas"),
-    "flag": ({"weights": "perhaps"}, "--weights is 'perhaps'; expected true or false"),
+    "no mapping": (["k"], "holds no settings; expected lines like 'batch_size: 32'"),
+    "kind": ({"k": "many"}, "has k 'many'; expected whole numbers with commas"),
+    "flag": ({"weights": "perhaps"}, "has weights 'perhaps'; expected true or false"),
     "range": ({"warm_up": 1.5}, "training has warm_up 1.5; expected a fraction from 0 to below 1"),
     "choice": (
         {"architecture": "gated"},
-        "training has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu",
+        "has architecture 'gated'; expected one of batchtopk, topk, jumprelu, relu",
     ),
     "model": ({"model": "nowhere"}, "for a folder or hub id give --layer as well"),
 }
@@ -122,7 +106,7 @@ def test_a_yaml_that_is_not_there_or_none(shard, tmp_path, capsys):
     assert "--config 'nowhere.yaml' cannot be read" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("k: [1,")
     assert main(["sae", "train", str(shard), "-o", f"{tmp_path}/sae", "--config", f"{tmp_path}/bad.yaml"]) == 1
-    assert "is no YAML" in capsys.readouterr().err
+    assert "is not YAML" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_every_step(shard, tmp_path):

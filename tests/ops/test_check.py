@@ -24,7 +24,8 @@ from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.core.scores.registry import formulas
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import MMFilterError, SAEError
-from mmfilter.ops.check import CheckSettings, check, compare, deal
+from mmfilter.ops.check import check, compare, deal
+from mmfilter.ops.check_settings import CheckSettings
 from tests import reference
 from tests.conftest import Member, write_tar
 

@@ -13,20 +13,22 @@ import pytest
 
 from mmfilter.core.codes import duplicates as pairs_module
 from mmfilter.core.codes import index as index_module
-from mmfilter.core.codes.duplicates import DuplicateSettings
+from mmfilter.core.codes.duplicate_settings import DuplicateSettings
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.tables import read_table_metadata
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
-from mmfilter.ops.dedup import DedupSettings, dedup
-from mmfilter.ops.search import SearchSettings, search
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.dedup import dedup
+from mmfilter.ops.dedup_settings import DedupSettings
+from mmfilter.ops.search import search
+from mmfilter.ops.search_settings import SearchSettings
+from mmfilter.ops.select import select
 from tests.codes import SAMPLES, Sample, clustered, first_of_group, greedy, near, side, similarities, write_run
 from tests.conftest import Quiet
 
 
 def run_dedup(run: Path, quiet: Quiet, threshold: float = 0.9, on: str = "both", **settings):
-    more = {name: settings.pop(name) for name in ("by", "borderline") if name in settings}
-    return dedup(run, DedupSettings(DuplicateSettings(threshold, on, **settings), **more), quiet)
+    return dedup(run, DedupSettings(threshold, on, **settings), quiet)
 
 
 def decided(path: Path) -> dict:

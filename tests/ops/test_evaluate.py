@@ -14,8 +14,10 @@ from transformers import AutoModelForImageTextToText
 from mmfilter.core.cards.cards import Card
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.errors import MMFilterError, ModelError, SAEError
-from mmfilter.ops.evaluate import RANDOM, TRAINED, EvaluateSettings, evaluate
-from mmfilter.ops.measure import MeasureSettings, measure
+from mmfilter.ops.evaluate import RANDOM, TRAINED, evaluate
+from mmfilter.ops.evaluate_settings import EvaluateSettings
+from mmfilter.ops.measure import measure
+from mmfilter.ops.measure_settings import MeasureSettings
 from tests.conftest import write_tar
 from tests.zoo import build, save
 

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import RunError, SelectionError, ShardError
 from mmfilter.ops import check as check_operation
-from mmfilter.ops.score import ScoreSettings, score
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.score import score
+from mmfilter.ops.score_settings import ScoreSettings
+from mmfilter.ops.select import select
 from tests import inputs
 
 N = 44
@@ -54,7 +56,7 @@ def scored(tiny, tmp_path_factory) -> Path:
     for kind, shard in kinds.items():
         images = str(shard.parent / "images") if kind in ("json", "jsonl") else None
         settings = ScoreSettings(
-            card=tiny[0], run=base / "runs" / kind, batch_size=8, workers=2, images=images, allow_pipe=kind == "pipe"
+            model=tiny[0], run=base / "runs" / kind, batch_size=8, workers=2, images=images, allow_pipe=kind == "pipe"
         )
         summary = score([str(shard)], settings, Quiet())
         assert (summary.n_samples, summary.n_scored, summary.n_shards) == (N, N, 1), kind
@@ -95,7 +97,7 @@ def test_a_selection_of_everything_scores_the_same_again(scored, tiny, tmp_path,
     select(scored / "runs" / kind, SelectSettings(top="100%", output=tmp_path / "all"))
     score(
         [str(tmp_path / "all/00000000.tar")],
-        ScoreSettings(card=tiny[0], run=tmp_path / "again", batch_size=8, workers=2),
+        ScoreSettings(model=tiny[0], run=tmp_path / "again", batch_size=8, workers=2),
         quiet,
     )
     keep = {"key", "similarity", "support", "image_hash", "text_hash"}
@@ -115,7 +117,7 @@ def test_the_same_selection_is_the_same_bytes(scored, tmp_path):
 
 def test_a_finished_run_is_skipped_and_a_changed_file_is_not(tiny, tmp_path, quiet):
     folder = inputs.as_folder(tmp_path / "folder", inputs.pairs(4))
-    settings = ScoreSettings(card=tiny[0], run=tmp_path / "run", workers=1)
+    settings = ScoreSettings(model=tiny[0], run=tmp_path / "run", workers=1)
     assert score([str(folder)], settings, quiet).n_new == 4
     assert score([str(folder)], settings, quiet).n_new == 0
     (folder / "000000001.txt").write_text("a red apple")
@@ -133,7 +135,7 @@ def test_nothing_is_written_into_a_folder_that_is_input(scored, tiny, tmp_path, 
     folder = inputs.as_folder(tmp_path / "folder", inputs.pairs(2))
     for run in (folder, folder / "run", folder / "deep/run"):
         with pytest.raises(RunError, match="and nothing is written there: use another --run"):
-            score([str(folder)], ScoreSettings(card=tiny[0], run=run, workers=1), quiet)
+            score([str(folder)], ScoreSettings(model=tiny[0], run=run, workers=1), quiet)
     with pytest.raises(SelectionError, match="holds shards of the input; name a new folder"):
         select(scored / "runs/folder", SelectSettings(top="2", output=scored / "folder/best"))
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -163,7 +165,7 @@ def test_a_command_is_run_once_also_when_weights_are_fitted(scored, tiny, tmp_pa
     log = tmp_path / "log"
     shards = [f"pipe:echo {i} >> {log}; cat {scored}/data/00000.tar" for i in range(2)]
     settings = ScoreSettings(
-        card=replace(tiny[0], weights=None), run=tmp_path / "run", batch_size=8, workers=2, allow_pipe=True
+        model=replace(tiny[0], weights=None), run=tmp_path / "run", batch_size=8, workers=2, allow_pipe=True
     )
     summary = score(shards, settings, quiet)
     assert (summary.n_samples, summary.n_scored, log.read_text()) == (2 * N, 2 * N, "0\n1\n")
@@ -173,7 +175,7 @@ def test_a_command_is_run_once_also_when_weights_are_fitted(scored, tiny, tmp_pa
 def test_a_command_that_fails_is_a_shard_that_failed(scored, tiny, tmp_path, quiet):
     good, bad = f"pipe:cat {scored}/data/00000.tar", "pipe:echo no luck >&2; exit 3"
     summary = score(
-        [bad, good], ScoreSettings(card=tiny[0], run=tmp_path / "run", workers=1, batch_size=8, allow_pipe=True), quiet
+        [bad, good], ScoreSettings(model=tiny[0], run=tmp_path / "run", workers=1, batch_size=8, allow_pipe=True), quiet
     )
     assert [str(error) for error in summary.failures] == [
         f"shard {bad!r} failed with exit status 3 (no luck); run the command by itself to see why"
@@ -183,7 +185,7 @@ def test_a_command_that_fails_is_a_shard_that_failed(scored, tiny, tmp_path, qui
 
 def test_images_has_no_meaning_without_json(scored, tiny, tmp_path, quiet):
     with pytest.raises(ShardError) as caught:
-        score([f"{scored}/data/00000.tar"], ScoreSettings(card=tiny[0], run=tmp_path / "run", images="x"), quiet)
+        score([f"{scored}/data/00000.tar"], ScoreSettings(model=tiny[0], run=tmp_path / "run", images="x"), quiet)
     assert (
         str(caught.value)
         == f"shard '{scored}/data/00000.tar' is no LLaVA JSON, and --images is the folder of those; leave it out"
@@ -192,10 +194,10 @@ def test_images_has_no_meaning_without_json(scored, tiny, tmp_path, quiet):
 
 def test_check_takes_them_too(scored, tiny, quiet):
     settings = check_operation.CheckSettings(
-        card=tiny[0], sample=N, bootstrap=100, workers=1, images=str(scored / "llava/images")
+        model=tiny[0], sample=N, bootstrap=100, workers=1, images=str(scored / "llava/images")
     )
     report = check_operation.check([str(scored / "llava/data.json")], settings, quiet)
-    settings = check_operation.CheckSettings(card=tiny[0], sample=N, bootstrap=100, workers=1)
+    settings = check_operation.CheckSettings(model=tiny[0], sample=N, bootstrap=100, workers=1)
     assert repr(report.scores) == repr(check_operation.check([str(scored / "data/00000.tar")], settings, quiet).scores)
     with pytest.raises(ShardError, match="would run a shell"):
         check_operation.check([f"pipe:cat {scored}/data/00000.tar"], settings, quiet)

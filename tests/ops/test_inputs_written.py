@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.files import read_json, write_json
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests import inputs
 from tests.ops.test_inputs import samples_of
 from tests.runs import make_run

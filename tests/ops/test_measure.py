@@ -12,7 +12,8 @@ from PIL import Image
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import MMFilterError, SAEError
-from mmfilter.ops.measure import MeasureSettings, flat, measure
+from mmfilter.ops.measure import flat, measure
+from mmfilter.ops.measure_settings import MeasureSettings
 from tests.conftest import caption, picture, write_tar
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests import inputs
 from tests.runs import keys_of, make_run, make_shard
 

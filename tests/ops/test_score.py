@@ -13,19 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.pipeline.pass_settings import DeviceSettings
 from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.core.scores.registry import SCORES
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import RunError, ShardError
-from mmfilter.ops.score import ScoreSettings, score
+from mmfilter.ops.score import score
+from mmfilter.ops.score_settings import ScoreSettings
 from tests import reference
 from tests.conftest import good, picture, write_tar
 
 
 def run_score(card, shards, run, progress, **options):
-    return score([str(shard) for shard in shards], ScoreSettings(card=card, run=run, **options), progress)
+    return score([str(shard) for shard in shards], ScoreSettings(model=card, run=run, **options), progress)
 
 
 def rows_of(run: Path, name: str = "00000") -> list[dict]:

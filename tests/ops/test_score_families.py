@@ -14,7 +14,8 @@ from mmfilter.core.cards.cards import Card
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.sae.autoencoder import SAE
-from mmfilter.ops.score import ScoreSettings, score
+from mmfilter.ops.score import score
+from mmfilter.ops.score_settings import ScoreSettings
 from tests.zoo import build, save
 
 LAYERS = {"clip": -1, "siglip2": -1, "qwen2_vl": 1, "emu3": 1, "blip2_t5": 1, "gemma3": 1, "idefics3": 1}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmfilter.errors import SelectionError
-from mmfilter.ops.search import SearchSettings, search
+from mmfilter.ops.search import search
+from mmfilter.ops.search_settings import SearchSettings
 from tests.codes import Sample, clustered, dense, first_of_group, write_run
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from mmfilter.core.files import write_json
-from mmfilter.core.selection.choice import Decision, Top, choose
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.core.selection.choice import Decision, choose
+from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.top import Top
+from mmfilter.ops.select import select
 from tests.runs import add_table, error_of, keys_of, make_run, make_shard, samples_of
 
 

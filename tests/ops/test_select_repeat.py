@@ -13,9 +13,11 @@ import pytest
 import webdataset
 
 from mmfilter.core.input.shards import open_source
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError
-from mmfilter.ops.dedup import DedupSettings, DuplicateSettings, dedup
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.dedup import dedup
+from mmfilter.ops.dedup_settings import DedupSettings
+from mmfilter.ops.select import select
 from tests.codes import clustered, write_run
 from tests.conftest import Quiet
 from tests.runs import kept_keys, listing, make_run, make_shard, refused, samples_of
@@ -141,7 +143,7 @@ def test_a_dry_run_writes_nothing(tmp_path, settings):
 
 def test_a_dry_run_uses_pairs_that_are_there(tmp_path):
     run = write_run(tmp_path / "run", clustered(200, seed=8))
-    dedup(run, DedupSettings(DuplicateSettings(0.9)), Quiet())
+    dedup(run, DedupSettings(0.9), Quiet())
     before = listing(tmp_path)
     selection = select(run, SelectSettings(top="100%", dedup=0.9, format="keys", dry_run=True))
     assert listing(tmp_path) == before and selection.not_near < selection.scored

@@ -22,8 +22,9 @@ from mmfilter.core.run.decisions import write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.members import Members
 from mmfilter.core.run.tables import read_table_metadata
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests.runs import add_table, collect, keys_of, make_run, make_shard, samples_of
 
 
@@ -243,7 +244,8 @@ def test_keys_stream(run):
 STREAM = """
 import sys
 from pathlib import Path
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
+from mmfilter.core.selection.settings import SelectSettings
 selection = select(Path(sys.argv[1]), SelectSettings(top="100%", format=sys.argv[2]))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(selection.reader_closed, file=sys.stderr)

@@ -25,9 +25,9 @@ from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training import memory_check
+from mmfilter.core.training.run_settings import TrainRunSettings
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.shard_states import ShardStates
-from mmfilter.core.training.summary import TrainRunSettings
 from mmfilter.errors import SAEError
 from mmfilter.ops.train import train
 from tests.conftest import Quiet
@@ -221,7 +221,7 @@ def test_a_cache_of_other_states_and_a_damaged_one_are_refused(trained, tiny, tm
     shard, _, _, _ = trained
     made = settings(tiny, tmp_path / "a", cache=tmp_path / "cache", weights=False, tokens=512)
     train([str(shard)], made, Watching())
-    other = replace(made, output=tmp_path / "b", card=replace(tiny[0], layer=0))
+    other = replace(made, output=tmp_path / "b", model=replace(tiny[0], layer=0))
     with pytest.raises(SAEError, match=r"is of other states \(layer was 1, is now 0\): use another --cache"):
         train([str(shard)], other, Watching())
     with (tmp_path / "cache" / "states.bin").open("r+b") as file:

@@ -17,9 +17,11 @@ from mmfilter.cli.app import main
 from mmfilter.core.input import remote
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
-from mmfilter.ops.score import ScoreSettings, score
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.score import score
+from mmfilter.ops.score_settings import ScoreSettings
+from mmfilter.ops.select import select
 from tests import inputs
 from tests.conftest import Quiet, good, write_tar
 from tests.ops.test_metadata import write
@@ -46,7 +48,7 @@ def shard(path: Path, n: int, first: int = 0) -> Path:
 
 
 def run_score(tiny, names, run: Path, progress=None, **settings):
-    return score(names, ScoreSettings(card=tiny[0], run=run, **settings), progress or Quiet())
+    return score(names, ScoreSettings(model=tiny[0], run=run, **settings), progress or Quiet())
 
 
 def scores_of(run: Path) -> list[tuple]:

@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mmfilter.core.cards.card_choice import ModelSettings
 from mmfilter.core.cards.cards import card_names, load_card
 from mmfilter.core.input.source import InputOptions
 from mmfilter.errors import RecipeError, ShardError
 from mmfilter.recipes.drafting import Look, draft, look, write_draft
 from mmfilter.recipes.reading import read_recipe
-from mmfilter.recipes.schema import Inputs, Model, Output, Run, Select
+from mmfilter.recipes.schema import Inputs, Output, Run, Select
 from mmfilter.recipes.steps import follow
 from tests import inputs
 from tests.conftest import Quiet, good, picture, write_tar
@@ -69,9 +70,9 @@ def test_what_is_written_is_a_recipe_that_says_what_was_seen(tmp_path, monkeypat
     write_draft(tmp_path / "recipe.yaml", text)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert (recipe.inputs, recipe.model, recipe.run) == (
-        Inputs(('a "b"*.tar',), caption),
-        Model("tiny"),
-        Run("mmfilter-run"),
+        Inputs(shards=('a "b"*.tar',), caption=caption),
+        ModelSettings("tiny"),
+        Run(run=Path("mmfilter-run")),
     )
     assert (
         recipe.select == Select("20%")
@@ -84,13 +85,13 @@ def test_what_is_written_is_a_recipe_that_says_what_was_seen(tmp_path, monkeypat
 
 
 OTHERS = {
-    "folder": (lambda here, found: inputs.as_folder(here / "pairs", found), {}, Inputs(("pairs",)), "shards"),
-    "parquet": (lambda here, found: inputs.as_parquet(here / "p/0.parquet", found).parent / "*.parquet", {}, Inputs(("p/*.parquet",)), "shards"),
-    "a column": (lambda here, found: _captioned(here / "p.parquet", found), {"caption": "my words"}, Inputs(("p.parquet",), "my words"), "shards"),
-    "LLaVA JSON": (lambda here, found: inputs.as_llava(here / "d.json", found), {"images": "images"}, Inputs(("d.json",), images="images"), "llava-json"),
+    "folder": (lambda here, found: inputs.as_folder(here / "pairs", found), {}, Inputs(shards=("pairs",)), "shards"),
+    "parquet": (lambda here, found: inputs.as_parquet(here / "p/0.parquet", found).parent / "*.parquet", {}, Inputs(shards=("p/*.parquet",)), "shards"),
+    "a column": (lambda here, found: _captioned(here / "p.parquet", found), {"caption": "my words"}, Inputs(shards=("p.parquet",), caption="my words"), "shards"),
+    "LLaVA JSON": (lambda here, found: inputs.as_llava(here / "d.json", found), {"images": "images"}, Inputs(shards=("d.json",), images="images"), "llava-json"),
     "a command": (
         lambda here, found: f"pipe:cat {inputs.as_tar(here / 'a.tar', found).name}", {"allow_pipe": True},
-        Inputs(("pipe:cat a.tar",), "txt", allow_pipe=True), "keys",
+        Inputs(shards=("pipe:cat a.tar",), caption="txt", allow_pipe=True), "keys",
     ),
 }  # fmt: skip
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mmfilter.core.cards.card_choice import ModelSettings
 from mmfilter.errors import RecipeError, SAEError, SelectionError
 from mmfilter.recipes.reading import read_recipe
-from mmfilter.recipes.schema import Check, Dedup, Inputs, Model, Output, Recipe, Run, Select
+from mmfilter.recipes.schema import Check, Dedup, Inputs, Output, Recipe, Run, Select
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -36,9 +37,9 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_every_section_becomes_its_dataclass(tmp_path):
     assert read_recipe(written(tmp_path, WHOLE)) == Recipe(
-        Inputs(("a.tar", "b/{0..3}.tar"), "txt"),
-        Model("m", 3, "s", {"k": 4}, None, "none", 0.001),
-        Run("r", batch_size=8, limit=10),
+        Inputs(shards=("a.tar", "b/{0..3}.tar"), caption="txt"),
+        ModelSettings("m", 3, "s", {"k": 4}, None, "none", 0.001),
+        Run(run=Path("r"), batch_size=8, limit=10),
         Check(50),
         Dedup(1.0, "image"),  # the key is `on`, which YAML 1.1 takes for true
         Select(5, where="a = 'on'", diverse=True, shuffle=3),
@@ -47,7 +48,9 @@ def test_every_section_becomes_its_dataclass(tmp_path):
 
 
 def test_what_is_not_said_has_its_default_and_one_shard_needs_no_list(tmp_path):
-    assert read_recipe(written(tmp_path, "inputs: {shards: a.tar}\nmodel:\ndedup:\n")) == Recipe(Inputs(("a.tar",)))
+    assert read_recipe(written(tmp_path, "inputs: {shards: a.tar}\nmodel:\ndedup:\n")) == Recipe(
+        Inputs(shards=("a.tar",))
+    )
 
 
 def test_changes_come_after_the_file_in_their_order(tmp_path):
@@ -64,7 +67,9 @@ def test_changes_come_after_the_file_in_their_order(tmp_path):
     recipe = read_recipe(written(tmp_path, WHOLE), changes)
     assert recipe.select.top == "40%" and recipe.outputs == (Output("x"), Output("z", "keys", 5))
     assert (
-        recipe.dedup is None and recipe.run == Run("r", batch_size=8, workers=2) and recipe.inputs.shards == ("c.tar",)
+        recipe.dedup is None
+        and recipe.run == Run(run=Path("r"), batch_size=8, workers=2)
+        and recipe.inputs.shards == ("c.tar",)
     )
     assert recipe.check == Check(50, 2)
 
@@ -90,7 +95,7 @@ def test_the_home_folder_is_known_and_urls_stay_urls(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = "inputs: {shards: [~/a.tar, 's3://b/'], images: ~/i}\nrun: {directory: ~/run/}\nselect: {top: 1, match: ~/good}\noutputs: [{path: 's3://b/x'}]"
     resolved = read_recipe(written(tmp_path, text)).resolved()
-    assert resolved.inputs == Inputs((f"{tmp_path}/a.tar", "s3://b/"), images=f"{tmp_path}/i")
+    assert resolved.inputs == Inputs(shards=(f"{tmp_path}/a.tar", "s3://b/"), images=f"{tmp_path}/i")
     assert (resolved.run.directory, resolved.select.match) == (f"{tmp_path}/run", f"{tmp_path}/good")
     with pytest.raises(SelectionError, match="output 's3://b/x' is a URL; select into a local folder and upload that"):
         resolved.selection(resolved.outputs[0])
@@ -117,33 +122,33 @@ def test_a_selection_leaves_the_duplicates_of_the_section_dedup_out(tmp_path, de
 
 S = "inputs: {shards: a.tar}\n"
 REFUSED = {
-    "unknown section": (S + "selct: {top: 1}", "selct is no key of a recipe; the nearest is select"),
+    "unknown section": (S + "selct: {top: 1}", "selct is not a key of a recipe; the nearest is select"),
     "unknown key of inputs": (
         "inputs: {shard: a.tar}",
-        "inputs.shard is no key of a recipe; the nearest is inputs.shards",
+        "inputs.shard is not a key of a recipe; the nearest is inputs.shards",
     ),
-    "unknown key of model": (S + "model: {layr: 1}", "model.layr is no key of a recipe; the nearest is model.layer"),
+    "unknown key of model": (S + "model: {layr: 1}", "model.layr is not a key of a recipe; the nearest is model.layer"),
     "unknown key of run": (
         S + "run: {batchsize: 1}",
-        "run.batchsize is no key of a recipe; the nearest is run.batch_size",
+        "run.batchsize is not a key of a recipe; the nearest is run.batch_size",
     ),
     "unknown key of check": (
         S + "check: {samples: 1}",
-        "check.samples is no key of a recipe; the nearest is check.sample",
+        "check.samples is not a key of a recipe; the nearest is check.sample",
     ),
     "unknown key of dedup": (
         S + "dedup: {treshold: 1}",
-        "dedup.treshold is no key of a recipe; the nearest is dedup.threshold",
+        "dedup.treshold is not a key of a recipe; the nearest is dedup.threshold",
     ),
-    "unknown key of select": (S + "select: {tpo: 20%}", "select.tpo is no key of a recipe; the nearest is select.top"),
+    "unknown key of select": (S + "select: {tpo: 20%}", "select.tpo is not a key of a recipe; the nearest is select.top"),
     "unknown key of an output": (
         S + "outputs: [{path: a}, {pth: b}]",
-        "outputs.1.pth is no key of a recipe; the nearest is outputs.1.path",
+        "outputs.1.pth is not a key of a recipe; the nearest is outputs.1.path",
     ),
-    "key of another section": (S + "top: 20%", "top is no key of a recipe; the nearest is select.top"),
+    "key of another section": (S + "top: 20%", "top is not a key of a recipe; the nearest is select.top"),
     "output's key elsewhere": (
         S + "select: {shard_size: 5}",
-        "select.shard_size is no key of a recipe; the nearest is outputs.0.shard_size",
+        "select.shard_size is not a key of a recipe; the nearest is outputs.0.shard_size",
     ),
     "no inputs": (
         "model: {name: tiny}",
@@ -203,7 +208,7 @@ def test_what_is_refused_and_in_which_words(tmp_path, case):
     ("change", "words"),
     [
         ("select.top", "--set 'select.top' is not KEY.KEY=VALUE, such as select.top=30%"),
-        ("select.tpo=1", "select.tpo is no key of a recipe; the nearest is select.top"),
+        ("select.tpo=1", "select.tpo is not a key of a recipe; the nearest is select.top"),
         ("outputs.2.path=a", "'2' is none of the 2 parts of that list; they count from 0"),
         ("outputs.path=a", "'path' is none of the 2 parts of that list"),
         ("select.top.x=1", "select.top is 5 in the recipe and has no keys"),
@@ -231,7 +236,7 @@ def test_no_file(tmp_path):
 
 
 def test_the_settings_of_the_operations_judge_the_rest():
-    recipe = Recipe(Inputs(("a.tar",)), select=Select(top="lots"), outputs=(Output("x"),))
+    recipe = Recipe(Inputs(shards=("a.tar",)), select=Select(top="lots"), outputs=(Output("x"),))
     with pytest.raises(
         SelectionError, match=r"--top '0\.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"
     ):
@@ -241,7 +246,7 @@ def test_the_settings_of_the_operations_judge_the_rest():
     with pytest.raises(SelectionError, match="the similarity threshold is 2; give one above 0"):
         Dedup(2).settings()
     with pytest.raises(SAEError, match="no SAE option 'kk'"):
-        Model(sae_options={"kk": 2}).card()
+        ModelSettings(sae_options={"kk": 2}).card()
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mmfilter
 from mmfilter.core.cards.sae_options import NO_OPTIONS, SAEOptions, make_options
 from mmfilter.errors import ModelError
 
-DEFAULT = "tiny"
+TextContext = Literal["image", "none"]
 REGISTRY = "saes.yaml"
 """The list of published SAEs, which is no card"""
 
@@ -32,7 +32,7 @@ class Card:
     revision: str | None = None
     prompt: str | None = None
     """With `{caption}` where the caption goes; None asks the model's chat template"""
-    text_context: str = "image"
+    text_context: TextContext = "image"
     """`image`: text states come from the pass with the image in context; `none`: from the caption alone"""
     threshold: float = 0.0
     """τ: a feature counts as present on a side when its maximum there is above this"""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from mmfilter.core.typed import expected, nearest, parsed, types_of
 from mmfilter.errors import SAEError
 
 
@@ -58,51 +57,29 @@ NO_OPTIONS = SAEOptions()
 
 def parse_options(statements: Sequence[str]) -> SAEOptions:
     """Options from `KEY=VALUE` statements; raises `SAEError` for an unknown key or a value of the wrong kind."""
+    return make_options(statements_to_values(statements))
+
+
+def statements_to_values(statements: Sequence[str]) -> dict[str, str]:
+    """`KEY=VALUE` statements as a mapping; raises `SAEError` for one that is none."""
     values = {}
     for statement in statements:
         key, equals, value = statement.partition("=")
         if not equals:
-            raise SAEError(f"SAE option {statement!r} is not KEY=VALUE; the keys are {', '.join(_kinds())}")
+            raise SAEError(f"SAE option {statement!r} is not KEY=VALUE; the keys are {', '.join(types_of(SAEOptions))}")
         values[key.strip()] = value.strip()
-    return make_options(values)
+    return values
 
 
 def make_options(values: Mapping[str, Any]) -> SAEOptions:
-    """Options from a mapping whose values are of the right kind, or text that says them."""
-    kinds = _kinds()
-    for key in values:
+    """Options from a mapping whose values are of the right kind, or text that says them; raises `SAEError`."""
+    kinds = types_of(SAEOptions)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SAEError(f"no SAE option {key!r}; {hint}There is {', '.join(kinds)}")
-    return SAEOptions(**{key: _value(key, kinds[key], value) for key, value in values.items()})
-
-
-def _kinds() -> dict[str, Any]:
-    """Option -> its type, or the tuple of words it takes."""
-    hints = get_type_hints(SAEOptions)
-    kinds = {}
-    for item in fields(SAEOptions):
-        kind = hints[item.name]
-        if get_origin(kind) is types.UnionType or type(None) in get_args(kind):
-            kind = get_args(kind)[0]
-        kinds[item.name] = get_args(kind) if get_origin(kind) is Literal else kind
-    return kinds
-
-
-def _value(key: str, kind: Any, value: Any) -> Any:
-    text = str(value)
-    if isinstance(kind, tuple):
-        if text in kind:
-            return text
-        raise SAEError(f"SAE option {key}={text!r}: expected one of {', '.join(kind)}")
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise SAEError(f"SAE option {key}={text!r}: expected true or false")
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise SAEError(
-            f"SAE option {key}={text!r}: expected {'a whole number' if kind is int else 'a number'}"
-        ) from error
+            raise SAEError(f"no SAE option {key!r}; did you mean {nearest(key, kinds)!r}? There is {', '.join(kinds)}")
+        try:
+            found[key] = parsed(kinds[key], value)
+        except ValueError as error:
+            raise SAEError(f"SAE option {key}={str(value)!r}: expected {expected(kinds[key])}") from error
+    return SAEOptions(**found)

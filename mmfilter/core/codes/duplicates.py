@@ -16,15 +16,16 @@ import numpy as np
 
 from mmfilter import __version__
 from mmfilter.core.codes.code_tables import CodeTables
+from mmfilter.core.codes.duplicate_settings import DuplicateSettings, On
 from mmfilter.core.codes.faiss_library import check_gpu, threads
-from mmfilter.core.codes.index import CodeIndex, IndexSettings, On, open_index
+from mmfilter.core.codes.index import CodeIndex, IndexSettings, open_index
 from mmfilter.core.codes.vectors import Codes, cosines
 from mmfilter.core.files import system_reason
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import DUPLICATE_TABLE, TableWriter, read_columns, read_table_metadata
 from mmfilter.core.sides import SIDES
-from mmfilter.errors import RunError, SelectionError
+from mmfilter.errors import RunError
 
 BELOW = 0.02
 """How far below the threshold pairs are searched and stored"""
@@ -34,48 +35,6 @@ last counts as crowded"""
 ROWS_AT_ONCE = 100_000
 """Samples whose codes are read and sorted at one time while pairs are measured; pairs between two such
 blocks need both in memory (some 1 GB in all)"""
-
-SAME = {"both": "same image and text", "image": "same image", "text": "same text"}
-"""What the hashes of exact duplicates say"""
-
-
-@dataclass(frozen=True)
-class DuplicateSettings:
-    """What counts as a duplicate, and how to search."""
-
-    threshold: float = 0.95
-    """Cosine of codes from which two samples are near-duplicates"""
-    on: On = "both"
-    """Which sides have to be that close"""
-    gpu: bool = False
-    """Search with faiss-gpu"""
-    workers: int | None = None
-    """Threads; None takes all cores. They change no result"""
-    memory: float | None = None
-    """GiB that the sketches of the index may take in memory; None is half of what is free. It changes no result"""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise SelectionError(
-                f"the similarity threshold is {self.threshold}; give one above 0 and up to 1, such as 0.95"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise SelectionError(f"--workers is {self.workers}; at least 1 is needed")
-        if self.memory is not None and not self.memory > 0:
-            raise SelectionError(
-                f"--memory is {self.memory:g}; give GiB above 0, or leave it out to use half of what is free"
-            )
-        IndexSettings(self.on)
-
-    @property
-    def at_most(self) -> int | None:
-        """Bytes that the sketches may take."""
-        return None if self.memory is None else int(self.memory * 2**30)
-
-    @property
-    def hashes(self) -> tuple[str, ...]:
-        """Columns of the score table that exact duplicates share."""
-        return tuple(f"{side}_hash" for side in IndexSettings(self.on).sides)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +28,13 @@ from mmfilter import __version__
 from mmfilter.core import memory
 from mmfilter.core.codes import clusters
 from mmfilter.core.codes.code_tables import CodeTables
+from mmfilter.core.codes.duplicate_settings import On, sides_of
 from mmfilter.core.codes.faiss_library import load_faiss, said
 from mmfilter.core.codes.vector_file import BLOCK, VectorFile
 from mmfilter.core.codes.vectors import Sketch, margin
 from mmfilter.core.files import read_json, write_json
 from mmfilter.core.progress import Progress
-from mmfilter.core.sides import SIDES
-from mmfilter.errors import RunError, SelectionError
-
-On = Literal["both", "image", "text"]
+from mmfilter.errors import RunError
 
 FLAT = 20_000
 """Samples up to which every pair is looked at"""
@@ -64,13 +62,9 @@ class IndexSettings:
     seed: int = 0
     """Of the projection"""
 
-    def __post_init__(self) -> None:
-        if self.on not in get_args(On):
-            raise SelectionError(f"--on {self.on!r} is unknown; choose from {', '.join(get_args(On))}")
-
     @property
     def sides(self) -> tuple[str, ...]:
-        return SIDES if self.on == "both" else (self.on,)
+        return sides_of(self.on)
 
     def sketch(self, idf: np.ndarray) -> Sketch:
         return Sketch(idf, self.sides, dims=self.dims, nonzeros=self.nonzeros, seed=self.seed)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from mmfilter.core.input.places import Stamp
 from mmfilter.core.input.remote import is_url, without_query
 from mmfilter.core.input.sample import MAX_MEMBER_BYTES, RawSample
+from mmfilter.core.typed import setting
 from mmfilter.errors import ShardError
 
 Kind = Literal["tar", "parquet", "llava-json", "folder", "pipe", "stdin"]
@@ -21,12 +22,20 @@ Kind = Literal["tar", "parquet", "llava-json", "folder", "pipe", "stdin"]
 class InputOptions:
     """What has to be said about inputs that do not explain themselves."""
 
+    GROUP: ClassVar[str] = "Input"
+
     caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`): of a parquet file, a column"""
-    images: str | None = None
-    """Folder or URL that the `image` of LLaVA JSON is relative to; None is the folder of the JSON"""
+    """Where captions are: txt, conversations, a JSON field or parquet column, or auto"""
+    images: str | None = setting(None, metavar="DIR")
+    """Folder or URL of the images of LLaVA JSON (default: the JSON's own)"""
     allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
+    """Run pipe:COMMAND inputs in a shell and read the tars that they print"""
+
+    @property
+    def inputs(self) -> InputOptions:
+        """These options alone, with a folder that means the same everywhere."""
+        images = self.images if self.images is None or is_url(self.images) else os.path.abspath(self.images)
+        return InputOptions(self.caption, images, self.allow_pipe)
 
     @classmethod
     def of_run(cls, settings: Mapping[str, Any]) -> InputOptions:

@@ -8,20 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from mmfilter.core.files import atomic, system_reason
 from mmfilter.core.input.source import Source
 from mmfilter.errors import SelectionError
-
-Format = Literal["shards", "tar", "keys", "datacomp", "parquet", "llava-json", "hf"]
-
-
-def to_folder(format: Format, output: str | Path | None) -> bool:
-    """Whether a folder is written, with a table of all decisions, rather than one file."""
-    if format == "datacomp":
-        return output is not None and Path(output).suffix != ".npy"
-    return format not in ("tar", "keys")
 
 
 def check_output(output: Path, folder: bool, run: Path, sources: Iterable[Source]) -> None:

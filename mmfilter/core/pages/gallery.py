@@ -43,14 +43,6 @@ class Tile:
     samples: tuple[Shown, ...]
 
 
-def check_page(path: Path) -> None:
-    """Raise `SelectionError` unless a page can get this name: a slip must not replace a file of another kind."""
-    if path.suffix != ".html":
-        raise SelectionError(f"--page {str(path)!r} is the page to write: give a name that ends in .html")
-    if not path.parent.is_dir():
-        raise SelectionError(f"--page {str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
-
-
 def write_page(path: Path, title: str, about: str, tiles: Sequence[Tile]) -> None:
     """Write the page, in place of an earlier one."""
     kind = ' class="wide"' if any(len(tile.samples) > 1 for tile in tiles) else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from mmfilter.core.cards.cards import Card
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import LoadSettings, load_backbone
+from mmfilter.core.pipeline.pass_settings import DeviceSettings
 from mmfilter.core.pipeline.scorer import check_fit
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.pretrained import load_sae
@@ -17,40 +17,23 @@ from mmfilter.core.scores.crossmodal import FeatureWeights, load_weights
 from mmfilter.errors import ModelError, SAEError
 
 
-@dataclass(frozen=True)
-class DeviceSettings:
-    """Where and how a model runs; what it computes stays the same but for rounding."""
+def resolved_device(settings: DeviceSettings) -> str:
+    """The device to use; raises `ModelError` when a GPU is asked for and there is none."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"device {settings.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; "
+            "use --device cpu"
+        )
+    return settings.device
 
-    device: str = "auto"
-    """`auto` is cuda where there is one, else cpu"""
-    dtype: str = "auto"
-    """`auto` is bfloat16 on a GPU, float32 on a CPU"""
-    device_map: str | None = None
-    """`auto` spreads a model that is larger than one GPU over all of them"""
-    attention: str = "sdpa"
-    """Attention implementation"""
-    compile: bool = False
-    """Compile the model's blocks"""
-    trust_remote_code: bool = False
-    """Run model code that the checkpoint brings along"""
 
-    @property
-    def resolved_device(self) -> str:
-        """The device to use; raises `ModelError` when a GPU is asked for and there is none."""
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ModelError(
-                f"device {self.device!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; use --device cpu"
-            )
-        return self.device
-
-    @property
-    def resolved_dtype(self) -> torch.dtype:
-        """The type of the model's weights and states."""
-        if self.dtype == "auto":
-            return torch.float32 if self.resolved_device == "cpu" else torch.bfloat16
-        return getattr(torch, self.dtype)
+def resolved_dtype(settings: DeviceSettings) -> torch.dtype:
+    """The type of the model's weights and states."""
+    if settings.dtype == "auto":
+        return torch.float32 if resolved_device(settings) == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
 
 
 def load(card: Card, device: DeviceSettings, *, whole: bool = False) -> tuple[Backbone, SAE]:
@@ -74,8 +57,8 @@ def load_model(card: Card, device: DeviceSettings, *, whole: bool = False) -> Ba
 def load_settings(device: DeviceSettings, *, whole: bool = False) -> LoadSettings:
     """How to load a model on the device."""
     return LoadSettings(
-        device=device.resolved_device,
-        dtype=device.resolved_dtype,
+        device=resolved_device(device),
+        dtype=resolved_dtype(device),
         device_map=device.device_map,
         attention=device.attention,
         compile=device.compile,

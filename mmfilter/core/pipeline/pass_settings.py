@@ -1,40 +1,67 @@
-"""What the operations share that take a sample of the user's pairs through a model."""
+"""What the operations share that take pairs through a model: what of the input, which model, on what, how many at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from mmfilter.core.cards.cards import Card
-from mmfilter.core.input.shards import InputOptions
-from mmfilter.core.pipeline.engine import DeviceSettings
-from mmfilter.errors import MMFilterError
+from mmfilter.core.cards.card_choice import ModelSettings, SAEChoice
+from mmfilter.core.input.source import InputOptions
+from mmfilter.core.typed import check_fields, setting
 
 
 @dataclass(frozen=True)
-class PassSettings:
+class DeviceSettings:
+    """Where and how a model runs; what it computes stays the same but for rounding."""
+
+    GROUP: ClassVar[str] = "Device"
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto: cuda where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model; auto is bfloat16 on a GPU and float32 on a CPU"""
+    device_map: Literal["auto"] | None = None
+    """Spread a model that is larger than one GPU over all of them"""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting("sdpa", flag="--attn")
+    """Attention implementation"""
+    compile: bool = False
+    """Compile the model's blocks: slow to start, faster after that"""
+    trust_remote_code: bool = False
+    """Run model code that the checkpoint brings along"""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How many pairs at a time."""
+
+    GROUP: ClassVar[str] = "Speed"
+
+    batch_size: int = setting(32, least=1)
+    """Pairs that go through the model together"""
+    workers: int = setting(4, least=1)
+    """Threads that decode and pre-process"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class PassSettings(BatchSettings, DeviceSettings, InputOptions, ModelSettings):
     """Which model, how it runs, and how the pairs are read."""
 
-    card: Card
-    """Model, layer, SAE and how to prompt"""
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how models run"""
-    batch_size: int = 32
-    workers: int = 4
-    """Threads that decode and pre-process"""
-    caption: str = "auto"
-    """Where the caption is (see `DecodeSettings`)"""
-    images: str | None = None
-    """Folder that the images of LLaVA JSON are in (see `InputOptions`)"""
-    allow_pipe: bool = False
-    """Run `pipe:` inputs in a shell"""
 
-    @property
-    def inputs(self) -> InputOptions:
-        """How inputs that do not explain themselves are read."""
-        return InputOptions(self.caption, self.images, self.allow_pipe)
+@dataclass(frozen=True)
+class SAEPassSettings(BatchSettings, DeviceSettings, InputOptions, SAEChoice):
+    """The same for an SAE that is measured."""
 
-    def check_at_least(self, **least: int) -> None:
-        """Raise `MMFilterError` for the first of these settings that is too small, by the name of its option."""
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise MMFilterError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {bound} is needed")
+
+@dataclass(frozen=True)
+class EncodeSettings(DeviceSettings):
+    """Where the run's model and SAE are, and what they run on."""
+
+    GROUP: ClassVar[str] = "The run's model"
+
+    model: str | None = None
+    """Where the run's model is now, if it has moved: card, folder or hub id"""
+    sae: str | None = None
+    """Where the run's SAE is now, if it has moved (default: that of a card given as the model, else the run's)"""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.sample import RawSample
 from mmfilter.core.model.backbone import Backbone, Inputs
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.pipeline.engine import DeviceSettings, load
+from mmfilter.core.pipeline.engine import load
 from mmfilter.core.pipeline.feed import Feed
 from mmfilter.core.pipeline.model_pass import memory_explained
+from mmfilter.core.pipeline.pass_settings import EncodeSettings
 from mmfilter.core.pipeline.scorer import strongest
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.sae.autoencoder import SAE
@@ -46,18 +46,6 @@ IMAGE_ALONE = (224, 224), (128, 128, 128)
 """Size and colour of the image of words that come without one"""
 
 
-@dataclass(frozen=True)
-class EncodeSettings:
-    """Where the run's model and SAE are, and what they run on."""
-
-    device: DeviceSettings = field(default_factory=DeviceSettings)
-    """Where and how the model runs"""
-    model: str | None = None
-    """Card, folder or hub id of the run's model, where it is no longer where the run was scored"""
-    sae: str | None = None
-    """… of its SAE; None takes that of a card given as the model, else the run's"""
-
-
 def encode_query(run: Path, image: Path | None, text: str | None, settings: EncodeSettings) -> Codes:
     """Codes of one image, of words, or of both as a pair: one sample at position −1, a side that is not asked for empty.
 
@@ -69,7 +57,7 @@ def encode_query(run: Path, image: Path | None, text: str | None, settings: Enco
     scored_with = _scored_with(RunDirectory(run))
     card = run_card(scored_with, settings.model, settings.sae)
     _check_there(run, card)
-    backbone, sae = load(card, settings.device)
+    backbone, sae = load(card, settings)
     _check_same(run, scored_with, card, backbone, sae)
     wanted = [side for side, given in zip(SIDES, (image, text), strict=True) if given is not None]
     codes = _codes(_prepared(backbone, raw), backbone, sae, wanted)

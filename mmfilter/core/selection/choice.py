@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
-from fractions import Fraction
 
 import numpy as np
 
-from mmfilter.errors import SelectionError
+from mmfilter.core.selection.top import Top
 
 
 class Decision(IntEnum):
@@ -27,32 +24,6 @@ class Decision(IntEnum):
     """Others were worth more to the set"""
     NO_COPY = 9
     """Is to be written zero times"""
-
-
-@dataclass(frozen=True)
-class Top:
-    """How many rows to keep: a fraction of the candidates, or a count."""
-
-    fraction: Fraction | None = None
-    count: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Top:
-        """`20%`, `33.3%` (exact decimals) or `5000`."""
-        text = text.strip()
-        if match := re.fullmatch(r"(\d{1,3}(?:\.\d{1,30})?)\s*%", text, re.ASCII):
-            fraction = Fraction(match[1]) / 100
-            if 0 < fraction <= 1:
-                return cls(fraction=fraction)
-        elif re.fullmatch(r"\d{1,18}", text, re.ASCII) and int(text) > 0:
-            return cls(count=int(text))
-        raise SelectionError(f"--top {text!r} is neither a percentage up to 100% nor a count from 1; write 20% or 5000")
-
-    def of(self, candidates: int) -> int:
-        """Rows to keep: floor(n·fraction + 1/2), or the count."""
-        if self.fraction is None:
-            return self.count
-        return int(candidates * self.fraction + Fraction(1, 2))
 
 
 def choose(

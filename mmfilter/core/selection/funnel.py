@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmfilter.core.codes.duplicates import SAME
+from mmfilter.core.codes.duplicate_settings import SAME
 from mmfilter.core.files import read_json
 from mmfilter.core.run.score_tables import Column, ScoreTables
-from mmfilter.core.selection.choice import Decision, Top, quotas
+from mmfilter.core.selection.choice import Decision, quotas
 from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.top import Top
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.source import Source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import model_hash
-from mmfilter.core.pipeline.engine import DeviceSettings
+from mmfilter.core.pipeline.engine import resolved_device
 from mmfilter.core.pipeline.model_pass import ModelPass
+from mmfilter.core.pipeline.pass_settings import DeviceSettings
 from mmfilter.core.pipeline.reference import fit_weights
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.crossmodal import FeatureWeights
@@ -33,10 +34,11 @@ from mmfilter.core.training.cache import CachedStates, write_cache
 from mmfilter.core.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmfilter.core.training.curves import curves_page
 from mmfilter.core.training.memory_check import check_memory
+from mmfilter.core.training.run_settings import TrainRunSettings
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.shard_states import Position, ShardStates, States, estimated_pairs, pilot, sizes_of
 from mmfilter.core.training.statistics import StepStats
-from mmfilter.core.training.summary import Trained, TrainProgress, TrainRunSettings, TrainSummary, flat
+from mmfilter.core.training.summary import Trained, TrainProgress, TrainSummary, flat
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.errors import SAEError
 
@@ -89,7 +91,7 @@ class TrainRun:
                 self.backbone.d_model,
                 settings.capacity,
                 len(settings.variants()),
-                self.device.resolved_device,
+                resolved_device(self.device),
             )
             self.trainers[name] = self._trainer(replace(variant, tokens=tokens, seed=settings.seed), found)
         any_settings = next(iter(self.trainers.values())).settings

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
+from mmfilter.core.typed import nearest, setting, types_of
 from mmfilter.errors import SAEError
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "relu"]
@@ -29,57 +29,75 @@ class TrainSettings:
     centred state is d_model; "scaled units" below are those. A `None` is filled in by `resolved`.
     """
 
-    architecture: Architecture = "batchtopk"
-    """`batchtopk`: the k·B strongest activations of a batch of B tokens (Bussmann et al. 2024, arXiv 2412.06410).
+    GROUP: ClassVar[str] = "Optimisation"
+
+    architecture: Architecture = setting("batchtopk", group="Architecture")
+    """Kind of SAE.
+
+    `batchtopk`: the k·B strongest activations of a batch of B tokens (Bussmann et al. 2024, arXiv 2412.06410).
     `topk`: the k strongest of each token (Gao et al. 2024, arXiv 2406.04093).
     `jumprelu`: a learned threshold a feature (Rajamanoharan et al. 2024, arXiv 2407.14435).
     `relu`: L1 weighted with decoder norms, which stay free; the recipe of SAE-V (arXiv 2502.17514)."""
-    n_features: int | None = None
+    n_features: int | None = setting(None, option=False)
     """None: 8 · d_model"""
-    k: int = 32
+    k: int = setting(32, option=False)
     """Active features a token, in the mean for `batchtopk`; of `jumprelu` the start, and the aim unless `target_l0` is given"""
-    groups: tuple[int | float, ...] = ()
-    """Matryoshka prefixes (Bussmann et al. 2025, arXiv 2503.17547), top-k kinds only: counts of features, or fractions
-    below 1 of `n_features`. Each prefix must reconstruct alone; the whole dictionary is always the last."""
-    tokens: int = 100_000_000
+    groups: tuple[int | float, ...] = setting((), metavar="N,N", group="Architecture")
+    """Matryoshka prefixes with commas: counts of features, or fractions below 1; top-k kinds only.
+
+    Each prefix must reconstruct alone; the whole dictionary is always the last (Bussmann et al. 2025, arXiv 2503.17547)."""
+    tokens: int = setting(100_000_000, option=False)
     """Tokens of the whole training; the schedules are stretched over them"""
     batch_size: int = 4096
-    """Tokens a step, over all processes"""
+    """Tokens in a step, over all processes"""
     lr: float | None = None
-    """Peak learning rate of Adam. None: 2e-4 / √(n_features / 2¹⁴), the scaling of Gao et al."""
+    """Peak learning rate of Adam (default: by width).
+
+    None: 2e-4 / √(n_features / 2¹⁴), the scaling of Gao et al."""
     warm_up: float = 0.02
-    """Fraction of the tokens over which the rate rises from 0"""
+    """Share of the tokens over which the learning rate rises from 0"""
     decay: float = 0.2
-    """Fraction of the tokens, the last ones, over which the rate falls to 0"""
+    """Share of the tokens, the last ones, over which it falls to 0"""
     clip: float = 1.0
     """Largest norm of the gradient of all weights together"""
     aux_k: int | None = None
-    """Dead features that reconstruct what the others leave (AuxK, Gao et al., A.2), a token; top-k kinds only. None: d_model / 2"""
+    """Dead features that reconstruct what the others leave (AuxK) (default: half the states' width).
+
+    A token; top-k kinds only (Gao et al., A.2)."""
     aux_coefficient: float = 1 / 32
-    """Weight of that reconstruction in the loss; 0 turns it off"""
+    """Weight of AuxK in the loss; 0 turns it off"""
     dead_tokens: int | None = None
-    """Tokens without firing that make a feature dead. None: a tenth of `tokens`, at most ten million"""
-    l1_coefficient: float = 5.0
-    """`relu`: weight of the L1 term against the squared error summed over d_model, scaled units"""
-    l0_penalty: Penalty = "target"
-    """`jumprelu`: `target` is c · (L0 / target_l0 − 1)², `linear` is c · L0 against the squared error summed over d_model"""
-    l0_coefficient: float = 1.0
-    """`jumprelu`: c"""
-    target_l0: float | None = None
-    """`jumprelu`: active features a token that `target` aims at. None: k"""
-    bandwidth: float = 0.001
-    """`jumprelu`: width of the kernel that stands in for the derivative of a step, in root mean square norms of a centred state"""
-    sparsity_warm_up: float = 0.05
-    """Fraction of the tokens over which the L1 or L0 coefficient rises from 0"""
-    threshold_decay: float = 0.99
-    """`batchtopk`: decay a step of the running mean of the smallest activation kept, which becomes the threshold of inference"""
-    subtract_b_dec: bool = True
-    """Whether the encoder sees x − b_dec or x (SAE-V: x)"""
-    seed: int = 0
+    """Tokens without firing that make a feature dead (default: a tenth of all, at most 10 million)"""
+    l1_coefficient: float = setting(5.0, group="Sparsity")
+    """relu: weight of the L1 term.
+
+    Against the squared error summed over d_model, scaled units."""
+    l0_penalty: Penalty = setting("target", group="Sparsity")
+    """jumprelu: penalty on L0.
+
+    `target` is c · (L0 / target_l0 − 1)², `linear` is c · L0 against the squared error summed over d_model."""
+    l0_coefficient: float = setting(1.0, group="Sparsity")
+    """jumprelu: weight c of the penalty"""
+    target_l0: float | None = setting(None, group="Sparsity")
+    """jumprelu: active features a token to aim at (default: k)"""
+    bandwidth: float = setting(0.001, group="Sparsity")
+    """jumprelu: width of the kernel that stands in for the derivative of a step.
+
+    In root mean square norms of a centred state."""
+    sparsity_warm_up: float = setting(0.05, group="Sparsity")
+    """Share of the tokens over which the L1 or L0 coefficient rises from 0"""
+    threshold_decay: float = setting(0.99, group="Sparsity")
+    """batchtopk: decay a step of the running threshold.
+
+    The mean of the smallest activation kept, which becomes the threshold of inference."""
+    subtract_b_dec: bool = setting(True, flag="--subtract-b-dec/--no-subtract-b-dec", group="Architecture")
+    """Encode x - b_dec, or x as SAE-V does"""
+    seed: int = setting(0, option=False)
     """Seed of the first weights"""
-    dtype: Precision = "float32"
-    """Of the large matrix products. In bfloat16 the top-k kinds only *choose* features by it: activations and gradients of the
-    chosen ones, and all weights, are float32."""
+    dtype: Precision = setting("float32", flag="--precision")
+    """Number format of the large matrix products; weights stay float32.
+
+    In bfloat16 the top-k kinds only *choose* features by it: activations and gradients of the chosen ones are float32."""
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -127,12 +145,11 @@ class TrainSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainSettings:
-        """Settings from a recipe; raises `SAEError` naming the nearest known key for an unknown one."""
-        known = [field.name for field in fields(cls)]
+        """Settings from JSON or a recipe; raises `SAEError` naming the nearest known key for an unknown one."""
+        known = types_of(cls)
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
-                raise SAEError(f"training has no setting {key!r}; the nearest is {near[0]!r}")
+                raise SAEError(f"training has no setting {key!r}; the nearest is {nearest(str(key), known)!r}")
         given = dict(values)
         if isinstance(given.get("groups"), list):
             given["groups"] = tuple(given["groups"])

@@ -17,8 +17,9 @@ from mmfilter.core.input.ranges import OpenShards, coalesce, read_ranges, stream
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.run.directory import RunDirectory
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import ShardError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests.conftest import good, write_tar
 from tests.runs import add_table, make_run, make_shard
 
@@ -84,7 +85,11 @@ def test_requests_cover_every_range_and_join_near_ones(seed, monkeypatch):
     monkeypatch.setattr(ranges, "MAX_REQUEST", 1 << 20)
     randomness = random.Random(seed)
     asked = [
-        (randomness.choice([A, B]), randomness.randrange(4 << 20), randomness.choice([1, 512, 10_000, 300_000, 1 << 20]))
+        (
+            randomness.choice([A, B]),
+            randomness.randrange(4 << 20),
+            randomness.choice([1, 512, 10_000, 300_000, 1 << 20]),
+        )
         for _ in range(randomness.randrange(40))
     ]
     made, places = coalesce(asked)

@@ -16,12 +16,13 @@ from mmfilter.core.cards.cards import Card, load_card
 from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.vectors import SideCodes
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.pipeline.engine import DeviceSettings
-from mmfilter.core.pipeline.query import EncodeSettings, encode_query
+from mmfilter.core.pipeline.pass_settings import DeviceSettings, EncodeSettings
+from mmfilter.core.pipeline.query import encode_query
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.sae.autoencoder import SAE
-from mmfilter.ops.score import ScoreSettings, score
+from mmfilter.ops.score import score
+from mmfilter.ops.score_settings import ScoreSettings
 from tests.conftest import Quiet, caption, good, picture, write_tar
 from tests.zoo import build, save
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     shard = write_tar(folder / "a.tar", [member for i in range(N) for member in good(f"{i:03d}", i)])
     for context in ("image", "none"):
         card = replace(load_card("tiny"), text_context=context)
-        score([str(shard)], ScoreSettings(card=card, run=folder / context, device=CPU), Quiet())
+        score([str(shard)], ScoreSettings(model=card, run=folder / context, device=CPU), Quiet())
     (folder / "7.jpg").write_bytes(picture(7))
     return folder
 

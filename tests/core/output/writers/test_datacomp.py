@@ -18,8 +18,9 @@ from mmfilter.core.output.writers.datacomp import subset
 from mmfilter.core.output.writers.kept import Kept
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests.conftest import good, write_tar
 from tests.runs import add_table, make_run
 

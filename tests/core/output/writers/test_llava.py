@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from mmfilter.core.output.repack import new_folder
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import SelectionError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests.conftest import picture, write_tar
 from tests.core.output.writers.conftest import HARD, TURNS
 from tests.runs import make_run

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.errors import ShardError
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.select import select
 from tests.core.output.writers.conftest import HARD
 from tests.runs import add_table
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.ops.select import select
 from tests.conftest import picture, write_tar
 from tests.runs import make_run
 
