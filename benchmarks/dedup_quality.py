@@ -41,15 +41,15 @@ sys.path += [str(ROOT / "models" / "recipe"), str(ROOT / "examples")]
 from machine import machine  # noqa: E402
 from make_shards import KEYWORD_TEMPLATES, NAME_TEMPLATES, with_article  # noqa: E402
 
-from mmfilter.core.cards.cards import load_card  # noqa: E402
 from mmfilter.core.codes.code_tables import CodeTables  # noqa: E402
-from mmfilter.core.codes.duplicates import DuplicateSettings  # noqa: E402
+from mmfilter.core.codes.duplicate_settings import DuplicateSettings  # noqa: E402
 from mmfilter.core.codes.rule import Deduplicator  # noqa: E402
 from mmfilter.core.codes.vectors import SideCodes  # noqa: E402
 from mmfilter.core.input.shards import open_source  # noqa: E402
 from mmfilter.core.run.directory import RunDirectory  # noqa: E402
 from mmfilter.core.run.score_tables import ScoreTables  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
+from mmfilter.ops.score_settings import ScoreSettings  # noqa: E402
 
 SHARDS = sorted((ROOT / "examples" / "shards").glob("*.tar"))
 VERSIONS = ("original", "re-encoded", "cropped", "recoloured", "rescaled", "caption only")
@@ -267,7 +267,7 @@ def measure(n_originals: int, say) -> Results:
         say(f"scoring {len(images):,} pairs with the embedded model")
         operation.score(
             [str(folder / "copies.tar")],
-            operation.ScoreSettings(load_card("tiny"), run=folder / "run", workers=2),
+            ScoreSettings(run=folder / "run", workers=2),
             Silent(),
         )
         scores = ScoreTables(RunDirectory(folder / "run"))

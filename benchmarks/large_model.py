@@ -135,7 +135,7 @@ def main(options: argparse.Namespace) -> None:
     n, tokens = options.batch_size * options.batches, sum(len(part) for part in states)
     arms = {
         "forward": lambda: [backbone.forward(inputs.tensors) for inputs in ready],
-        "score": lambda: [scorer.score(inputs) for inputs in ready],
+        "score": lambda: [scorer.score(backbone.activations(inputs)) for inputs in ready],
         "encode": lambda: [sae.encode(part) for part in states],
     }
     seconds = {name: [] for name in arms}

@@ -36,8 +36,10 @@ from pairs import make_tar  # noqa: E402
 from mmfilter.core.cards.cards import Card, load_card  # noqa: E402
 from mmfilter.core.evaluation.random_sae import random_twin  # noqa: E402
 from mmfilter.core.input.shards import open_source  # noqa: E402
-from mmfilter.core.pipeline.engine import DeviceSettings, load  # noqa: E402
+from mmfilter.core.pipeline.engine import load  # noqa: E402
+from mmfilter.core.pipeline.pass_settings import DeviceSettings  # noqa: E402
 from mmfilter.ops import score as operation  # noqa: E402
+from mmfilter.ops.score_settings import ScoreSettings  # noqa: E402
 
 SHARD = ROOT / "build" / "recipe" / "eval" / "report.tar"
 SCORES = ("similarity", "support", "saev", "cooccurrence", "l0", "l1", "raw", "random", "caption_chars")
@@ -56,7 +58,7 @@ class Silent:
 
 def scored(card: Card, run: Path) -> dict[str, np.ndarray]:
     """The score columns of every pair of the shard, in its order."""
-    operation.score([str(SHARD)], operation.ScoreSettings(card, run=run), Silent())
+    operation.score([str(SHARD)], ScoreSettings(card, run=run), Silent())
     table = pq.read_table(run / "scores" / f"{SHARD.stem}.parquet", columns=["row", *SCORES]).sort_by("row")
     return {name: table[name].to_numpy() for name in SCORES}
 

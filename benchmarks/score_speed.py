@@ -16,72 +16,70 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from machine import machine
 
-from mmfilter.core.cards.cards import load_card
-from mmfilter.core.input.decode import DecodeSettings
+from mmfilter.core.input.decode import DecodeSettings, Pair
+from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.backbone import Backbone
-from mmfilter.core.pipeline.engine import DeviceSettings, load
-from mmfilter.core.pipeline.feed import Batch, Feed, Prefetched
+from mmfilter.core.pipeline.engine import load
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.intake import Intake
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.scorer import Scorer
+from mmfilter.core.pipeline.shard_pass import ShardReading, read_ahead, shard_pass
+from mmfilter.core.progress import Silence
 from mmfilter.core.run.directory import RunDirectory, Shard
+from mmfilter.core.run.shard_tables import ShardTables
 from mmfilter.core.scores.crossmodal import load_weights
-from mmfilter.ops import score as operation
+from mmfilter.core.scores.registry import SCORES
+from mmfilter.ops.score_settings import ScoreSettings
 
 SHARDS = sorted((Path(__file__).parents[1] / "examples" / "shards").glob("*.tar"))
-
-
-class Silent:
-    """A progress that says nothing."""
-
-    def start(self, phase: str, total_bytes: int | None) -> None: ...
-
-    def advance(self, samples: int, nbytes: int) -> None: ...
-
-    def note(self, text: str) -> None:
-        print(text)
 
 
 class Arms:
     """The three ways through the same samples."""
 
-    def __init__(self, settings: operation.ScoreSettings, samples: int, folder: Path) -> None:
+    def __init__(self, settings: ScoreSettings, samples: int, folder: Path) -> None:
         self.settings, self.samples, self.folder = settings, samples, folder
-        self.backbone, self.sae = load(settings.card, settings.device)
+        self.backbone, self.sae = load(settings.card, settings)
         self.scorer = Scorer(
             self.backbone, self.sae, load_weights(Path(settings.card.weights)), settings.card.threshold
         )
         repeats = -(-samples // 1000)
-        self.shards = [Shard(str(path), f"{i}-{path.stem}") for i in range(repeats) for path in SHARDS]
-        self.ready = [event.inputs for event in self._events() if isinstance(event, Batch)]
+        paths = [str(path) for path in SHARDS]
+        self.shards = [Shard(open_source(path), f"{i}-{Path(path).stem}") for i in range(repeats) for path in paths]
+        with self._pass() as model_pass:
+            self.ready = [part.inputs for part in self._parts(model_pass) if isinstance(part, Batch)]
 
-    def _events(self):
+    def _pass(self) -> ModelPass:
         settings = self.settings
-        with closing(
-            Feed(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)
-        ) as feed:
-            source = operation.Source(self.samples, settings.inputs)
-            run = RunDirectory(self.folder / "none")
-            with closing(
-                Prefetched(operation.events(self.shards, {shard.name for shard in self.shards}, run, source, feed), 3)
-            ) as events:
-                yield from events
+        return ModelPass(self.backbone, DecodeSettings(), batch_size=settings.batch_size, workers=settings.workers)
+
+    def _readings(self, model_pass: ModelPass) -> Iterator[ShardReading]:
+        intake = Intake(self.samples)
+        return read_ahead((shard.source for shard in self.shards), intake.samples, model_pass)
+
+    def _parts(self, model_pass: ModelPass) -> Iterator[Batch | list[Pair]]:
+        for reading in self._readings(model_pass):
+            yield from reading
 
     def score(self) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder) as run:
-            operation.write_tables(
-                self._events(), RunDirectory(Path(run)), self.scorer, 0, operation.ScoreSummary(Path(run)), Silent()
-            )
+        with tempfile.TemporaryDirectory(dir=self.folder) as run, self._pass() as model_pass:
+            for shard, reading in zip(self.shards, self._readings(model_pass), strict=True):
+                tables = ShardTables(RunDirectory(Path(run)), shard, tuple(SCORES))
+                shard_pass(reading, model_pass, self.scorer, tables, seed=0, progress=Silence())
 
     @torch.inference_mode()
     def bare(self) -> None:
-        for event in self._events():
-            if isinstance(event, Batch):
-                wait_for(self.backbone, self.backbone.forward(event.inputs.tensors))
+        with self._pass() as model_pass:
+            for part in self._parts(model_pass):
+                if isinstance(part, Batch):
+                    wait_for(self.backbone, self.backbone.forward(part.inputs.tensors))
 
     @torch.inference_mode()
     def forward(self) -> None:
@@ -104,7 +102,7 @@ class Arms:
                 lambda inputs=inputs: backbone.activations(inputs),
                 lambda states=states: self.sae.preactivations(states),
                 lambda states=states: self.sae.encode(states),
-                lambda inputs=inputs: scorer.score(inputs),
+                lambda inputs=inputs: scorer.score(backbone.activations(inputs)),
             )
             for times, step in zip(seen.values(), steps, strict=True):
                 started = time.perf_counter()
@@ -142,9 +140,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = operation.ScoreSettings(
-            load_card("tiny"),
-            device=DeviceSettings(options.device),
+        settings = ScoreSettings(
+            device=options.device,
             batch_size=options.batch_size,
             workers=options.workers,
         )

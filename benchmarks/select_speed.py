@@ -37,7 +37,8 @@ from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
 from mmfilter.core.scores.registry import SCORES
 from mmfilter.core.selection.choice import Decision, Top, choose
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.ops.select import select
 
 SHARD_BYTES = 512 << 20
 IMAGE_BYTES = 35_000

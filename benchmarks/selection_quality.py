@@ -32,12 +32,12 @@ import pyarrow.parquet as pq
 from machine import machine
 from PIL import Image
 
-from mmfilter.core.cards.cards import load_card
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.pipeline.engine import DeviceSettings
 from mmfilter.core.progress import Silence
+from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.ops import score as scoring
-from mmfilter.ops.select import SelectSettings, select
+from mmfilter.ops.score_settings import ScoreSettings
+from mmfilter.ops.select import select
 
 ROOT = Path(__file__).parents[1]
 THEMES = {"flags": r"^flag of ", "people": r"\b(man|woman|person|people|men|women|boy|girl)\b", "faces": r"\bface\b"}
@@ -99,9 +99,7 @@ def scored(pairs: list[Pair], folder: Path, name: str) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     run = folder / name
-    scoring.score(
-        [str(shard)], scoring.ScoreSettings(load_card("tiny"), run=run, device=DeviceSettings(device="cpu")), Silence()
-    )
+    scoring.score([str(shard)], ScoreSettings(run=run, device="cpu"), Silence())
     return run
 
 

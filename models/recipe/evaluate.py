@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,10 @@ from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.feed import Batch
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.scorer import pool_pairs
+from mmfilter.core.progress import Silence
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.scores.crossmodal import PER_SIDE, STRONGEST, FeatureWeights, Reference, load_weights
@@ -77,12 +78,14 @@ def states_of(shard: Path, backbone: Backbone) -> States:
     """Run the whole shard through the model up to the hook."""
     facts = [json.loads(raw.members["json"]) for raw in open_source(str(shard)).samples()]
     batches, rows, chars = [], [], []
-    with closing(Feed(backbone, DecodeSettings(), batch_size=64, workers=2)) as feed:
-        for window in feed.windows(open_source(str(shard)).samples(), str(shard)):
-            for batch in window.batches:
-                batches.append(backbone.activations(batch.inputs))
-                rows += [pair.row for pair in batch.pairs]
-                chars += [len(pair.caption) for pair in batch.pairs]
+
+    def add(batch: Batch, activations: Activations) -> None:
+        batches.append(activations)
+        rows.extend(pair.row for pair in batch.pairs)
+        chars.extend(len(pair.caption) for pair in batch.pairs)
+
+    with ModelPass(backbone, DecodeSettings(), batch_size=64, workers=2) as model_pass:
+        model_pass.over(open_source(str(shard)).samples(), str(shard), add, Silence())
     return States(batches, np.array(rows), np.array(chars), [facts[row] for row in rows])
 
 

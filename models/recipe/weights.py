@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from scenes import Icons
 
 from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.shards import open_source
+from mmfilter.core.input.source import Source
 from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.pipeline.feed import Feed
+from mmfilter.core.pipeline.model_pass import ModelPass
 from mmfilter.core.pipeline.reference import fit_weights
+from mmfilter.core.progress import Silence
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.scores.crossmodal import PER_SIDE, STRONGEST, FeatureWeights
@@ -41,12 +42,12 @@ def reference_tar(build: Path) -> Path:
 
 def fit(shard: Path, backbone: Backbone, sae: SAE) -> FeatureWeights:
     """The weights on the shard's pairs, as mmfilter itself fits them."""
-    with closing(Feed(backbone, DecodeSettings(), batch_size=32, workers=2)) as feed:
+    with ModelPass(backbone, DecodeSettings(), batch_size=32, workers=2) as model_pass:
 
-        def head(path: str, n: int):
-            return itertools.islice(open_source(path).samples(), n)
+        def head(source: Source, n: int):
+            return itertools.islice(source.samples(), n)
 
-        weights = fit_weights([str(shard)], head, feed, backbone, sae, lambda _: None)
+        weights = fit_weights([open_source(str(shard))], head, model_pass, sae, Silence())
     return replace(weights, metadata=ABOUT)
 
 

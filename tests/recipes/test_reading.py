@@ -140,7 +140,10 @@ REFUSED = {
         S + "dedup: {treshold: 1}",
         "dedup.treshold is not a key of a recipe; the nearest is dedup.threshold",
     ),
-    "unknown key of select": (S + "select: {tpo: 20%}", "select.tpo is not a key of a recipe; the nearest is select.top"),
+    "unknown key of select": (
+        S + "select: {tpo: 20%}",
+        "select.tpo is not a key of a recipe; the nearest is select.top",
+    ),
     "unknown key of an output": (
         S + "outputs: [{path: a}, {pth: b}]",
         "outputs.1.pth is not a key of a recipe; the nearest is outputs.1.path",
