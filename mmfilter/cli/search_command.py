@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfilter.cli.options import AsJson, RunArgument
-from mmfilter.core.pipeline.pass_settings import EncodeSettings
 from mmfilter.ops.score_settings import DEFAULT_RUN
-from mmfilter.ops.search_settings import SearchSettings
+from mmfilter.ops.search_settings import FindSettings
 
 if TYPE_CHECKING:
-    from mmfilter.ops.search import Encoder, Hit
+    from mmfilter.ops.search import Hit
 
 CAPTION_CHARS = 48
 """Of a caption in the table"""
 
 
-def search(
-    settings: SearchSettings, encoding: EncodeSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJson = False
-) -> None:
+def search(settings: FindSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJson = False) -> None:
     """Find samples by their codes.
 
     Like a sample: by the exact cosine of their codes, through the index of the run, which is made if
@@ -32,10 +29,11 @@ def search(
     Example: mmfilter search runs/icons --key 000000012 -n 5
     """
     from mmfilter.cli import display
+    from mmfilter.core.pipeline.query import encoder
     from mmfilter.ops import search as operation
 
     with display.TerminalProgress() as progress:
-        hits = operation.search(run, settings, progress, _encoder(encoding) if settings.by_query else None)
+        hits = operation.search(run, settings, progress, encoder(settings) if settings.by_query else None)
     if as_json:
         print(json.dumps([_report(hit) for hit in hits], indent=2))
     elif hits:
@@ -47,13 +45,6 @@ def search(
             if feature is None
             else f"no sample has feature {feature} among the strongest that are stored"
         )
-
-
-def _encoder(settings: EncodeSettings) -> Encoder:
-    """What makes codes of a query; the model is loaded when it is called."""
-    from mmfilter.core.pipeline.query import encode_query
-
-    return lambda run, image, text: encode_query(run, image, text, settings)
 
 
 def _report(hit: Hit) -> dict[str, Any]:

@@ -84,10 +84,16 @@ def types_of(cls: type) -> dict[str, Any]:
 
 
 def check_fields(settings: Any, error: type[MMFilterError] = MMFilterError) -> None:
-    """Raise `error` for the first field that is none of its choices, or too small."""
+    """Raise `error` for the first field that is none of its choices, or too small; texts become paths where these belong."""
     kinds = types_of(type(settings))
     for item in fields(settings):
         value = getattr(settings, item.name)
+        if (
+            isinstance(value, str)
+            and Path in alternatives(kinds[item.name])
+            and str not in alternatives(kinds[item.name])
+        ):
+            object.__setattr__(settings, item.name, Path(value))  # where a notebook gives a text
         choices = choices_of(kinds[item.name])
         if choices and value is not None and value not in choices:
             raise error(f"{flag_of(item)} is {value!r}; expected one of {', '.join(map(str, choices))}")

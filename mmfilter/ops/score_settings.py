@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmfilter.core.pipeline.pass_settings import PassSettings
-from mmfilter.core.typed import setting, share
+from mmfilter.core.typed import check_fields, setting, share
 from mmfilter.errors import MMFilterError
 
 DEFAULT_RUN = Path("mmfilter-run")
@@ -29,6 +29,7 @@ class RunSettings:
     """Share of samples without a score up to which the exit code is 0"""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.max_bad <= 1:
             raise MMFilterError(f"--max-bad is {self.max_bad}; expected a share from 0 to 1, such as 10% or 0.1")
 

@@ -61,7 +61,7 @@ def search(run: Path, settings: SearchSettings, progress: Progress, encode: Enco
         position, found = _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
         asked = Look(settings.text, None if settings.image is None else settings.image.read_bytes())
     else:
-        sample = np.array([_sample(scores, settings)])
+        sample = np.array([sample_at(scores, settings.key or "", settings.shard)])
         position, found = _like(tables.take(sample), scores, tables, settings, progress)
         asked = looks(scores, sample)[0]
     seen = looks(scores, position)
@@ -97,31 +97,29 @@ def _like(
     return found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)}
 
 
-def _sample(scores: ScoreTables, settings: SearchSettings) -> int:
-    """The position of the one scored sample that is meant."""
-    positions = scores.with_key(settings.key)
-    shards = [scores.shards[i].path for i in np.searchsorted(scores.starts, positions, side="right") - 1]
-    if settings.shard is not None:
-        chosen = [
-            (p, shard) for p, shard in zip(positions.tolist(), shards, strict=True) if shard.endswith(settings.shard)
-        ]
-        positions, shards = np.array([p for p, _ in chosen], np.int64), [shard for _, shard in chosen]
-    where = f"in a shard that ends with {settings.shard!r} of run" if settings.shard else "in run"
+def sample_at(scores: ScoreTables, key: str, shard: str | None) -> int:
+    """The position of the one scored sample with a key, in the shard whose path ends so; raises `SelectionError`."""
+    positions = scores.with_key(key)
+    paths = [scores.shards[i].path for i in np.searchsorted(scores.starts, positions, side="right") - 1]
+    if shard is not None:
+        inside = [i for i, path in enumerate(paths) if path.endswith(shard)]
+        positions, paths = positions[inside], [paths[i] for i in inside]
+    where = f"in a shard that ends with {shard!r} of run" if shard else "in run"
     if not len(positions):
-        near = scores.key_like(settings.key) if settings.shard is None else None
+        near = scores.key_like(key) if shard is None else None
         hint = f"; did you mean {near!r}?" if near is not None else ""
-        raise SelectionError(f"there is no sample with key {settings.key!r} {where} {str(scores.run.path)!r}{hint}")
+        raise SelectionError(f"there is no sample with key {key!r} {where} {str(scores.run.path)!r}{hint}")
     if len(positions) > 1:
-        if len(set(shards)) == 1:
+        if len(set(paths)) == 1:
             raise SelectionError(
-                f"key {settings.key!r} is there {len(positions)} times in shard {shards[0]!r}, so it names no one sample"
+                f"key {key!r} is there {len(positions)} times in shard {paths[0]!r}, so it does not name one sample"
             )
-        few = ", ".join(map(repr, shards[:3])) + (", …" if len(shards) > 3 else "")
+        few = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
         raise SelectionError(
-            f"key {settings.key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path"
+            f"key {key!r} is there {len(positions)} times, in {few}: say which with --shard, the end of its path"
         )
     if not scores.scored[positions[0]]:
-        raise SelectionError(f"the sample with key {settings.key!r} has no codes: it could not be scored")
+        raise SelectionError(f"the sample with key {key!r} has no codes: it could not be scored")
     return int(positions[0])
 
 

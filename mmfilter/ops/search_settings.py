@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mmfilter.core.codes.duplicate_settings import On, sides_of
 from mmfilter.core.pages.place import check_page
+from mmfilter.core.pipeline.pass_settings import EncodeSettings
 from mmfilter.core.typed import check_fields, setting
 from mmfilter.errors import SelectionError
 
@@ -59,3 +60,8 @@ class SearchSettings:
         """The sides that count: those of `on`, and of these what the query has."""
         given = {"image": self.image, "text": self.text}
         return tuple(side for side in sides_of(self.on) if not self.by_query or given[side] is not None)
+
+
+@dataclass(frozen=True)
+class FindSettings(EncodeSettings, SearchSettings):
+    """What to look for, and where the model is that turns images and words into codes."""

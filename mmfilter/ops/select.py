@@ -9,7 +9,7 @@ import glob
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +45,63 @@ MAX_COPIES = 1000
 """More of one sample is a column mistaken for one of repetitions"""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A decision on every row of a run, before anything is written."""
+
+    tables: ScoreTables
+    column: Column
+    """What was ranked by"""
+    decision: np.ndarray
+    """(rows,) int8, a `Decision` each"""
+    copies: np.ndarray | None
+    """(rows,) how often each row is to be written; None: once"""
+    selection: Selection
+    order: np.ndarray
+    """Output order of what is written"""
+    duplicates: tuple[np.ndarray, np.ndarray] | None
+    """(rows,) of which kept sample each row is a duplicate, and how similar; None where nobody asked"""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions of what is written, in output order."""
+        return positions(self.decision, self.copies)[self.order]
+
+    def members(self) -> Members:
+        """Where what is written is; raises `SelectionError` where a shard is not what was scored."""
+        kept = self.decision == Decision.KEPT
+        members = self.tables.members(kept, self.copies).take(self.order)
+        check_sources(self.tables, kept)
+        return members
+
+
+def chosen(run: Path, settings: SelectSettings, progress: Progress) -> Chosen:
+    """Decide on every row of a run; raises `SelectionError` and `RunError` for what cannot be."""
+    tables = ScoreTables(RunDirectory(run), settings.metadata)
+    if settings.output is not None:
+        sources = [shard.source for shard in tables.shards]
+        check_output(Path(settings.output), settings.to_folder, tables.run.path, sources)
+    column = tables.column(settings.by, settings.where)
+    _check_count(settings, column)
+    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
+    parts = None if settings.per is None else tables.parts("--per", settings.per, column.passes)
+    decision = choose(
+        column.values,
+        column.present,
+        column.passes,
+        top=None if settings.top is None else Top.parse(settings.top),
+        minimum=settings.min,
+        first_by_key=tables.first_by_key,
+        duplicates=drop,
+        parts=parts,
+        chooser=_chooser(settings, tables, column, progress),
+    )
+    copies = None if settings.repeat is None else _copies(settings.repeat, tables, decision)
+    selection = counted(settings, tables, decision, column, parts, copies)
+    order = _order(selection.written, settings.shuffle)
+    return Chosen(tables, column, decision, copies, selection, order, None if drop is None else drop.named)
+
+
 def select(
     run: Path,
     settings: SelectSettings,
@@ -63,45 +120,21 @@ def select(
     """
     if settings.misdirected:
         raise SelectionError(settings.misdirected)
-    tables = ScoreTables(RunDirectory(run), settings.metadata)
-    progress = progress or Silence()
-    if settings.output is not None:
-        check_output(
-            Path(settings.output), settings.to_folder, tables.run.path, [shard.source for shard in tables.shards]
-        )
-    column = tables.column(settings.by, settings.where)
-    _check_count(settings, column)
-    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
-    parts = None if settings.per is None else tables.parts("--per", settings.per, column.passes)
-    decision = choose(
-        column.values, column.present, column.passes, top=None if settings.top is None else Top.parse(settings.top), minimum=settings.min,
-        first_by_key=tables.first_by_key, duplicates=drop, parts=parts, chooser=_chooser(settings, tables, column, progress),
-    )  # fmt: skip
-    copies = None if settings.repeat is None else _copies(settings.repeat, tables, decision)
-    selection = counted(settings, tables, decision, column, parts, copies)
-    order = _order(selection.written, settings.shuffle)
+    choice = chosen(run, settings, progress or Silence())
     if settings.dry_run and settings.output is None:
-        return selection  # the funnel needs no shard to be there
+        return choice.selection  # the funnel needs no shard to be there
     if settings.format == "keys":
-        return (
-            selection
-            if settings.dry_run
-            else _write_keys(selection, tables, positions(decision, copies)[order], stdout)
-        )
-    members = None
-    if settings.format != "datacomp":
-        members = tables.members(decision == Decision.KEPT, copies).take(order)
-        check_sources(tables, decision == Decision.KEPT)
+        return choice.selection if settings.dry_run else _write_keys(choice, stdout)
+    members = None if settings.format == "datacomp" else choice.members()
     if settings.dry_run:
-        return selection
-    kept = Kept(
-        tables, positions(decision, copies)[order], settings.shard_size, _about(selection, tables, recipe), members
-    )
+        return choice.selection
+    about = _about(choice.selection, choice.tables, recipe)
+    kept = Kept(choice.tables, choice.positions, settings.shard_size, about, members)
     if settings.to_folder:
-        return _write_folder(selection, kept, column, decision, order, drop, copies)
-    return (
-        _write_tar(selection, members, stdout) if settings.format == "tar" else _write_subset(selection, kept, stdout)
-    )
+        return _write_folder(choice, kept)
+    if members is not None:
+        return _write_tar(choice.selection, members, stdout)
+    return _write_subset(choice.selection, kept, stdout)
 
 
 def check_request(settings: SelectSettings) -> None:
@@ -189,28 +222,21 @@ def _order(n: int, seed: int | None) -> np.ndarray:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_folder(
-    selection: Selection,
-    kept: Kept,
-    column: Column,
-    decision: np.ndarray,
-    order: np.ndarray,
-    drop: _Drop | None,
-    copies: np.ndarray | None,
-) -> Selection:
-    settings = selection.settings
-    with explained(settings.output), new_folder(Path(settings.output)) as folder:
+def _write_folder(choice: Chosen, kept: Kept) -> Selection:
+    selection, settings, decision = choice.selection, choice.selection.settings, choice.decision
+    place = Path(str(settings.output))
+    with explained(place), new_folder(place) as folder:
         written = FOLDER_WRITERS[settings.form](folder, kept)
         output = None
         if written.number is not None:
             output = np.full(len(decision), -1, np.int32)
-            first = order < selection.kept  # of a sample's copies the one under its own key
+            first = choice.order < selection.kept  # of a sample's copies the one under its own key
             output[kept.positions[first]] = written.number[first]
         labels = [labels_of(settings).get(code) for code in Decision]
         write_decisions(
             kept.tables,
-            folder / "selection.parquet", column, decision, labels=labels, metadata=kept.about,
-            output=output, output_name=written.name, copies=copies, duplicates=None if drop is None else drop.named,
+            folder / "selection.parquet", choice.column, decision, labels=labels, metadata=kept.about,
+            output=output, output_name=written.name, copies=choice.copies, duplicates=choice.duplicates,
         )  # fmt: skip
         write_json(folder / "manifest.json", kept.about)
     return replace(
@@ -250,15 +276,15 @@ def _write_tar(selection: Selection, members: Members, stdout: BinaryIO | None) 
     return replace(selection, reader_closed=True, warnings=warnings)
 
 
-def _write_keys(selection: Selection, tables: ScoreTables, positions: np.ndarray, stdout: BinaryIO | None) -> Selection:
+def _write_keys(choice: Chosen, stdout: BinaryIO | None) -> Selection:
     nbytes = 0
-    with stream(selection.settings.output, stdout) as fd:
-        for keys in tables.keys(positions):
+    with stream(choice.selection.settings.output, stdout) as fd:
+        for keys in choice.tables.keys(choice.positions):
             lines = "".join(f"{key}\n" for key in keys).encode()
             write_all(fd, lines)
             nbytes += len(lines)
-        return replace(selection, nbytes_written=nbytes)
-    return replace(selection, reader_closed=True)
+        return replace(choice.selection, nbytes_written=nbytes)
+    return replace(choice.selection, reader_closed=True)
 
 
 def _write_subset(selection: Selection, kept: Kept, stdout: BinaryIO | None) -> Selection:

@@ -123,6 +123,17 @@ class CodeTables:
                 yield start + rows[has], maxima[has]
 
 
+def sample_codes(scores: ScoreTables, position: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, maximum, mean) of each side of one sample as they are stored, strongest first; raises `RunError` without any."""
+    number = int(np.searchsorted(scores.starts, position, side="right") - 1)
+    path = scores.run.codes(scores.names[number])
+    columns = [f"{side}_{part}" for side in SIDES for part in ("ids", "max", "mean")]
+    for _, lists in read_codes(path, columns, np.array([position - scores.starts[number]])):
+        sides = [tuple(lists[f"{side}_{part}"][1] for part in ("ids", "max", "mean")) for side in SIDES]
+        return [(ids, maximum, mean) for ids, maximum, mean in sides]
+    raise RunError(f"code table {str(path)!r} lacks a sample that has scores; score the shard again")
+
+
 def _idf(path: Path) -> np.ndarray:
     """Rarity of each feature, float64: ln((1 + N) / (1 + samples in which it fires on either side)), read without torch."""
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ TEXT_ALONE = "picture"
 """The caption of an image that comes without words"""
 IMAGE_ALONE = (224, 224), (128, 128, 128)
 """Size and colour of the image of words that come without one"""
+
+
+def encoder(settings: EncodeSettings) -> Callable[[Path, Path | None, str | None], Codes]:
+    """(run, image, words) to codes; the model is loaded when it is called."""
+    return lambda run, image, text: encode_query(run, image, text, settings)
 
 
 def encode_query(run: Path, image: Path | None, text: str | None, settings: EncodeSettings) -> Codes:

@@ -137,6 +137,16 @@ def read_column(tables: list[Path], column: str) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
 
 
+def whole(paths: Sequence[Path]) -> pa.Table:
+    """Tables of one schema, one after the other."""
+    return pa.concat_tables([pq.read_table(path) for path in paths])
+
+
+def taken(table: pa.Table, positions: np.ndarray) -> pa.Table:
+    """Rows of a table, in the order of `positions`."""
+    return table.take(pa.array(positions))
+
+
 def arrow_table(columns: Mapping[str, Any]) -> pa.Table:
     """Columns of one length as a table that DuckDB can read."""
     return pa.table(dict(columns))

@@ -69,14 +69,20 @@ def tar_samples(shard: str, file: BinaryIO, max_member_bytes: int) -> Iterator[R
         yield RawSample(group.key, row, group.start, group.end - group.start, group.members, group.problem)
 
 
-def sample_members(content: bytes, key: str) -> dict[str, bytes] | None:
-    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called `key`."""
-    walk = TarWalk(key, io.BytesIO(content + bytes(2 * BLOCK)))
+def sample_in(content: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """Key and members of the one sample that a byte range of a shard holds; None where it holds something else."""
+    walk = TarWalk("", io.BytesIO(content + bytes(2 * BLOCK)))
     try:
         [group] = _groups(walk, max(len(content), 1))
-    except (ShardError, ValueError):  # no tar, or not one sample
+    except (ShardError, ValueError):  # not a tar, or not one sample
         return None
-    return group.members if group.key == key and group.problem is None else None
+    return (group.key, group.members) if group.problem is None else None
+
+
+def sample_members(content: bytes, key: str) -> dict[str, bytes] | None:
+    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called `key`."""
+    sample = sample_in(content)
+    return sample[1] if sample is not None and sample[0] == key else None
 
 
 @dataclass
