@@ -22,7 +22,7 @@ def evaluate(sae: SAEName, shards: Shards, settings: EvaluateSettings, as_json: 
     from mmfilter.cli import display, sae_eval_display
     from mmfilter.ops import evaluate as operation
 
-    settings = replace(settings, sae=sae)
+    settings = replace(settings, sae=sae, stated_layer=_stated_layer(sae, settings))
     with display.TerminalProgress() as progress:
         evaluation = operation.evaluate(shards, settings, progress)
     for note in evaluation.notes:
@@ -31,3 +31,14 @@ def evaluate(sae: SAEName, shards: Shards, settings: EvaluateSettings, as_json: 
         print(json.dumps(sae_eval_display.evaluation_json(evaluation, sae), indent=2))
     else:
         sae_eval_display.show_evaluation(evaluation, sae)
+
+
+def _stated_layer(sae: str, settings: EvaluateSettings) -> int | None:
+    """The layer that the SAE's files name, where the card or --layer does not settle it."""
+    from mmfilter.core.cards.sae_options import make_options
+    from mmfilter.core.sae.pretrained import load_sae
+
+    if settings.layer is not None or settings.model in (None, sae):
+        return None
+    layer: int | None = load_sae(sae, make_options(settings.sae_options)).metadata.get("layer")
+    return layer

@@ -25,7 +25,7 @@ def score(shards: Shards, settings: ScoreSettings, as_json: AsJson = False) -> N
 
     with display.TerminalProgress() as progress:
         summary = operation.score(shards, settings, progress)
-    tables = RunDirectory(settings.run).score_tables() if summary.n_shards or summary.n_skipped else []
+    tables = RunDirectory(summary.run).score_tables() if summary.n_shards or summary.n_skipped else []
     columns = {name: read_column(tables, name) for name in SCORES}
     if as_json:
         print(json.dumps(display.score_report(summary, columns), indent=2))

@@ -29,11 +29,15 @@ def search(settings: FindSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJs
     Example: mmfilter search runs/icons --key 000000012 -n 5
     """
     from mmfilter.cli import display
-    from mmfilter.core.pipeline.query import encoder
     from mmfilter.ops import search as operation
 
+    encode = None
+    if settings.by_query:
+        from mmfilter.core.pipeline.query import encoder
+
+        encode = encoder(settings)
     with display.TerminalProgress() as progress:
-        hits = operation.search(run, settings, progress, encoder(settings) if settings.by_query else None)
+        hits = operation.search(run, settings, progress, encode)
     if as_json:
         print(json.dumps([_report(hit) for hit in hits], indent=2))
     elif hits:

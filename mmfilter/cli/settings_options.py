@@ -103,7 +103,8 @@ class SettingOption:
 
     @property
     def _first(self) -> Any:
-        return next(kind for kind in alternatives(self.kind) if kind is not type(None))
+        kinds = [kind for kind in alternatives(self.kind) if kind is not type(None)]
+        return Path if Path in kinds and self.item.default is not None else kinds[0]
 
     @property
     def _in_words(self) -> bool:

@@ -90,12 +90,12 @@ def score(patterns: Sequence[str], settings: ScoreSettings, progress: Progress) 
     a pattern that names nothing, `RunError` when the run was made with other settings, `ModelError` and
     `SAEError` for what cannot be loaded.
     """
-    run = RunDirectory(settings.run)
+    run = RunDirectory(Path(settings.run))
     shards = name_shards(open_sources(patterns, settings.inputs), run)
     backbone, sae = load(settings.card, settings)
     manifest = open_run(run, manifest_settings(settings, backbone, sae), versions(), shards)
     todo = set(unfinished(run, shards))
-    summary = ScoreSummary(settings.run, n_skipped=len(shards) - len(todo))
+    summary = ScoreSummary(run.path, n_skipped=len(shards) - len(todo))
     for shard in shards:
         if shard not in todo:
             summary.add(_stored(run, shard))

@@ -19,7 +19,7 @@ class RunSettings:
 
     GROUP: ClassVar[str] = "Run"
 
-    run: Path = setting(DEFAULT_RUN, key="directory")
+    run: str | Path = setting(DEFAULT_RUN, key="directory")
     """Run directory to write, or to continue"""
     limit: int | None = setting(None, least=1)
     """Score only the first N samples of the input"""

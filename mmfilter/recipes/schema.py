@@ -44,7 +44,7 @@ class Inputs(InputOptions):
 
 
 @dataclass(frozen=True)
-class Run(RunSettings, BatchSettings, DeviceSettings):
+class Run(BatchSettings, DeviceSettings, RunSettings):
     """Where the pass over the model is kept, and how it goes."""
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class Recipe:
                 images=self.inputs.images and _whole(self.inputs.images),
             ),
             model=model,
-            run=replace(self.run, run=Path(_place(str(self.run.run)))),
+            run=replace(self.run, run=_place(str(self.run.run))),
             select=select,
             outputs=tuple(replace(output, path=_place(output.path)) for output in self.outputs),
         )

@@ -123,7 +123,7 @@ def test_a_measurement_as_json_is_the_operations(shard, tiny, quiet, capsys):
 
 def test_measuring_an_sae_without_a_model_names_the_option(shard, tiny, capsys):
     assert main(["sae", "show", tiny[0].sae, "--on", str(shard)]) == 1
-    assert "--on needs the model that SAE" in capsys.readouterr().err
+    assert "needs the model that it belongs to: --model CARD-OR-FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.slow

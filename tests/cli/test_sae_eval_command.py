@@ -100,7 +100,7 @@ def test_the_model_of_an_sae_that_is_no_card(tmp_path, make_shard, capsys):
     SAE(tiny.W_enc, tiny.b_enc, tiny.W_dec, tiny.b_dec, "topk", k=8, metadata={"layer": 1}).save(tmp_path / "mine")
     arguments = ["sae", "eval", str(tmp_path / "mine"), str(make_shard(n=3))]
     assert main(arguments) == 1
-    needs = f"mmfilter: sae eval needs the model that SAE '{tmp_path / 'mine'}' belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it\n"
+    needs = f"mmfilter: measuring SAE '{tmp_path / 'mine'}' needs the model that it belongs to: --model CARD-OR-FOLDER, and --layer where the SAE does not state it\n"
     assert capsys.readouterr().err == needs
     assert main([*arguments, "--model", load_card("tiny").model, "--prompt", "<s><image>{caption}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

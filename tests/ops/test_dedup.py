@@ -528,7 +528,7 @@ def test_a_threshold_that_is_no_cosine(threshold):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(SelectionError, match="--on 'sound' is unknown; choose from both, image, text"):
+    with pytest.raises(SelectionError, match="--on is 'sound'; expected one of both, image, text"):
         DuplicateSettings(on="sound")
     with pytest.raises(
         SelectionError, match="--memory is 0; give GiB above 0, or leave it out to use half of what is free"

@@ -188,7 +188,7 @@ def test_images_has_no_meaning_without_json(scored, tiny, tmp_path, quiet):
         score([f"{scored}/data/00000.tar"], ScoreSettings(model=tiny[0], run=tmp_path / "run", images="x"), quiet)
     assert (
         str(caught.value)
-        == f"shard '{scored}/data/00000.tar' is no LLaVA JSON, and --images is the folder of those; leave it out"
+        == f"shard '{scored}/data/00000.tar' is not LLaVA JSON, and --images is the folder of its images; leave it out"
     )
 
 

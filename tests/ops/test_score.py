@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfilter.core.pipeline.pass_settings import DeviceSettings
 from mmfilter.core.run.tables import read_table_metadata
 from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.core.scores.registry import SCORES
@@ -297,7 +296,7 @@ def test_states_that_are_not_finite_have_a_reason(tiny, make_shard, tmp_path, qu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_scores_in_float32(tiny, make_shard, tmp_path, quiet):
     shard = make_shard(n=40)
-    run_score(tiny[0], [shard], tmp_path / "cpu", quiet, device=DeviceSettings("cpu"))
-    run_score(tiny[0], [shard], tmp_path / "gpu", quiet, device=DeviceSettings("cuda", "float32"))
+    run_score(tiny[0], [shard], tmp_path / "cpu", quiet, device="cpu")
+    run_score(tiny[0], [shard], tmp_path / "gpu", quiet, device="cuda", dtype="float32")
     cpu, gpu = columns_of(tmp_path / "cpu"), columns_of(tmp_path / "gpu")
     assert np.quantile(np.abs(cpu - gpu), 0.99) < 1e-3  # a feature at its threshold may flip

@@ -34,7 +34,7 @@ def test_raw_and_support_are_those_of_each_pair_alone(family, make_shard, quiet,
     )
     SAE(rows.T.contiguous(), torch.zeros(64), rows, torch.zeros(backbone.d_model)).save(tmp_path / "sae")
     card = Card(name="t", model=str(folder), layer=LAYERS[family], sae=str(tmp_path / "sae"), prompt=prompt)
-    summary = score([str(shard)], ScoreSettings(card, tmp_path / "run", batch_size=3), quiet)
+    summary = score([str(shard)], ScoreSettings(card, run=tmp_path / "run", batch_size=3), quiet)
     assert summary.n_scored >= 5 and summary.n_samples == 7
     table = pq.read_table(tmp_path / "run" / "scores" / f"{shard.stem}.parquet").to_pylist()
     for raw, row in zip(open_source(str(shard)).samples(), table, strict=True):

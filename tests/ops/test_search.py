@@ -92,7 +92,7 @@ def test_what_is_not_there_is_named(run, samples, quiet, tmp_path):
     )
     assert error(text="x", on="image") == "--on image has nothing to compare with: the query is --text WORDS alone"
     assert error(feature=1, shard="x") == "--shard says which sample a --key means; give both"
-    assert error(key="1", n=0) == "-n is 0; at least 1 is needed"
+    assert error(key="1", n=0) == "--number is 0; at least 1 is needed"
     assert error(key="0003") == f"there is no sample with key '0003' in run {str(run)!r}; did you mean '00003'?"
     assert error(key="nobody's") == f'there is no sample with key "nobody\'s" in run {str(run)!r}'
     assert (
@@ -122,6 +122,6 @@ def test_a_key_in_two_shards_asks_which(tmp_path, quiet):
         tmp_path / "again", [dataclasses.replace(sample, shard="/data/c.tar", row=i) for i, sample in enumerate(twice)]
     )
     with pytest.raises(
-        SelectionError, match=r"key 'k' is there 2 times in shard '/data/c\.tar', so it names no one sample"
+        SelectionError, match=r"key 'k' is there 2 times in shard '/data/c\.tar', so it does not name one sample"
     ):
         search(run, SearchSettings(key="k"), quiet)

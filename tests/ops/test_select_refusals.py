@@ -41,16 +41,7 @@ from tests.runs import add_table, error_of, keys_of, make_run, make_shard
         ({"min": -math.inf}, "--min is -inf; give a number"),
         (
             {"top": "1", "format": "zip"},
-            "--format 'zip' is unknown; choose from shards, tar, keys, datacomp, parquet, llava-json, hf",
-        ),
-        ({"top": "1"}, "shards cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"),
-        (
-            {"top": "1", "format": "hf"},
-            "hf cannot go to stdout: give a new folder with -o DIR, or --format tar or keys",
-        ),
-        (
-            {"top": "1", "format": "llava-json"},
-            "llava-json cannot go to stdout: give a new folder with -o DIR, or --format tar or keys",
+            "--format is 'zip'; expected one of shards, tar, keys, datacomp, parquet, llava-json, hf",
         ),
         (
             {"top": "1", "output": "s3://bucket/best"},
@@ -61,13 +52,19 @@ from tests.runs import add_table, error_of, keys_of, make_run, make_shard
             "output 's3:/bucket/best' is a URL; select into a local folder and upload that",
         ),
         ({"top": "1", "output": "x", "shard_size": 0}, "--shard-size is 0; at least 1 is needed"),
-        ({"top": "1", "output": "x", "shuffle": -1}, "--shuffle is -1; a seed from 0 is needed"),
+        ({"top": "1", "output": "x", "shuffle": -1}, "--shuffle is -1; at least 0 is needed"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(SelectionError) as caught:
         SelectSettings(**settings)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("form", ["shards", "hf", "llava-json"])
+def test_a_folder_cannot_go_to_stdout(run, form):
+    wanted = f"{form} cannot go to stdout: give a new folder with -o DIR, or --format tar or keys"
+    assert error_of(run, top="1", format=form) == wanted
 
 
 RANKS = (

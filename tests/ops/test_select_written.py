@@ -16,6 +16,7 @@ import webdataset
 
 from mmfilter.core.input.ranges import OpenShards
 from mmfilter.core.input.shards import open_source
+from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.output.repack import _shard_starts
 from mmfilter.core.output.tar_writer import ShardWriter, _read_and_write, _sendfile
 from mmfilter.core.run.decisions import write_decisions
@@ -291,12 +292,13 @@ def test_stdout_may_be_a_file_opened_for_appending(large_run, tmp_path):
 def test_every_way_to_copy_gives_the_same_bytes(tmp_path, way):
     content = random.Random(0).randbytes(3_000_000)
     (tmp_path / "source").write_bytes(content)
+    source = WebdatasetTar(str(tmp_path / "source"))
     with OpenShards() as sources, open(tmp_path / "target", "wb") as file:
         writer = ShardWriter(file.fileno(), sources)
         if way is not None:
             writer._ways = [way]
-        writer.copy(str(tmp_path / "source"), 512, 2_000_000)
-        writer.copy(str(tmp_path / "source"), 0, 100)
+        writer.copy(source, 512, 2_000_000)
+        writer.copy(source, 0, 100)
         writer.finish()
     assert (tmp_path / "target").read_bytes() == content[512:2_000_512] + content[:100] + bytes(1024)
 

@@ -47,7 +47,9 @@ class Watching(Quiet):
 
 
 def settings(tiny, output: Path, **changes) -> TrainRunSettings:
-    return replace(TrainRunSettings(tiny[0], output, SMALL, tokens=8_000, capacity=1024, pairs=16), **changes)
+    return replace(
+        TrainRunSettings(tiny[0], output=output, train=SMALL, tokens=8_000, capacity=1024, pairs=16), **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +287,10 @@ def test_states_that_are_not_finite_name_the_sample_and_keep_the_checkpoint(trai
 
     progress = Breaking()
     run = TrainRun(
-        [str(shard)],
+        open_sources([shard]),
         tiny[1],
         settings(tiny, tmp_path / "sae", checkpoint_every=0.0),
-        settings(tiny, tmp_path).device,
+        settings(tiny, tmp_path),
         progress,
     )
     run.prepare()
@@ -348,7 +350,7 @@ def test_memory_is_estimated_before_anything_starts(trained, tiny, tmp_path):
     shard, _, _, _ = trained
     with pytest.raises(
         SAEError,
-        match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory_check, [\d.]+ GiB are free: use fewer",
+        match=r"training 4,000,000,000 features on states of width 192 needs about [\d.]+ GiB of memory, [\d.]+ GiB are free: use fewer or smaller --widths",
     ):
         train([str(shard)], settings(tiny, tmp_path / "sae", widths=(4_000_000_000,)), Watching())
     need = memory_check.training_bytes(SMALL.resolved(192), 192)

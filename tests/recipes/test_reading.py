@@ -88,7 +88,7 @@ def test_the_resolved_recipe_reads_back_and_is_the_same_from_any_folder(path, tm
     monkeypatch.chdir(tmp_path)
     again = read_recipe(tmp_path / "manifest.json")
     assert again == resolved and again.resolved() == resolved
-    assert Path(resolved.run.directory).is_absolute() and Path(resolved.outputs[0].path).is_absolute()
+    assert Path(resolved.run.run).is_absolute() and Path(resolved.outputs[0].path).is_absolute()
 
 
 def test_the_home_folder_is_known_and_urls_stay_urls(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_the_home_folder_is_known_and_urls_stay_urls(tmp_path, monkeypatch):
     text = "inputs: {shards: [~/a.tar, 's3://b/'], images: ~/i}\nrun: {directory: ~/run/}\nselect: {top: 1, match: ~/good}\noutputs: [{path: 's3://b/x'}]"
     resolved = read_recipe(written(tmp_path, text)).resolved()
     assert resolved.inputs == Inputs(shards=(f"{tmp_path}/a.tar", "s3://b/"), images=f"{tmp_path}/i")
-    assert (resolved.run.directory, resolved.select.match) == (f"{tmp_path}/run", f"{tmp_path}/good")
+    assert (str(resolved.run.run), resolved.select.match) == (f"{tmp_path}/run", f"{tmp_path}/good")
     with pytest.raises(SelectionError, match="output 's3://b/x' is a URL; select into a local folder and upload that"):
         resolved.selection(resolved.outputs[0])
 

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import duckdb
 
+from mmfilter.core.memory import available
+
+
+LEAST_MEMORY = 256 << 20
+"""Bytes that DuckDB is given in any case"""
+
 
 def open_database(paths: Sequence[Path], view: str) -> duckdb.DuckDBPyConnection:
     """A database in which `view` is the score tables, one after the other."""
     spill = os.path.join(tempfile.gettempdir(), f"mmfilter-{os.getpid()}")
     database = duckdb.connect(config={"temp_directory": spill, "autoinstall_known_extensions": "false"})
     database.execute("SET enable_progress_bar = false")
-    database.execute(
-        f"SET memory_limit = '{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 3} B'"
-    )  # the arrays need some too
+    database.execute(f"SET memory_limit = '{max(available() // 3, LEAST_MEMORY)} B'")  # the arrays need some too
     database.read_parquet([no_glob(str(path)) for path in paths], hive_partitioning=False).create_view(view)
     return database
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from pathlib import Path
 
+from mmfilter.core.pages.page import Markup, element, page
 from mmfilter.core.training.settings import TrainSettings
 
 POINTS = 600
@@ -38,10 +38,9 @@ NAMES = {
     "dead": "dead",
     "loss": "loss",
 }
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-main{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1.5rem}h2{font-size:1rem;margin:0 0 .3rem}svg{width:100%;height:auto}
-table{border-collapse:collapse;margin:1.5rem 0}td{padding:.1rem 1rem .1rem 0}td+td{font-variant-numeric:tabular-nums}text{font-size:11px;fill:#555}
-.key{font-size:.85rem;color:#555}.key b{font-weight:400;margin-right:1rem}"""
+STYLE = """main{grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1.5rem}svg{width:100%;height:auto}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}td{padding:.1rem 1rem .1rem 0}td+td{font-variant-numeric:tabular-nums}
+text{font-size:11px;fill:#555}.key{font-size:.85rem;color:#555}.key b{font-weight:400;margin-right:1rem}"""
 
 
 def curves_page(log: Path, settings: TrainSettings) -> str:
@@ -49,19 +48,16 @@ def curves_page(log: Path, settings: TrainSettings) -> str:
     rows = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line]
     panels = [panel(title, rows, names) for title, names in PANELS.items()]
     facts = {name: value for name, value in settings.to_mapping().items() if value not in (None, [], ())}
-    table = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+    table = element(
+        "table", *(element("tr", element("td", name), element("td", str(value))) for name, value in facts.items())
     )
     last = rows[-1] if rows else {}
     done, fvu, l0 = last.get("tokens", 0), last.get("fvu", math.nan), last.get("l0", math.nan)
-    head = f"{done:,} tokens in {last.get('step', 0):,} steps; FVU {fvu:.3f}, L0 {l0:.1f} at the end"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>SAE training</title><style>{STYLE}</style>'
-        f"<h1>SAE training</h1><p>{html.escape(head)}</p><main>{''.join(panels)}</main><h2>Settings</h2><table>{table}</table></html>\n"
-    )
+    about = f"{done:,} tokens in {last.get('step', 0):,} steps; FVU {fvu:.3f}, L0 {l0:.1f} at the end"
+    return page("SAE training", about, element("main", *panels), element("h2", "Settings"), table, style=STYLE)
 
 
-def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> str:
+def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> Markup:
     """One chart with the curves that the log has."""
     curves = {
         name: thinned(
@@ -75,7 +71,7 @@ def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> str:
     }
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
-        return ""
+        return Markup("")
     values = sorted(value for points in curves.values() for _, value in points)
     top = (
         values[min(len(values) - 1, int(0.99 * len(values)))] or 1.0
@@ -101,8 +97,8 @@ def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> str:
         if len(curves) > 1
         else ""
     )
-    picture = f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{title}">{axes}{ticks}{lines}</svg>'
-    return f'<section><h2>{title}</h2>{picture}<div class="key">{key} over tokens</div></section>'
+    drawing = Markup(f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{title}">{axes}{ticks}{lines}</svg>')
+    return element("section", element("h2", title), drawing, element("div", Markup(key), " over tokens", class_="key"))
 
 
 def y(value: float, top: float) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from mmfilter.core.memory import available
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.errors import SAEError
 
@@ -28,11 +27,12 @@ def check_memory(settings: TrainSettings, d_model: int, capacity: int, trainers:
     needed = trainers * training_bytes(settings, d_model)
     buffer = capacity * d_model * 4
     if device.startswith("cuda"):
-        free, where = torch.cuda.mem_get_info(torch.device(device))[0], device
+        free, where = torch.cuda.mem_get_info(torch.device(device))[0], f"memory of {device}"
     else:
-        needed, free, where = needed + buffer, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"
+        needed, free, where = needed + buffer, available(), "memory"
     if needed > free:
         raise SAEError(
-            f"training {settings.n_features:,} features on states of width {d_model:,} needs about {needed / 2**30:.1f} GiB of {where}, "
-            f"{free / 2**30:.1f} GiB are free: use fewer --features or --widths, or a smaller --capacity"
+            f"training {settings.n_features:,} features on states of width {d_model:,} needs about "
+            f"{needed / 2**30:.1f} GiB of {where}, {free / 2**30:.1f} GiB are free: use fewer or smaller --widths, "
+            "or a smaller --capacity"
         )

@@ -16,7 +16,7 @@ from mmfilter.core.cards.cards import Card, load_card
 from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.vectors import SideCodes
 from mmfilter.core.model.loading import load_backbone
-from mmfilter.core.pipeline.pass_settings import DeviceSettings, EncodeSettings
+from mmfilter.core.pipeline.pass_settings import EncodeSettings
 from mmfilter.core.pipeline.query import encode_query
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
@@ -28,7 +28,7 @@ from tests.zoo import build, save
 
 pytestmark = pytest.mark.slow
 
-CPU = DeviceSettings(device="cpu")
+CPU = {"device": "cpu"}
 N = 40
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     shard = write_tar(folder / "a.tar", [member for i in range(N) for member in good(f"{i:03d}", i)])
     for context in ("image", "none"):
         card = replace(load_card("tiny"), text_context=context)
-        score([str(shard)], ScoreSettings(model=card, run=folder / context, device=CPU), Quiet())
+        score([str(shard)], ScoreSettings(model=card, run=folder / context, **CPU), Quiet())
     (folder / "7.jpg").write_bytes(picture(7))
     return folder
 
@@ -52,11 +52,11 @@ def hits(run: Path, capsys, *arguments: str) -> list[dict]:
 @pytest.mark.parametrize("context", ["image", "none"])
 def test_codes_of_a_pair_of_the_run_are_those_of_its_table(folder, context):
     stored = CodeTables(ScoreTables(RunDirectory(folder / context))).take(np.array([7]))
-    pair = encode_query(folder / context, folder / "7.jpg", caption(7), EncodeSettings(CPU))
+    pair = encode_query(folder / context, folder / "7.jpg", caption(7), EncodeSettings(**CPU))
     assert means(pair.image) == pytest.approx(means(stored.image), rel=2e-3) and means(pair.text) == pytest.approx(
         means(stored.text), rel=2e-3
     )
-    alone = encode_query(folder / context, folder / "7.jpg", None, EncodeSettings(CPU))
+    alone = encode_query(folder / context, folder / "7.jpg", None, EncodeSettings(**CPU))
     assert not len(alone.text.ids) and set(alone.image.ids.tolist()) == set(pair.image.ids.tolist())
 
 
@@ -160,13 +160,13 @@ def test_other_families_take_queries_too(family, make_shard, tmp_path):
     SAE(rows.T.contiguous(), torch.zeros(64), rows, torch.zeros(width)).save(tmp_path / "sae")
     card = Card(name="t", model=str(model), layer=layer, sae=str(tmp_path / "sae"), prompt=specimen.prompt)
     run = tmp_path / "run"
-    assert score([str(shard)], ScoreSettings(card, run, device=CPU), Quiet()).n_scored >= 5
+    assert score([str(shard)], ScoreSettings(card, run=run, **CPU), Quiet()).n_scored >= 5
     scores = ScoreTables(RunDirectory(run))
     number = int(np.flatnonzero(scores.scored)[0])
     stored = CodeTables(scores).take(np.array([number]))
     (tmp_path / "it.jpg").write_bytes(picture(number))
     pair, image, text = (
-        encode_query(run, file, words, EncodeSettings(CPU))
+        encode_query(run, file, words, EncodeSettings(**CPU))
         for file, words in (
             (tmp_path / "it.jpg", caption(number)),
             (tmp_path / "it.jpg", None),

@@ -14,7 +14,8 @@ from PIL import Image
 from mmfilter.core.files import write_json
 from mmfilter.core.input.shards import expand, open_source
 from mmfilter.core.input.source import InputOptions
-from mmfilter.core.pages.gallery import Shown, Tile, check_page, thumbnail, write_page
+from mmfilter.core.pages.gallery import Shown, Tile, thumbnail, write_page
+from mmfilter.core.pages.place import check_page
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.previews import Look, looks, one_line, problems
 from mmfilter.core.run.score_tables import ScoreTables
