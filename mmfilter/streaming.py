@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import assert_spawning
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +155,17 @@ class Epochs:
     """Counts the epochs that each worker has begun, also where the workers are new processes every epoch."""
 
     def __init__(self) -> None:
-        self._begun = multiprocessing.Array("q", MOST_WORKERS)
+        self._begun = RawArray("q", MOST_WORKERS)  # without a lock: a worker writes its own place only
 
     def set(self, epoch: int) -> None:
         """Let the next epoch of all workers be this one."""
-        with self._begun.get_lock():
-            self._begun[:] = [epoch] * MOST_WORKERS
+        self._begun[:] = [epoch] * MOST_WORKERS
 
     def next(self, worker: int) -> int:
         """The number of the epoch that a worker begins."""
-        with self._begun.get_lock():
-            epoch = self._begun[worker]
-            self._begun[worker] = epoch + 1
-        return int(epoch)
+        epoch = int(self._begun[worker])
+        self._begun[worker] = epoch + 1
+        return epoch
 
     def __getstate__(self) -> dict[str, Any]:
         try:
