@@ -1,10 +1,13 @@
-"""Fine-tune on the survivors of a selection, straight from the pipe.
+"""Fine-tune on the survivors of a selection, from the pipe or from mmfilter.stream.
 
-A deliberately small consumer that is real all the same: webdataset starts `mmfilter select … -o -`, reads
-the tar stream as it is written, decodes it, and a linear CLIP-like head learns to tell which caption
-belongs to which image. Put your own model where `Matcher` is.
+A deliberately small consumer that is real all the same: samples arrive through webdataset, are decoded, and a linear
+CLIP-like head learns to tell which caption belongs to which image. Put your own model where `Matcher` is.
 
-    python examples/finetune_pipe.py runs/icons --top 20%
+    python examples/finetune_pipe.py runs/icons --top 20%                 # reads the tar that mmfilter select writes
+    python examples/finetune_pipe.py runs/icons --top 20% --stream        # reads byte ranges in workers, shuffled
+
+The pipe needs nothing but a shell and works in any language; the stream shares the samples among nodes and workers, and
+shuffles them anew every epoch.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +23,9 @@ import torch.nn.functional as F
 import webdataset as wds
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
+
+import mmfilter
 
 BUCKETS = 4096
 
@@ -49,42 +56,60 @@ class Matcher(nn.Module):
         return F.cross_entropy(logits, torch.arange(len(logits)))
 
 
-def pipeline(run: str, selection: list[str], batch_size: int) -> wds.WebDataset:
-    """Batches of (images, captions) from the selection's stream."""
-    mmfilter = Path(sys.executable).with_name("mmfilter")
-    command = shlex.join([str(mmfilter), "select", run, *selection, "-o", "-"])
-    data = wds.WebDataset(f"pipe:{command}", shardshuffle=False).decode("pil").to_tuple("jpg;jpeg;png;webp", "txt")
-    return data.map_tuple(image_tensor, caption_tensor).batched(batch_size, partial=False)
+def prepared(samples: wds.FluidInterface, batch_size: int) -> wds.FluidInterface:
+    """Batches of (images, captions) from samples of either way."""
+    pairs = samples.decode("pil").to_tuple("jpg;jpeg;png;webp", "txt").map_tuple(image_tensor, caption_tensor)
+    return pairs.batched(batch_size, partial=False)
 
 
-def finetune(run: str, selection: list[str], *, epochs: int, batch_size: int) -> list[float]:
+def from_pipe(run: str, selection: list[str], batch_size: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """webdataset starts the command and reads the tar as it is written."""
+    program = Path(sys.executable).with_name("mmfilter")
+    command = shlex.join([str(program), "select", run, *selection, "-o", "-"])
+    return prepared(wds.WebDataset(f"pipe:{command}", shardshuffle=False), batch_size)
+
+
+def from_stream(run: str, top: str, batch_size: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """The selection's byte ranges, read by two workers; every epoch in another order."""
+    samples = prepared(mmfilter.stream(run, top=top, shuffle=0), batch_size)
+    return DataLoader(samples, batch_size=None, num_workers=2)
+
+
+def finetune(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, epochs: int) -> list[float]:
     """Train; returns the mean loss of each epoch."""
     torch.manual_seed(0)
     model = Matcher()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     means = []
     for epoch in range(epochs):
-        losses = []
-        for images, captions in pipeline(run, selection, batch_size):
+        losses, n_pairs = [], 0
+        for images, captions in batches:
             loss = model(images, captions)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
+            n_pairs += len(images)
         if not losses:
-            sys.exit(f"the selection has fewer than {batch_size} pairs: nothing to train on")
+            sys.exit("the selection has fewer pairs than a batch: nothing to train on")
         means.append(sum(losses) / len(losses))
-        print(f"epoch {epoch + 1}: {len(losses) * batch_size} pairs, loss {means[-1]:.3f}")
+        print(f"epoch {epoch + 1}: {n_pairs} pairs, loss {means[-1]:.3f}")
     return means
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="mmfilter-run")
+    parser.add_argument("--top", default="20%")
+    parser.add_argument("--stream", action="store_true", help="use mmfilter.stream in place of the pipe")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=20)
     options, selection = parser.parse_known_args()
-    finetune(options.run, selection or ["--top", "20%"], epochs=options.epochs, batch_size=options.batch_size)
+    if options.stream:
+        batches = from_stream(options.run, options.top, options.batch_size)
+    else:
+        batches = from_pipe(options.run, ["--top", options.top, *selection], options.batch_size)
+    finetune(batches, epochs=options.epochs)
 
 
 if __name__ == "__main__":

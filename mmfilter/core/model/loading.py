@@ -158,7 +158,7 @@ def _explained(source: str, local: bool, settings: LoadSettings, error: Exceptio
     """What went wrong as one line with the next step."""
     said = " ".join(str(error).split())
     if settings.device_map and "accelerate" in said:
-        return MissingExtra("--device-map", "gpu")
+        return MissingExtra("--device-map", "device-map")
     if settings.attention.startswith("flash") and "flash" in said.lower():
         return ModelError(f"--attn {settings.attention} is not available here ({said[:120]}); use --attn sdpa")
     if "trust_remote_code" in said:

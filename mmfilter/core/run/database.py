@@ -12,7 +12,6 @@ import duckdb
 
 from mmfilter.core.memory import available
 
-
 LEAST_MEMORY = 256 << 20
 """Bytes that DuckDB is given in any case"""
 
