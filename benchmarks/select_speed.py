@@ -97,15 +97,13 @@ def kept_ranges(run: Path) -> list[tuple[str, int, int]]:
     """The byte ranges that `--top 20%` copies."""
     tables = ScoreTables(RunDirectory(run))
     members = tables.members(decide(tables) == Decision.KEPT)
-    return [(shard, offset, nbytes) for shard, offset, nbytes, _ in members.ranges(0, len(members))]
+    return [(shard.path, offset, nbytes) for shard, offset, nbytes, _ in members.ranges(0, len(members))]
 
 
 def decide(tables: ScoreTables) -> np.ndarray:
     column = tables.column("similarity")
     return choose(
-        column.values,
-        column.present,
-        column.passes,
+        column,
         top=Top.parse("20%"),
         minimum=None,
         first_by_key=tables.first_by_key,

@@ -19,7 +19,8 @@ class MMFilterError(Exception):
 
 
 class ShardError(MMFilterError):
-    """A shard cannot be read to its end; `problem` is the message without its name, `offset` the byte where reading stopped."""
+    """A shard cannot be read to its end; `problem` is the message without its name, `offset` the byte where reading
+    stopped."""
 
     def __init__(self, shard: str, problem: str, *, offset: int | None = None) -> None:
         self.shard = shard

@@ -105,7 +105,7 @@ def test_a_run_answers_with_what_its_tables_hold(folder):
 
 @pytest.mark.slow
 def test_what_cannot_be_is_an_error_of_ours(folder, tmp_path):
-    with pytest.raises(RunError, match="has no manifest.json"):
+    with pytest.raises(RunError, match="has no manifest"):
         mmfilter.Run(tmp_path)
     run = mmfilter.Run(folder / "runs/icons")
     with pytest.raises(SelectionError, match="there is no sample with key 'zzz'"):

@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _exit_code(error)
             with suppress(OSError):  # the terminal may be what has gone
                 print(
-                    f"mmfilter: {stop.word}; what is finished is kept and nothing is half written: the same command goes on from there",
+                    f"mmfilter: {stop.word}; what is finished is kept and nothing is half written: the same command "
+                    "goes on from there",
                     file=sys.stderr,
                 )
             return stop.exit_code
@@ -107,7 +108,8 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
         named = f"{str(error.filename)!r}: " if error.filename else ""
         print(
-            f"mmfilter: {named}{os.strerror(error.errno)}; nothing is half written: make room or name another place, and run the same command again",
+            f"mmfilter: {named}{os.strerror(error.errno)}; nothing is half written: make room or name another place, "
+            "and run the same command again",
             file=sys.stderr,
         )
         return 1

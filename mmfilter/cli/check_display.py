@@ -31,7 +31,8 @@ def show_check(report: CheckReport) -> None:
     weights = "the card" if report.card_weights else f"{report.n_fitted:,} other pairs"
     shards = "shard" if len(report.shards) == 1 else "shards"
     console.print(
-        f"{report.n_pairs:,} pairs of {len(report.shards)} {shards}, each with its own caption and with another pair's; feature weights of {weights}.\n"
+        f"{report.n_pairs:,} pairs of {len(report.shards)} {shards}, each with its own caption and with another "
+        f"pair's; feature weights of {weights}.\n"
     )
     table = plain_table("score", "AUC", "95 % interval", "random SAE", "difference to it", "with length")
     for name in (*shown(), CONTROL):

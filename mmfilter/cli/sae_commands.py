@@ -160,6 +160,7 @@ def _show_description(description: Description) -> None:
     from rich.console import Console
 
     said = dict(description.metadata)
+    dead = f", {description.dead_rows:,} rows of norm 0" if description.dead_rows else ""
     shape = f"{description.d_model:,} -> {description.n_features:,} features"
     rows: dict[str, Any] = {
         "SAE": description.source,
@@ -172,7 +173,7 @@ def _show_description(description: Description) -> None:
         "model": said.pop("model_name", "not stated"),
         "hook point": _hook(said),
         "stated L0": said.pop("stated_l0", "not stated"),
-        "decoder norms": f"{_range(description.decoder_norms)}{f', {description.dead_rows:,} rows of norm 0' if description.dead_rows else ''}",
+        "decoder norms": f"{_range(description.decoder_norms)}{dead}",
         "hash": description.hash,
     }
     said.pop("source", None)

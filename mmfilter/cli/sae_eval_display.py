@@ -24,7 +24,8 @@ def show_evaluation(evaluation: Evaluation, sae: str) -> None:
     console = Console(markup=False, highlight=False)
     shards = "shard" if len(evaluation.shards) == 1 else "shards"
     console.print(
-        f"SAE {sae}, {evaluation.n_features:,} features at layer {evaluation.layer}, on {evaluation.n_pairs:,} pairs of "
+        f"SAE {sae}, {evaluation.n_features:,} features at layer {evaluation.layer}, on {evaluation.n_pairs:,} pairs "
+        "of "
         f"{len(evaluation.shards)} {shards}; beside it random directions, as many and as sparse.",
         soft_wrap=not console.is_terminal,
     )
@@ -72,7 +73,10 @@ def _side_row(fidelity: Fidelity, name: str, word: str, which: str) -> tuple[str
 def _features(which: str, fidelity: Fidelity) -> str:
     if fidelity.n_dead == fidelity.n_features:
         return f"{which}: all features dead"
-    return f"{which}: {fidelity.n_dead:,} features dead; {_percent(fidelity.fraction_shared)} of the others fire on both sides"
+    return (
+        f"{which}: {fidelity.n_dead:,} features dead; {_percent(fidelity.fraction_shared)} of the others fire on both "
+        "sides"
+    )
 
 
 def _loss(loss: SplicedLoss) -> str:

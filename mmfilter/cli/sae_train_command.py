@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def train(
     shards: Shards,
     settings: TrainRunSettings,
-    config: Annotated[
+    config: Annotated[  # noqa: ARG001 (the settings are made with it)
         Path | None,
         typer.Option("--config", help="YAML file with any of the options; the command line overrides it."),
     ] = None,
@@ -85,7 +85,8 @@ class TrainingTerminal:
         self._shown = time.monotonic()
         left = max(0, total_tokens - stats.tokens) / tokens_per_second if tokens_per_second else 0
         text = (
-            f"{name + ': ' if name else ''}{stats.tokens / total_tokens:4.0%}  loss {stats.loss:.4g}  FVU {stats.fvu:.3f}  L0 {stats.l0:.1f}  "
+            f"{name + ': ' if name else ''}{stats.tokens / total_tokens:4.0%}  loss {stats.loss:.4g}  FVU "
+            f"{stats.fvu:.3f}  L0 {stats.l0:.1f}  "
             f"dead {stats.dead:.1%}  {tokens_per_second:,.0f} tokens/s  {left / 60:.0f} min left"
         )
         if live:
@@ -114,6 +115,7 @@ def show(summary: TrainSummary, *, as_json: bool) -> None:
         if sae.last is not None:
             figures = f"FVU {sae.last.fvu:.3f}, L0 {sae.last.l0:.1f}, {sae.last.dead:.1%} dead"
             display.note(
-                f"{sae.folder}: {sae.settings.n_features:,} features, {figures} after {sae.last.tokens:,} tokens; curves in {sae.folder}/training.html"
+                f"{sae.folder}: {sae.settings.n_features:,} features, {figures} after {sae.last.tokens:,} tokens; "
+                f"curves in {sae.folder}/training.html"
             )
         print(sae.folder)

@@ -1,7 +1,7 @@
 """From settings to options: a command's parameter whose type is a settings class stands for one option a field.
 
-A field's default is the option's, a `Literal` gives its choices, the first paragraph of the docstring under the field its
-help, and the `GROUP` of the class that declares it its heading. So a setting is declared once, where it is used.
+A field's default is the option's, a `Literal` gives its choices, the first paragraph of the docstring under the field
+its help, and the `GROUP` of the class that declares it its heading. So a setting is declared once, where it is used.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ def _is_told(context: Any, name: str) -> bool:
 
 
 def read_config(path: Path, options: list[SettingOption]) -> dict[str, Any]:
-    """A YAML file of settings, by option; raises `MistypedError` for an unknown key, naming the nearest, or a wrong value."""
+    """A YAML file of settings, by option; raises `MistypedError` for an unknown key, naming the nearest, or a wrong
+    value."""
     import yaml
 
     what = f"--config {str(path)!r}"

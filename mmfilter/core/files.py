@@ -1,7 +1,7 @@
 """Files that appear under their names only when they are finished, and JSON.
 
-Every file is written to a temporary name beside its place and renamed, so that a file that *exists* is a file that is *finished*.
-"""
+Every file is written to a temporary name beside its place and renamed, so that a file that *exists* is a file that is
+*finished*."""
 
 from __future__ import annotations
 

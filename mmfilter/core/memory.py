@@ -47,7 +47,7 @@ def _groups(root: Path) -> Iterator[tuple[_Version, Path]]:
     a folder that is not there is passed over.
     """
     for line in _lines(root / "proc/self/cgroup") or ["0::/", "1:memory:/"]:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         version = _V2 if not controllers else _V1 if "memory" in controllers.split(",") else None
         if version is None:
             continue

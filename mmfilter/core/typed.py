@@ -28,7 +28,7 @@ class MistypedError(MMFilterError):
 # --- declaring -------------------------------------------------------------------------------
 
 
-def setting(
+def setting(  # noqa: PLR0913 (each says one more thing of a field)
     default: Any = MISSING,
     *,
     flag: str | None = None,
@@ -49,16 +49,21 @@ def setting(
 
     `flag` is what the option is called (default: `--` and the name), with a comma between several; `key` the name in a
     recipe; `metavar` what stands for the value in help; `least` the smallest value; `group` its heading in
-    help where that is not its class's `GROUP`; `parse` what reads it from text, `expected` that in words and `shown` its
-    default in words; `option` whether the command line
-    has it, `required` that there is no default (such a field is keyword-only unless `kw_only`
-    says otherwise), `missing` what to
-    do then.
-    """
+    help where that is not its class's `GROUP`; `parse` what reads it from text, `expected` that in words and `shown`
+    its default in words; `option` whether the command line has it, `required` that there is no default (such a field is
+    keyword-only unless `kw_only` says otherwise), `missing` what to do then."""
     about = {
-        "flag": flag, "key": key, "metavar": metavar, "least": least, "group": group, "parse": parse,
-        "expected": expected, "shown": shown, "option": option, "missing": missing,
-    }  # fmt: skip
+        "flag": flag,
+        "key": key,
+        "metavar": metavar,
+        "least": least,
+        "group": group,
+        "parse": parse,
+        "expected": expected,
+        "shown": shown,
+        "option": option,
+        "missing": missing,
+    }
     metadata = {name: value for name, value in about.items() if value is not None}
     if default_factory is not None:
         return field(default_factory=default_factory, metadata=metadata)
@@ -84,7 +89,8 @@ def types_of(cls: type) -> dict[str, Any]:
 
 
 def check_fields(settings: Any, error: type[MMFilterError] = MMFilterError) -> None:
-    """Raise `error` for the first field that is none of its choices, or too small; texts become paths where these belong."""
+    """Raise `error` for the first field that is none of its choices, or too small; texts become paths where these
+    belong."""
     kinds = types_of(type(settings))
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -103,7 +109,8 @@ def check_fields(settings: Any, error: type[MMFilterError] = MMFilterError) -> N
 
 
 def combined(cls: type[S], *parts: Any, **more: Any) -> S:
-    """Settings made of the fields of the same names of other settings; `more` goes first, later parts before earlier."""
+    """Settings made of the fields of the same names of other settings; `more` goes first, later parts before
+    earlier."""
     values: dict[str, Any] = {}
     names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     for part in parts:
@@ -120,17 +127,15 @@ def read(cls: type[S], values: Any, place: str = "", *, what: str, root: type | 
     Raises `MistypedError` naming the place: for a key that is not one of `what`, with the nearest (one of that name
     anywhere in `root`, or the most alike here), for a missing key, and for a value of another type.
     """
-    items = fields(cls)  # type: ignore[arg-type]
     if not isinstance(values, Mapping):
-        raise MistypedError(f"{place} is {values!r}; expected keys such as {', '.join(map(key_of, items[:3]))}")
-    kinds, by_key = types_of(cls), {key_of(item): item for item in items}
+        keys = ", ".join(map(key_of, fields(cls)[:3]))  # type: ignore[arg-type]
+        raise MistypedError(f"{place} is {values!r}; expected keys such as {keys}")
+    kinds, by_key = types_of(cls), {key_of(item): item for item in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in by_key:
             near = _nearest_key(str(key), cls, place, root or cls)
             raise MistypedError(f"{_at(place, key)} is not a key of {what}; the nearest is {near}")
-    for key, item in by_key.items():
-        if key not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise MistypedError(f"{_at(place, key)} is missing; {item.metadata.get('missing', 'it has no default')}")
+    _check_complete(by_key, values, place)
 
     def part(kind: Any, value: Any, at: str) -> Any:
         section, several = _section(kind)
@@ -149,6 +154,12 @@ def read(cls: type[S], values: Any, place: str = "", *, what: str, root: type | 
     return cls(
         **{by_key[key].name: part(kinds[by_key[key].name], value, _at(place, key)) for key, value in values.items()}
     )
+
+
+def _check_complete(by_key: Mapping[str, Field[Any]], values: Mapping[str, Any], place: str) -> None:
+    for key, item in by_key.items():
+        if key not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise MistypedError(f"{_at(place, key)} is missing; {item.metadata.get('missing', 'it has no default')}")
 
 
 def _section(kind: Any) -> tuple[Any, bool]:
@@ -288,6 +299,11 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """The name that was probably meant."""
     return difflib.get_close_matches(name, list(names), 1, cutoff=0)[0]
+
+
+def close(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant, None where none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(names), 1)), None)
 
 
 def alternatives(kind: Any) -> Sequence[Any]:

@@ -254,7 +254,8 @@ def notes(sample: PairSample, comparison: Comparison, n_left_out: int, n_fitted:
     found = [f"{error}; the pairs before that are used" for error in sample.failures]
     if comparison.n_pairs < STEADY_PAIRS:
         found.append(
-            f"only {comparison.n_pairs:,} pairs are compared, so the intervals are wide; {STEADY_PAIRS:,} or more make them useful"
+            f"only {comparison.n_pairs:,} pairs are compared, so the intervals are wide; {STEADY_PAIRS:,} or more make "
+            "them useful"
         )
     if n_left_out:
         found.append(

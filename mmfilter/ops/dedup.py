@@ -15,7 +15,7 @@ from mmfilter.core.codes.rule import Deduplicator, Duplicates
 from mmfilter.core.files import atomic, system_reason
 from mmfilter.core.pages.gallery import Shown, Tile, write_page
 from mmfilter.core.progress import Progress
-from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.decisions import Outcome, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.previews import Look, looks, problems
 from mmfilter.core.run.score_tables import Column, ScoreTables
@@ -90,15 +90,24 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
     column = scores.column(settings.by)
     if not scores.run.writable:
         raise RunError(
-            f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+            f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select "
+            "--dedup"
         )
     rule = Deduplicator(scores, settings, progress)
     found = rule(column.values, column.present)
     close = rule.pairs.at_least(settings.threshold)
     summary = DedupSummary(
-        run, settings, scores.rows, int(column.present.sum()), int(found.exact.sum()), int(found.near.sum()),
-        len(close), len(close.crowded), rule.pairs.index, _borderline(scores, rule.pairs, settings, progress),
-    )  # fmt: skip
+        run,
+        settings,
+        scores.rows,
+        int(column.present.sum()),
+        int(found.exact.sum()),
+        int(found.near.sum()),
+        len(close),
+        len(close.crowded),
+        rule.pairs.index,
+        _borderline(scores, rule.pairs, settings, progress),
+    )
     _write(scores, found, column, summary)
     return summary
 
@@ -125,15 +134,8 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     }
     try:
         with atomic(scores.run.dedup) as temporary:
-            write_decisions(
-                scores,
-                temporary,
-                column,
-                decision,
-                labels=labels,
-                metadata=about,
-                duplicates=(found.of, found.similarity),
-            )
+            outcome = Outcome(column, decision, labels, duplicates=(found.of, found.similarity))
+            write_decisions(scores, temporary, outcome, about)
     except OSError as error:
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {system_reason(error)}") from error
 
@@ -169,5 +171,8 @@ def _write_page(
             Shown(other, (pair.other_key, Path(pair.other_shard).name)),
         )
         tiles.append(Tile(f"{pair.similarity:.4f} {verdict} (image {pair.image:.4f}, text {pair.text:.4f})", sides))
-    about = f"the {len(pairs):,} pairs of run {run} nearest to --threshold {settings.threshold} with --on {settings.on}, the closest first"
+    about = (
+        f"the {len(pairs):,} pairs of run {run} nearest to --threshold {settings.threshold} with --on {settings.on}, "
+        "the closest first"
+    )
     write_page(settings.page, "Borderline pairs", about, tiles)

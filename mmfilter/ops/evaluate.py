@@ -1,4 +1,5 @@
-"""Evaluate an SAE on the user's own pairs: reconstruction, loss, cross-modal features, and how it carries over to other states."""
+"""Evaluate an SAE on the user's own pairs: reconstruction, loss, cross-modal features, and how it carries over to other
+states."""
 
 from __future__ import annotations
 
@@ -101,18 +102,19 @@ def evaluate(patterns: Sequence[str], settings: EvaluateSettings, progress: Prog
         saes, weights = beside_random(backbone, sae, sample, settings, progress)
         trials, reasons = [], Counter(sample.reasons)
         for text_only, view in contexts:
-            tried, refused = trial(view, settings.card.name, text_only, saes, sample, settings, progress)
+            tried, refused = trial(view, settings.card.name, saes, sample, settings, progress, text_only=text_only)
             trials.append(tried)
             reasons.update({} if text_only else refused)
         del backbone, contexts, view  # the next model wants the memory
         for other in settings.others:
             trials += also_trials(other, saes, sample, settings, progress)
-        limits = notes(sample, trials, weights[TRAINED], settings)
+        limits = notes(sample, trials, settings)
         return Evaluation(trials, weights, settings.card.layer, trials[0].n_pairs, sample.shards, reasons, limits)
 
 
 def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSettings) -> None:
-    """Raise, before anything is computed, when the other model is of another architecture or width; reads its configuration only."""
+    """Raise, before anything is computed, when the other model is of another architecture or width; reads its
+    configuration only."""
     config = read_config(other.model, revision=other.revision, settings=load_settings(settings))
     kinds = [
         " with ".join(dict.fromkeys((c.model_type, c.get_text_config().model_type)))
@@ -120,12 +122,14 @@ def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSett
     ]
     if kinds[0] != kinds[1]:
         raise ModelError(
-            f"--also {other.name!r} is {kinds[0]}, and {settings.card.name!r} is {kinds[1]}: an SAE is carried over between checkpoints of one architecture"
+            f"--also {other.name!r} is {kinds[0]}, and {settings.card.name!r} is {kinds[1]}: an SAE is carried over "
+            "between checkpoints of one architecture"
         )
     width = getattr(config.get_text_config(), "hidden_size", sae.d_model)
     if not isinstance(backbone, TwoTowers) and width != sae.d_model:
         raise SAEError(
-            f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller than the SAE's own model"
+            f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller "
+            "than the SAE's own model"
         )
 
 
@@ -135,7 +139,8 @@ def contexts_of(backbone: Backbone, settings: EvaluateSettings) -> list[tuple[bo
     if settings.text_only:
         if isinstance(backbone, TwoTowers):
             raise ModelError(
-                f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out --text-only"
+                f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out "
+                "--text-only"
             )
         contexts.append((True, backbone.with_text_context("none")))
     return contexts
@@ -164,17 +169,18 @@ def also_trials(
     backbone = load_model(other, settings, whole=True)
     check_fit(backbone, saes[TRAINED])
     for text_only, view in contexts_of(backbone, settings):
-        yield trial(view, other.name, text_only, saes, sample, settings, progress)[0]
+        yield trial(view, other.name, saes, sample, settings, progress, text_only=text_only)[0]
 
 
 def trial(
     backbone: Backbone,
     name: str,
-    text_only: bool,
     saes: Mapping[str, SAE],
     sample: PairSample,
     settings: EvaluateSettings,
     progress: Progress,
+    *,
+    text_only: bool,
 ) -> tuple[Trial, Counter[str]]:
     """One pass over the pairs, and the kinds of problem with those that the model does not take."""
     meters = {which: FidelityMeter(sae) for which, sae in saes.items()}
@@ -213,13 +219,14 @@ def pass_over(backbone: Backbone, settings: EvaluateSettings, *, captions_alone:
     )
 
 
-def notes(sample: PairSample, trials: Sequence[Trial], weights: WeightSpread, settings: EvaluateSettings) -> list[str]:
+def notes(sample: PairSample, trials: Sequence[Trial], settings: EvaluateSettings) -> list[str]:
     """What limits the evaluation."""
     found = [f"{error}; the pairs before that are used" for error in sample.failures]
     n_pairs = trials[0].n_pairs
     if n_pairs < STEADY_PAIRS:
         found.append(
-            f"evaluated on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady, and about 1,000 the cross-modal weights"
+            f"evaluated on only {n_pairs:,} pairs; {STEADY_PAIRS} or more make the figures steady, and about 1,000 the "
+            "cross-modal weights"
         )
     if settings.card.text_context == "none" and trials[0].loss is not None:
         found.append(
@@ -228,7 +235,8 @@ def notes(sample: PairSample, trials: Sequence[Trial], weights: WeightSpread, se
     for tried in trials:
         if tried.loss is not None and tried.loss.n_left_out:
             found.append(
-                f"{tried.loss.n_left_out:,} pairs of {tried.model!r} are left out of the caption loss: it is not finite, or predicts no token of them"
+                f"{tried.loss.n_left_out:,} pairs of {tried.model!r} are left out of the caption loss: it is not "
+                "finite, or predicts no token of them"
             )
     return found
 

@@ -45,7 +45,10 @@ class Measurement:
         sides = self.fidelity.hardly_reconstructed
         if sides:
             levels = ", ".join(f"{self.fidelity.sides[side].fvu:.2f}" for side in sides)
-            return f"The SAE hardly reconstructs {' and '.join(sides)} tokens (FVU {levels}; 1 is no better than their mean): scores through it mean little."
+            return (
+                f"The SAE hardly reconstructs {' and '.join(sides)} tokens (FVU {levels}; 1 is no better than their "
+                "mean): scores through it mean little."
+            )
         image, text = (f"{100 * (1 - side.fvu):.0f} %" for side in (self.fidelity.image, self.fidelity.text))
         return f"The SAE explains {image} of the variance of image tokens and {text} of that of text tokens."
 

@@ -128,7 +128,7 @@ def convert(source: str, destination: Path, options: SAEOptions = NO_OPTIONS, *,
     Returns what was written. Raises `SAEError` when the SAE cannot be opened, or `destination` exists
     and is not an SAE's folder that `force` allows to replace.
     """
-    _check_destination(destination, force)
+    _check_destination(destination, force=force)
     sae = load_sae(source, options, convert=True)
     origin = {name: sae.metadata[name] for name in ("layout", "source", "options") if name in sae.metadata}
     rest = {name: value for name, value in sae.metadata.items() if name not in origin}
@@ -145,7 +145,7 @@ def convert(source: str, destination: Path, options: SAEOptions = NO_OPTIONS, *,
     return sae
 
 
-def _check_destination(destination: Path, force: bool) -> None:
+def _check_destination(destination: Path, *, force: bool) -> None:
     if not destination.exists():
         return
     if not destination.is_dir() or {file.name for file in destination.iterdir()} - OURS:

@@ -38,7 +38,8 @@ class Hit:
     shard: str
     row: int
     found: dict[str, float]
-    """Why: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and `text`, the feature's maxima, for a feature"""
+    """Why: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and `text`, the
+    feature's maxima, for a feature"""
     scores: dict[str, float | None]
     """Score name -> value"""
     caption: str | None = None
@@ -46,7 +47,8 @@ class Hit:
 
 
 def search(run: Path, settings: SearchSettings, progress: Progress, encode: Encoder | None = None) -> list[Hit]:
-    """The samples found, the best first. A sample that is looked for by key is not among them, nor what has no feature of it.
+    """The samples found, the best first. A sample that is looked for by key is not among them, nor what has no feature
+    of it.
 
     Their captions are read from the shards; `progress` is told of one that is gone. `encode` is needed for an
     image or words only. Raises `SelectionError` for a key, shard or feature that is not in the run, and what

@@ -29,7 +29,7 @@ from mmfilter.core.output.writers.datacomp import write_subset
 from mmfilter.core.output.writers.kept import Kept
 from mmfilter.core.progress import Progress, Silence
 from mmfilter.core.run.database import in_memory
-from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.decisions import Outcome, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.expressions import Expression
 from mmfilter.core.run.members import Members
@@ -80,15 +80,13 @@ def chosen(run: Path, settings: SelectSettings, progress: Progress) -> Chosen:
     tables = ScoreTables(RunDirectory(run), settings.metadata)
     if settings.output is not None:
         sources = [shard.source for shard in tables.shards]
-        check_output(Path(settings.output), settings.to_folder, tables.run.path, sources)
+        check_output(Path(settings.output), tables.run.path, sources, folder=settings.to_folder)
     column = tables.column(settings.by, settings.where)
     _check_count(settings, column)
     drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
     parts = None if settings.per is None else tables.parts("--per", settings.per, column.passes)
     decision = choose(
-        column.values,
-        column.present,
-        column.passes,
+        column,
         top=None if settings.top is None else Top.parse(settings.top),
         minimum=settings.min,
         first_by_key=tables.first_by_key,
@@ -233,11 +231,10 @@ def _write_folder(choice: Chosen, kept: Kept) -> Selection:
             first = choice.order < selection.kept  # of a sample's copies the one under its own key
             output[kept.positions[first]] = written.number[first]
         labels = [labels_of(settings).get(code) for code in Decision]
-        write_decisions(
-            kept.tables,
-            folder / "selection.parquet", choice.column, decision, labels=labels, metadata=kept.about,
-            output=output, output_name=written.name, copies=choice.copies, duplicates=choice.duplicates,
-        )  # fmt: skip
+        outcome = Outcome(
+            choice.column, decision, labels, output, written.name, choice.copies, duplicates=choice.duplicates
+        )
+        write_decisions(kept.tables, folder / "selection.parquet", outcome, kept.about)
         write_json(folder / "manifest.json", kept.about)
     return replace(
         selection,
@@ -267,7 +264,8 @@ def _write_tar(selection: Selection, members: Members, stdout: BinaryIO | None) 
     warnings = selection.warnings
     if repeats := members.n_adjacent_repeats():
         warnings += (
-            f"input shards share keys: in {repeats:,} places two neighbours have one key, and readers merge them or stop; "
+            f"input shards share keys: in {repeats:,} places two neighbours have one key, and readers merge them or "
+            "stop; "
             "select into shards instead, which keeps them apart",
         )
     with stream(selection.settings.output, stdout) as fd:

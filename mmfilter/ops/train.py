@@ -35,7 +35,8 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
         except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
             said = getattr(error, "strerror", None) or error
             raise SAEError(
-                f"{str(settings.output)!r} could not be written ({said}); checkpoints are kept: free space, and give the same command again"
+                f"{str(settings.output)!r} could not be written ({said}); checkpoints are kept: free space, and give "
+                "the same command again"
             ) from error
 
 

@@ -53,7 +53,8 @@ class Look:
 
 
 def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
-    """Look at the first shard; raises `ShardError`, and `RecipeError` when there is nothing to see or nothing to use."""
+    """Look at the first shard; raises `ShardError`, and `RecipeError` when there is nothing to see or nothing to
+    use."""
     if STDIN in patterns:
         raise RecipeError("a recipe names its shards, so that it can go on with them; '-' is a tar on stdin")
     sources = open_sources(patterns, options)
@@ -65,17 +66,28 @@ def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
     if all(raw.problem for raw in head):
         hint = "; --images names the folder of its images" if first.kind == "llava-json" else ""
         raise RecipeError(
-            f"none of the first {len(head)} samples of shard {first.path!r} can be used, the first has: {head[0].problem}{hint}"
+            f"none of the first {len(head)} samples of shard {first.path!r} can be used, the first has: "
+            f"{head[0].problem}{hint}"
         )
     uids = [_uid(raw) for raw in head]
     found = _caption(head)
     return Look(
-        tuple(patterns), len(sources), _estimate(sources, head),
-        caption=options.caption if options.caption != "auto" else found if all(source.is_tar for source in sources) else "auto",
+        tuple(patterns),
+        len(sources),
+        _estimate(sources, head),
+        caption=options.caption
+        if options.caption != "auto"
+        else found
+        if all(source.is_tar for source in sources)
+        else "auto",
         has_uid=all(uid and _UID.fullmatch(uid) for uid in uids),
-        output="keys" if any(source.once for source in sources) else "llava-json" if found == "conversations" else "shards",
+        output="keys"
+        if any(source.once for source in sources)
+        else "llava-json"
+        if found == "conversations"
+        else "shards",
         options=options,
-    )  # fmt: skip
+    )
 
 
 def _estimate(sources: Sequence[Source], head: list[RawSample]) -> int | None:
@@ -127,12 +139,12 @@ def write_draft(path: Path, text: str) -> None:
 def draft(found: Look) -> str:
     """The recipe as YAML with comments."""
     scoring = [name for name in card_names() if not load_card(name).cannot_score]
+    plain = re.fullmatch("[a-z_]+", found.caption)
+    caption = found.caption if plain else json.dumps(found.caption, ensure_ascii=False)
     return _DRAFT.format(
         told=found.told,
         shards="\n".join(f"    - {json.dumps(pattern, ensure_ascii=False)}" for pattern in found.patterns),
-        caption=f"{found.caption if re.fullmatch('[a-z_]+', found.caption) else json.dumps(found.caption, ensure_ascii=False)}  ".ljust(
-            19
-        ),
+        caption=f"{caption}  ".ljust(19),
         more=_more(found.options),
         cards="\n".join(f"  #   {name}" for name in scoring if name != "tiny"),
         output=_OUTPUTS[found.output],
@@ -151,7 +163,8 @@ _SHARDS = """  - path: best
     shard_size: 10000"""
 
 _LLAVA = """  - path: best
-    format: llava-json        # captions are conversations; or shards, parquet, hf, datacomp (new folders), tar, keys (new files)
+    format: llava-json        # captions are conversations; or shards, parquet, hf, datacomp (new folders), \
+tar, keys (new files)
     shard_size: 10000"""
 
 _KEYS = """  - path: best.txt
@@ -166,7 +179,8 @@ _DATACOMP = """
 
 _DRAFT = """\
 # Written by mmfilter init: {told}.
-# mmfilter run recipe.yaml --dry-run says what would be done; without --dry-run it is done, and goes on where it was stopped.
+# mmfilter run recipe.yaml --dry-run says what would be done; without --dry-run it is done, and goes on where it was
+# stopped.
 # Relative paths are relative to the directory where mmfilter runs, not to this file.
 
 inputs:

@@ -23,7 +23,7 @@ _BOOL = "tag:yaml.org,2002:bool"
 class _Loader(yaml.SafeLoader):
     """Knows `true` and `false` only, and refuses a key that comes twice, of which PyYAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -62,7 +62,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     values = _manifest(text, path) if path.suffix == ".json" else _parsed(text, f"recipe {str(path)!r}")
     if not isinstance(values, dict):
         raise RecipeError(
-            f"recipe {str(path)!r} holds no sections; expected lines like 'inputs:'; write one with: mmfilter init SHARDS"
+            f"recipe {str(path)!r} holds no sections; expected lines like 'inputs:'; write one with: mmfilter init "
+            "SHARDS"
         )
     for change in changes:
         _change(values, change)

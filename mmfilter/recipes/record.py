@@ -50,9 +50,15 @@ def score_request(recipe: Recipe) -> dict[str, Any]:
     card, run = recipe.model.card, recipe.run
     return {
         "card": asdict(card),
-        "files": {name: _files(Path(name)) for name in (card.model, card.sae, card.weights) if name and Path(name).exists()},
-        "caption": recipe.inputs.caption, "images": recipe.inputs.images, "dtype": run.dtype, "limit": run.limit, "seed": run.seed,
-    }  # fmt: skip
+        "files": {
+            name: _files(Path(name)) for name in (card.model, card.sae, card.weights) if name and Path(name).exists()
+        },
+        "caption": recipe.inputs.caption,
+        "images": recipe.inputs.images,
+        "dtype": run.dtype,
+        "limit": run.limit,
+        "seed": run.seed,
+    }
 
 
 def _files(path: Path) -> str:
@@ -86,7 +92,7 @@ def tables_digest(run: RunDirectory) -> str:
 # --- with an output --------------------------------------------------------------------------
 
 
-def manifest_of(output: Output, folder: bool) -> Path:
+def manifest_of(output: Output, *, folder: bool) -> Path:
     """Where the output says what it is: in the folder, or beside the file."""
     path = Path(output.path)
     return path / "manifest.json" if folder else path.with_name(f"{path.name}.manifest.json")
@@ -115,7 +121,8 @@ def about_output(recipe: Recipe, output: Output, run: RunDirectory) -> dict[str,
 
 
 def scores_digest(recipe: Recipe, run: RunDirectory) -> str:
-    """Of the scores that a selection of the recipe rests on, those of the run to match and files with more columns too."""
+    """Of the scores that a selection of the recipe rests on, those of the run to match and files with more columns
+    too."""
     match, patterns = (None, ()) if recipe.select is None else (recipe.select.match, recipe.select.metadata)
     found = [tables_digest(run), None if match is None else tables_digest(RunDirectory(Path(match)))]
     local = [pattern for pattern in patterns if not is_url(pattern)]

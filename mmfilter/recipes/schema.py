@@ -128,16 +128,19 @@ class Recipe:
         for i, path in enumerate(real):
             if path in real[:i]:
                 raise RecipeError(
-                    f"outputs.{real.index(path)}.path and outputs.{i}.path are both {self.outputs[i].path!r}; each output needs a place of its own"
+                    f"outputs.{real.index(path)}.path and outputs.{i}.path are both {self.outputs[i].path!r}; each "
+                    "output needs a place of its own"
                 )
             for j, other in enumerate(real):
                 if path.startswith(other + os.sep):
                     raise RecipeError(
-                        f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; name a place beside it"
+                        f"outputs.{i}.path {self.outputs[i].path!r} is in outputs.{j}.path {self.outputs[j].path!r}; "
+                        "name a place beside it"
                     )
 
     def resolved(self) -> Recipe:
-        """The same recipe with every default of the selection spelled out, and with paths that mean the same in any folder."""
+        """The same recipe with every default of the selection spelled out, and with paths that mean the same in any
+        folder."""
         model = replace(
             self.model,
             model=_absolute(str(self.model.model)),
@@ -207,14 +210,35 @@ WRITTEN: dict[type, tuple[str, ...]] = {
     Inputs: ("shards", "caption", "images", "allow_pipe"),
     ModelSettings: ("name", "layer", "sae", "sae_options", "prompt", "text_context", "threshold"),
     Run: (
-        "directory", "device", "dtype", "device_map", "attention", "compile", "trust_remote_code", "batch_size",
-        "workers", "limit", "seed", "max_bad",
+        "directory",
+        "device",
+        "dtype",
+        "device_map",
+        "attention",
+        "compile",
+        "trust_remote_code",
+        "batch_size",
+        "workers",
+        "limit",
+        "seed",
+        "max_bad",
     ),
     Select: (
-        "top", "min", "by", "where", "dedup", "dedup_on", "per", "diverse", "match", "repeat", "metadata", "shuffle",
+        "top",
+        "min",
+        "by",
+        "where",
+        "dedup",
+        "dedup_on",
+        "per",
+        "diverse",
+        "match",
+        "repeat",
+        "metadata",
+        "shuffle",
     ),
     Output: ("path", "format", "shard_size"),
-}  # fmt: skip
+}
 """Keys in the order in which a recipe is written; one that came later follows where it says something"""
 
 

@@ -57,11 +57,11 @@ def follow(recipe: Recipe, progress: Progress, told: Told, *, dry_run: bool = Fa
     Mistakes that can be seen in the recipe, and outputs in the way, are told before the pass over the
     model. Raises `RecipeError`, and whatever the operations raise.
     """
-    return _Follower(recipe.resolved(), progress, told, dry_run).steps()
+    return _Follower(recipe.resolved(), progress, told, dry_run=dry_run).steps()
 
 
 class _Follower:
-    def __init__(self, recipe: Recipe, progress: Progress, told: Told, dry_run: bool) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, told: Told, *, dry_run: bool) -> None:
         self._recipe, self._progress, self._told, self._dry_run = recipe, progress, told, dry_run
         self._run = RunDirectory(Path(recipe.run.run))
         self._sources = open_sources(recipe.inputs.shards, recipe.inputs.inputs)
@@ -95,7 +95,8 @@ class _Follower:
             others = [shard for shard in known if shard not in named]
             if others:
                 raise RecipeError(
-                    f"run {str(self._run.path)!r} also holds {_shards(len(others))} that inputs.shards does not name (first: {others[0]!r}), and a selection "
+                    f"run {str(self._run.path)!r} also holds {_shards(len(others))} that inputs.shards does not name "
+                    f"(first: {others[0]!r}), and a selection "
                     "would take of that too; name another run.directory, or add it to inputs.shards"
                 )
         if self._recipe.dedup is not None:
@@ -110,21 +111,23 @@ class _Follower:
         folder = self._recipe.selection(output).to_folder
         path = Path(output.path)
         if not path.exists() or (folder and path.is_dir() and not any(path.iterdir())):
-            check_output(path, folder, self._run.path, self._sources)
+            check_output(path, self._run.path, self._sources, folder=folder)
             return False
-        made = record.recipe_of(record.manifest_of(output, folder))
+        made = record.recipe_of(record.manifest_of(output, folder=folder))
         if made is None:
             raise RecipeError(
                 f"output {output.path!r} is there already and no recipe made it; name a new path, or delete it first"
             )
         if made["digest"] != record.output_digest(self._recipe, output):
             raise RecipeError(
-                f"output {output.path!r} was made with another recipe ({_difference(made['recipe'], self._recipe)}); name a new path, or delete it"
+                f"output {output.path!r} was made with another recipe ({_difference(made['recipe'], self._recipe)}); "
+                "name a new path, or delete it"
             )
         if self._scored and made["scores"] != record.scores_digest(self._recipe, self._run):
             more = ", or select.metadata" if self._recipe.select.metadata else ""
             raise RecipeError(
-                f"output {output.path!r} was made from other scores than run {str(self._run.path)!r}{more} holds now; name a new path, or delete it"
+                f"output {output.path!r} was made from other scores than run {str(self._run.path)!r}{more} holds now; "
+                "name a new path, or delete it"
             )
         return True
 
@@ -160,7 +163,8 @@ class _Follower:
             return Step(
                 "score",
                 "planned",
-                f"score {_shards(len(self._sources))} with {self._recipe.model.model!r} into {self._run.path}; finished ones are skipped",
+                f"score {_shards(len(self._sources))} with {self._recipe.model.model!r} into {self._run.path}; "
+                "finished ones are skipped",
             )
         if self._recipe.dedup is not None or (
             self._recipe.select is not None and self._recipe.select.dedup is not False
@@ -205,7 +209,10 @@ class _Follower:
             self._run, "dedup", {"asked": asked, "file": record.stamp_of(self._run.dedup), "kept": summary.kept}
         )
         facts = {"kept": summary.kept, "exact_duplicates": summary.exact, "near_duplicates": summary.near}
-        text = f"{summary.kept:,} of {summary.scored:,} are left {about}: {summary.exact:,} exact and {summary.near:,} near-duplicates"
+        text = (
+            f"{summary.kept:,} of {summary.scored:,} are left {about}: {summary.exact:,} exact and {summary.near:,} "
+            "near-duplicates"
+        )
         return Step("dedup", "done", text, facts)
 
     def _select(self, output: Output) -> Step:
@@ -219,8 +226,11 @@ class _Follower:
         if settings.to_folder:
             selection = select_operation.select(self._run.path, settings, progress=self._progress, recipe=about)
         else:
-            selection = self._select_file(settings, record.manifest_of(output, False), about)
-        text = f"{selection.written:,} samples, {selection.fraction_kept:.1%} of the candidates -> {output.path} ({output.format})"
+            selection = self._select_file(settings, record.manifest_of(output, folder=False), about)
+        text = (
+            f"{selection.written:,} samples, {selection.fraction_kept:.1%} of the candidates -> {output.path} "
+            f"({output.format})"
+        )
         return Step(
             "select", "done", text, facts | {"written": selection.written}, tuple(selection.funnel), selection.warnings
         )

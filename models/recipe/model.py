@@ -38,7 +38,7 @@ def build_llava() -> LlavaForConditionalGeneration:
         vision_feature_layer=-1, vision_feature_select_strategy="default", projector_hidden_act="gelu",
         image_seq_length=IMAGE_TOKENS, tie_word_embeddings=True,
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa"  # noqa: SLF001 (how transformers is told)
     return LlavaForConditionalGeneration(config)
 
 

@@ -53,10 +53,3 @@ def test_a_card_that_sees_one_side_only_is_not_scored_with(make_shard, capsys, t
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is newer")
-def test_every_card_is_in_the_wheel():
-    import tomllib
-
-    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
-        "force-include"
-    ]
-    assert {f"models/{name}.yaml" for name in card_names()} <= set(included)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmfilter.core.files import write_json
+from mmfilter.core.run.score_tables import Column
 from mmfilter.core.selection.choice import Decision, choose
 from mmfilter.core.selection.settings import SelectSettings
 from mmfilter.core.selection.top import Top
@@ -155,10 +156,13 @@ def test_choice_is_that_of_a_plain_sort():
         def first_by_key(among: np.ndarray, n: int, rows=rows) -> list[int]:
             return sorted(np.flatnonzero(among), key=lambda i: (rows[i]["key"], rows[i]["shard"], rows[i]["row"]))[:n]
 
-        decision = choose(
+        column = Column(
             np.array([math.nan if row[by] is None else row[by] for row in rows], np.float32),
             np.array([row["ok"] and row[by] is not None and not math.isnan(row[by]) for row in rows], bool),
             np.array([passes(row) for row in rows], bool),
+        )
+        decision = choose(
+            column,
             top=None if top is None else Top.parse(top),
             minimum=minimum,
             first_by_key=first_by_key,

@@ -139,7 +139,7 @@ def test_the_database_of_a_condition_is_locked(run):
 
     from mmfilter.core.run.score_tables import ScoreTables
 
-    database = ScoreTables(RunDirectory(run))._connect(locked=True)
+    database = ScoreTables(RunDirectory(run)).connect(locked=True)
     assert database.execute("SELECT count(*) FROM scores").fetchone() == (10,)
     for query in [
         "FROM read_text('/etc/hostname')",

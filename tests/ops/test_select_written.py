@@ -18,8 +18,8 @@ from mmfilter.core.input.ranges import OpenShards
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.output.repack import _shard_starts
-from mmfilter.core.output.tar_writer import ShardWriter, _read_and_write, _sendfile
-from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.output.tar_writer import ShardWriter, read_and_write, sendfile
+from mmfilter.core.run.decisions import Outcome, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.members import Members
 from mmfilter.core.run.tables import read_table_metadata
@@ -212,7 +212,7 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
         tables = ScoreTables(RunDirectory(run))
         write_decisions(
-            tables, tmp_path / "none/x.parquet", tables.column("raw"), nothing, labels=[None, "dropped"], metadata={}
+            tables, tmp_path / "none/x.parquet", Outcome(tables.column("raw"), nothing, [None, "dropped"]), {}
         )
 
 
@@ -288,15 +288,13 @@ def test_stdout_may_be_a_file_opened_for_appending(large_run, tmp_path):
     assert len(list(open_source(str(tmp_path / "out.tar")).samples())) == 2000
 
 
-@pytest.mark.parametrize("way", [None, _sendfile, _read_and_write])
+@pytest.mark.parametrize("way", [None, sendfile, read_and_write])
 def test_every_way_to_copy_gives_the_same_bytes(tmp_path, way):
     content = random.Random(0).randbytes(3_000_000)
     (tmp_path / "source").write_bytes(content)
     source = WebdatasetTar(str(tmp_path / "source"))
     with OpenShards() as sources, open(tmp_path / "target", "wb") as file:
-        writer = ShardWriter(file.fileno(), sources)
-        if way is not None:
-            writer._ways = [way]
+        writer = ShardWriter(file.fileno(), sources, None if way is None else [way])
         writer.copy(source, 512, 2_000_000)
         writer.copy(source, 0, 100)
         writer.finish()

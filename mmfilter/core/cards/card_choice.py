@@ -100,7 +100,8 @@ class TrainedModel(ModelSettings):
 
 
 def other_checkpoint(name: str, card: Card, prompt: str | None) -> Card:
-    """The card with another checkpoint in it: a card's, with its prompt, or a folder's or hub id's, with the same prompt."""
+    """The card with another checkpoint in it: a card's, with its prompt, or a folder's or hub id's, with the same
+    prompt."""
     if name not in card_names():
         return replace(card, name=name, model=name, revision=None)
     other = load_card(name)

@@ -65,7 +65,8 @@ def load_card(name: str) -> Card:
     path = cards_folder() / f"{name}.yaml"
     if not path.is_file():
         raise ModelError(
-            f"no card {name!r}; there is {', '.join(card_names())}. A local folder or hub id works with --layer and --sae"
+            f"no card {name!r}; there is {', '.join(card_names())}. A local folder or hub id works with --layer and "
+            "--sae"
         )
     values: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     unknown = set(values) - {item.name for item in fields(Card)}

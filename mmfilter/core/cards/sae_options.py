@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from mmfilter.core.typed import expected, nearest, parsed, types_of
+from mmfilter.core.typed import close, expected, parsed, types_of
 from mmfilter.errors import SAEError
 
 
@@ -77,7 +77,8 @@ def make_options(values: Mapping[str, Any]) -> SAEOptions:
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in kinds:
-            raise SAEError(f"no SAE option {key!r}; did you mean {nearest(key, kinds)!r}? There is {', '.join(kinds)}")
+            hint = f"did you mean {near!r}? " if (near := close(key, kinds)) else ""
+            raise SAEError(f"no SAE option {key!r}; {hint}There is {', '.join(kinds)}")
         try:
             found[key] = parsed(kinds[key], value)
         except ValueError as error:

@@ -66,7 +66,8 @@ def _mixed(vectors: np.ndarray, odd: np.ndarray) -> np.ndarray:
 def to_look_into(
     chosen: np.ndarray, queries: np.ndarray, centroids: np.ndarray, pieces: Iterable[tuple[int, np.ndarray, np.ndarray]]
 ) -> dict[str, Any]:
-    """How many of the nearest clusters hold the share `AIM` of the true neighbours of the vectors `chosen`, and what they hold.
+    """How many of the nearest clusters hold the share `AIM` of the true neighbours of the vectors `chosen`, and what
+    they hold.
 
     `queries` (n, dims) are those vectors; `pieces` of all of them: the number of the first, vectors and clusters.
     """

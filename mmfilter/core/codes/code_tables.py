@@ -33,7 +33,8 @@ class CodeTables:
         for path, shard in zip(self._paths, scores.shards, strict=True):
             if not path.exists():
                 raise RunError(
-                    f"run {str(scores.run.path)!r} has no codes of shard {shard.path!r}: delete scores/{path.name} in it and run mmfilter score again"
+                    f"run {str(scores.run.path)!r} has no codes of shard {shard.path!r}: delete scores/{path.name} in "
+                    "it and run mmfilter score again"
                 )
         self.idf = _idf(scores.run.weights)
         self._about = [
@@ -53,7 +54,8 @@ class CodeTables:
 
     @property
     def digest(self) -> str:
-        """Changes when a shard joins the run or its codes do, and with the features' rarity; not with the order of shards.
+        """Changes when a shard joins the run or its codes do, and with the features' rarity; not with the order of
+        shards.
 
         The codes count by the size of their table, which stays when a run is copied.
         """
@@ -104,13 +106,15 @@ class CodeTables:
             sides = [SideCodes.of_lengths(*lists[f"{side}_ids"], lists[f"{side}_mean"][1]) for side in SIDES]
             if any(len(side.ids) and side.ids.max() >= len(self.idf) for side in sides):
                 raise RunError(
-                    f"code table {str(self._paths[number])!r} has features that {str(self._run.weights)!r} lacks: it belongs to another SAE"
+                    f"code table {str(self._paths[number])!r} has features that {str(self._run.weights)!r} lacks: it "
+                    "belongs to another SAE"
                 )
             parts.append(Codes(start + found, *sides))
         return Codes.concatenate(parts)
 
     def strongest(self, feature: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each table the positions of the samples that have a feature, and its maxima there, (samples, 2): image, text."""
+        """For each table the positions of the samples that have a feature, and its maxima there, (samples, 2): image,
+        text."""
         columns = [f"{side}_{part}" for side in SIDES for part in ("ids", "max")]
         for start, path in zip(self._starts, self._paths, strict=False):
             for rows, lists in read_codes(path, columns):
@@ -124,7 +128,8 @@ class CodeTables:
 
 
 def sample_codes(scores: ScoreTables, position: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids, maximum, mean) of each side of one sample as they are stored, strongest first; raises `RunError` without any."""
+    """(ids, maximum, mean) of each side of one sample as they are stored, strongest first; raises `RunError` without
+    any."""
     number = int(np.searchsorted(scores.starts, position, side="right") - 1)
     path = scores.run.codes(scores.names[number])
     columns = [f"{side}_{part}" for side in SIDES for part in ("ids", "max", "mean")]
@@ -135,7 +140,8 @@ def sample_codes(scores: ScoreTables, position: int) -> list[tuple[np.ndarray, n
 
 
 def _idf(path: Path) -> np.ndarray:
-    """Rarity of each feature, float64: ln((1 + N) / (1 + samples in which it fires on either side)), read without torch."""
+    """Rarity of each feature, float64: ln((1 + N) / (1 + samples in which it fires on either side)), read without
+    torch."""
     try:
         with safe_open(path, "numpy") as file:
             n = int((file.metadata() or {})["n_samples"])

@@ -150,7 +150,8 @@ def _searched(tables: CodeTables, index: CodeIndex, floor: float, on: On, progre
 def _candidates(
     index: CodeIndex, position: np.ndarray, vectors: np.ndarray, level: float, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs at or above `level` as first · n + second, the crowded positions, and their farthest neighbour's similarity."""
+    """Pairs at or above `level` as first · n + second, the crowded positions, and their farthest neighbour's
+    similarity."""
     pairs, todo = [], np.arange(len(position))
     for k in NEIGHBOURS:
         similarity, other = index.search(vectors[todo], k)
@@ -252,7 +253,8 @@ def _stored(scores: ScoreTables, tables: CodeTables, settings: DuplicateSettings
             pairs = _read(path, about, scores)
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise RunError(
-                f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file and run again"
+                f"the stored duplicates {str(path)!r} cannot be read ({' '.join(str(error).split())}); delete the file "
+                "and run again"
             ) from error
         return pairs if _about(path) == about else None  # another process may have replaced it meanwhile
     return None

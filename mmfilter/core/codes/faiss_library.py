@@ -37,7 +37,8 @@ def check_gpu() -> None:
     faiss = load_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
         raise MMFilterError(
-            f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
+            f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install "
+            "'mmfilter[gpu]'"
         )
     trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
     if trial.returncode:

@@ -45,6 +45,8 @@ FORMAT = 2
 """Of the folder; an index of another one is made anew"""
 MANY = 256
 """Queries at one time from which all of the sketches are read, if they fit; fewer have their clusters read"""
+KEEP, BY_RESIDUAL = False, False
+"""What FAISS takes by position: whether an index owns its lists, and whether it encodes differences from centroids"""
 LEAST_AT_ONCE = 64 << 20
 """Bytes of sketches that are in memory at one time in any case"""
 
@@ -78,7 +80,7 @@ class CodeIndex:
     ) -> None:
         """`lists` are the sketches by cluster where there are clusters; those in memory take `at_most` bytes."""
         self._index, self._lists, self._positions, self.about = faiss_index, lists, positions, about
-        self._gpu: Any = None
+        self.gpu: Any = None
         self._at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, self._index.d)
         self.fits = lists is None or len(positions) <= self._at_once
         """Whether all of it may be in memory"""
@@ -92,10 +94,11 @@ class CodeIndex:
         return margin(similarity, self.about["settings"]["dims"])
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine of sketches and positions of the k nearest, (queries, k), nearest first; position −1 where there are fewer."""
+        """Cosine of sketches and positions of the k nearest, (queries, k), nearest first; position −1 where there are
+        fewer."""
         if self.fits and len(vectors) >= MANY:
             self._read_all()
-        look = self._on_gpu if self._gpu is not None else self._index.search if self._in_memory else self._from_disk
+        look = self._on_gpu if self.gpu is not None else self._index.search if self._in_memory else self._from_disk
         similarity, found = look(vectors, k)
         return similarity, np.where(found >= 0, self._positions[found], -1) if len(self) else found
 
@@ -109,11 +112,12 @@ class CodeIndex:
         faiss = load_faiss()
         part = faiss.ArrayInvertedLists(self._index.nlist, self._index.code_size)
         self._lists.load(part, some)
-        self._index.replace_invlists(part, False)
+        self._index.replace_invlists(part, KEEP)
         self._part = part  # the index holds no reference
 
     def _from_disk(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts kept."""
+        """As `search`, by numbers: the clusters that the queries look into are read in parts, the best of all parts
+        kept."""
         closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
         best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
         for some in self._lists.parts(
@@ -150,17 +154,17 @@ class CodeIndex:
         self._read_all()
         try:
             self._resources = faiss.StandardGpuResources()  # to live as long as the index on the GPU
-            self._gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
-            self._progress = progress
+            self.gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
+            self.progress = progress
         except RuntimeError as error:
             progress.note(f"the GPU cannot take the index ({said(error)}): searching on the CPU")
 
     def _on_gpu(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return self._gpu.search(vectors, k)
+            return self.gpu.search(vectors, k)
         except RuntimeError as error:  # out of its memory, most likely
-            self._gpu = None
-            self._progress.note(f"the GPU cannot search on ({said(error)}): searching on the CPU")
+            self.gpu = None
+            self.progress.note(f"the GPU cannot search on ({said(error)}): searching on the CPU")
             return self._index.search(vectors, k)
 
 
@@ -208,7 +212,8 @@ def open_index(
     at_most: int | None = None,
     keep: bool = True,
 ) -> CodeIndex:
-    """The index in `folder` if it is one of these samples, made so; else a new one, saved there if it is to be kept and can be.
+    """The index in `folder` if it is one of these samples, made so; else a new one, saved there if it is to be kept and
+    can be.
 
     `wanted` are the ascending positions of the samples to index, `at_most` the bytes of memory that their sketches
     may take, half of what is free if None.
@@ -331,11 +336,11 @@ def _clustered(
     progress.start("clustering", None)
     chosen = clusters.sampled(vectors, TRAINING * k)
     sample = vectors.take(chosen).astype(np.float32)
-    centroids = clusters.centroids_of(sample, k, _nearest)
+    centroids = clusters.centroids_of(sample, k, nearest_centroids)
     quantizer = faiss.IndexFlatIP(vectors.dims)
     quantizer.add(centroids)
     index = faiss.IndexIVFScalarQuantizer(
-        quantizer, vectors.dims, k, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+        quantizer, vectors.dims, k, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, BY_RESIDUAL
     )
     index.train(sample[:1])  # there is nothing left to train; FAISS wants to be asked
     _write(index, folder)
@@ -359,7 +364,7 @@ def _write(index: Any, folder: Path) -> None:
     (folder / "index.faiss").write_bytes(memoryview(faiss.serialize_index(index)))
 
 
-def _nearest(centroids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_centroids(centroids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     faiss = load_faiss()
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)

@@ -57,7 +57,8 @@ class VectorFile:
         return found
 
     def rearranged(self, path: Path, order: np.ndarray, at_once: int) -> VectorFile:
-        """A new file with vector `order[i]` as its i-th, made with `at_once` vectors in memory, in as many passes as that takes."""
+        """A new file with vector `order[i]` as its i-th, made with `at_once` vectors in memory, in as many passes as
+        that takes."""
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         other = VectorFile(path, self.dims, new=True)

@@ -153,7 +153,8 @@ def on_grid(vectors: np.ndarray) -> np.ndarray:
 
 
 class Sketch:
-    """A seeded sparse random projection: vectors of a few hundred numbers, of length 1 but for rounding, that keep the cosine.
+    """A seeded sparse random projection: vectors of a few hundred numbers, of length 1 but for rounding, that keep the
+    cosine.
 
     Each feature of each side adds ±1 to s of the `dims` numbers, one in each of s blocks (Kane & Nelson,
     "Sparser Johnson-Lindenstrauss transforms", J. ACM 2014); with fewer than 16, two strong features

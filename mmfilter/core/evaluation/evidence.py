@@ -56,7 +56,8 @@ class Evidence:
 
     @property
     def above_chance(self) -> bool:
-        """Whether the interval is above 0.5, widened so that one of all scores looked at passes by luck in 5 % of cases at most."""
+        """Whether the interval is above 0.5, widened so that one of all scores looked at passes by luck in 5 % of cases
+        at most."""
         return interval(self.draws, 1 - 0.05 / len(formulas()))[0] > 0.5
 
     def against(self, other: Evidence) -> Difference:
@@ -69,7 +70,8 @@ Columns = Mapping[str, np.ndarray]
 
 
 def weigh(columns: Columns, random: Columns, lengths: np.ndarray, *, draws: int, seed: int) -> dict[str, Evidence]:
-    """Evidence on each of `columns`; `random` holds scores of the same names through the random SAE, `lengths` (pairs,) caption tokens."""
+    """Evidence on each of `columns`; `random` holds scores of the same names through the random SAE, `lengths` (pairs,)
+    caption tokens."""
     every = [*columns.values(), *random.values()]
     true, shuffled = (np.stack([column[side] for column in every]) for side in (0, 1))
     drawn = bootstrap_aucs(true, shuffled, draws=draws, seed=seed)
@@ -93,7 +95,8 @@ class Judgement:
 
     @property
     def recommended(self) -> str | None:
-        """The column to rank by: the default if no score is clearly better, else the best; None when none is above chance."""
+        """The column to rank by: the default if no score is clearly better, else the best; None when none is above
+        chance."""
         best, default = self.best, self.scores[DEFAULT]
         if default.above_chance and best.against(default).word != "better":
             return DEFAULT
@@ -106,7 +109,10 @@ class Judgement:
         by = self.recommended
         if by is None:
             best = self.best
-            said = f"no score tells true captions from shuffled ones here (best: {best.name}, AUC {best.auc:.3f}; 0.5 is chance): do not rank by them"
+            said = (
+                f"no score tells true captions from shuffled ones here (best: {best.name}, AUC {best.auc:.3f}; 0.5 is "
+                "chance): do not rank by them"
+            )
             clauses = [said, self._reconstruction()]
         else:
             clauses = [self._telling(by), self._length(by), self._reconstruction(), f"rank with --by {by}"]
@@ -123,7 +129,10 @@ class Judgement:
         if score.random is None:
             if not through_sae.above_chance:
                 return f"{said}, while no score through the SAE does (best: {through_sae.name}, {through_sae.auc:.3f})"
-            beside = f"{said}, {AGAINST[score.against(through_sae).word]} the best score through the SAE ({through_sae.name}, {through_sae.auc:.3f})"
+            beside = (
+                f"{said}, {AGAINST[score.against(through_sae).word]} the best score through the SAE "
+                f"({through_sae.name}, {through_sae.auc:.3f})"
+            )
             return f"{beside}; that one is {_beside_random(through_sae)}"
         raw = score.against(self.scores[RAW])
         return f"{said}, {AGAINST[raw.word]} the raw states without an SAE ({raw.auc:.3f}) and {_beside_random(score)}"
@@ -132,14 +141,20 @@ class Judgement:
         correlation = self.scores[by].length_correlation
         if not abs(correlation) >= LENGTH_GOES_ALONG:
             return ""
-        return f"it goes with caption length (rank correlation {correlation:.2f}), so it will favour {'long' if correlation > 0 else 'short'} captions"
+        return (
+            f"it goes with caption length (rank correlation {correlation:.2f}), so it will favour "
+            f"{'long' if correlation > 0 else 'short'} captions"
+        )
 
     def _reconstruction(self) -> str:
         sides = self.fidelity.hardly_reconstructed
         if not sides:
             return ""
         levels = ", ".join(f"{self.fidelity.sides[side].fvu:.2f}" for side in sides)
-        return f"the SAE hardly reconstructs {' and '.join(sides)} tokens (FVU {levels}), so look for one trained on this model and layer"
+        return (
+            f"the SAE hardly reconstructs {' and '.join(sides)} tokens (FVU {levels}), so look for one trained on this "
+            "model and layer"
+        )
 
 
 def _beside_random(score: Evidence) -> str:

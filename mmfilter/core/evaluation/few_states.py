@@ -32,7 +32,8 @@ def few_states(sample: PairSample, numbers: Sequence[int], model_pass: ModelPass
             break
     if not states:
         raise MMFilterError(
-            f"none of {len(few)} pairs tried can be sent through the model; score a shard with --max-bad 100% to see why"
+            f"none of {len(few)} pairs tried can be sent through the model; score a shard with --max-bad 100% to see "
+            "why"
         )
     return states
 

@@ -97,7 +97,8 @@ class FidelityMeter:
 
     @torch.inference_mode()
     def add(self, states: torch.Tensor, side: torch.Tensor) -> None:
-        """States (tokens, d_model) of tokens whose `side` (tokens,) is IMAGE or TEXT; states that are not finite are passed over."""
+        """States (tokens, d_model) of tokens whose `side` (tokens,) is IMAGE or TEXT; states that are not finite are
+        passed over."""
         finite = states.isfinite().all(1)
         for which, total in enumerate(self._sides):
             for part in states[finite & (side == which)].split(self._chunk):

@@ -40,7 +40,8 @@ def random_twin(sae: SAE, batches: Sequence[Activations], threshold: float, *, s
 
 
 def random_sae(sae: SAE, states: torch.Tensor, *, seed: int, max_active: int = 50) -> SAE:
-    """Random unit directions in the shape of `sae`, encoder and decoder tied, with its mean L0 on `states` (tokens, d_model).
+    """Random unit directions in the shape of `sae`, encoder and decoder tied, with its mean L0 on `states` (tokens,
+    d_model).
 
     Normalised as `sae` is and centred as it is, on its `b_dec`; where it subtracts none, on the mean of
     the states, since without a centre every state would look alike. A topk SAE keeps its k; any other
@@ -76,7 +77,8 @@ def _largest(parts: Iterable[torch.Tensor], n: int) -> torch.Tensor:
 
 
 def with_fitted_decoder(twin: SAE, states: torch.Tensor) -> SAE:
-    """The random SAE with the same codes and the decoder of the scale that reconstructs `states` (tokens, d_model) best.
+    """The random SAE with the same codes and the decoder of the scale that reconstructs `states` (tokens, d_model)
+    best.
 
     The decoder of `random_sae` has unit rows, whose sum is too long when many are active; held against a
     trained SAE it would lose for its scale alone. The scale is the least-squares one of what the features

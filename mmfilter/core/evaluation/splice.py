@@ -98,7 +98,8 @@ def predicted_tokens(side: torch.Tensor) -> torch.Tensor:
 def _logits(
     backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """((tokens, vocabulary) float32, (tokens,)): what the model says of every caption token, row by row, and which token it is."""
+    """((tokens, vocabulary) float32, (tokens,)): what the model says of every caption token, row by row, and which
+    token it is."""
     predicted = predicted_tokens(side)
     head = backbone.model.get_output_embeddings()
     handles = [head.register_forward_pre_hook(lambda _head, args: (_before(args[0], predicted), *args[1:]))]
@@ -130,7 +131,8 @@ def _replaced(output: Any, where: torch.Tensor, instead: Replacement) -> Any:
 
 @torch.inference_mode()
 def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> bool | None:
-    """Whether changing a caption's last token changes what the model says of the tokens before it; None where the batch cannot tell.
+    """Whether changing a caption's last token changes what the model says of the tokens before it; None where the batch
+    cannot tell.
 
     Models that read their prompt in both directions (PaliGemma) see the token that they should predict,
     and their loss on it is not a language model's. Needs no knowledge of the family.

@@ -54,11 +54,15 @@ class SplicedLoss:
             return "no caption token has a finite loss"
         if self.clean >= self.uniform:
             return (
-                f"the model's own loss on the captions, {self.clean:.2f}, is no better than guessing evenly among {self.vocabulary:,} tokens "
+                f"the model's own loss on the captions, {self.clean:.2f}, is no better than guessing evenly among "
+                f"{self.vocabulary:,} tokens "
                 f"({self.uniform:.2f}): it is no language model of them"
             )
         if self.zero - self.clean < LEAST_RANGE:
-            return f"zeroing the states takes the loss from {self.clean:.3f} to {self.zero:.3f}: there is nothing to recover"
+            return (
+                f"zeroing the states takes the loss from {self.clean:.3f} to {self.zero:.3f}: there is nothing to "
+                "recover"
+            )
         return ""
 
     @property
@@ -67,7 +71,8 @@ class SplicedLoss:
         if self.meaningless or self.clean < self.context_free:
             return ""
         return (
-            f"the model's own loss, {self.clean:.2f}, is above the {self.context_free:.2f} of guessing by the frequencies of these tokens alone: "
+            f"the model's own loss, {self.clean:.2f}, is above the {self.context_free:.2f} of guessing by the "
+            "frequencies of these tokens alone: "
             "it is a poor language model of these captions"
         )
 
@@ -91,7 +96,8 @@ class LossMeter:
         self._vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
         self._counts = torch.zeros(self._vocabulary, dtype=torch.int64)
         self.sees_ahead: bool | None = None
-        """Whether the model sees the tokens that it should predict, so that its losses mean nothing; None until a batch can tell"""
+        """Whether the model sees the tokens that it should predict, so that its losses mean nothing; None until a batch
+        can tell"""
 
     def add(self, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> None:
         """A batch of one of the model's streams: `tensors` and `side` (batch, length) as in `Inputs`."""

@@ -45,5 +45,11 @@ def weight_spread(weights: FeatureWeights) -> WeightSpread:
         for group in (on_image & on_text, on_text & ~on_image, on_image & ~on_text, ~on_image & ~on_text)
     ]
     return WeightSpread(
-        len(weights.omega), len(omega), counts[0] - len(omega), *counts[1:], mean=float(omega.mean()), quantiles=quantiles, n_pairs=weights.n_samples
-    )  # fmt: skip
+        len(weights.omega),
+        len(omega),
+        counts[0] - len(omega),
+        *counts[1:],
+        mean=float(omega.mean()),
+        quantiles=quantiles,
+        n_pairs=weights.n_samples,
+    )

@@ -60,7 +60,8 @@ class BadFile(Exception):
 
 
 def read_file(path: str, name: str, limit: int) -> bytes:
-    """A whole plain file, called `name` in what is said of it; raises `BadFile` for one that is none or has more than `limit` bytes."""
+    """A whole plain file, called `name` in what is said of it; raises `BadFile` for one that is none or has more than
+    `limit` bytes."""
     try:
         content = read_start(path, limit + 1) if is_url(path) else _read_path(path, name, limit)
     except (FileNotFoundError, NotADirectoryError):

@@ -41,7 +41,8 @@ def is_remote(part: Range) -> bool:
 
 
 def read_ranges(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes]:
-    """The bytes of each range, all remote ones asked for together; raises `ShardError` when a shard ends before one does."""
+    """The bytes of each range, all remote ones asked for together; raises `ShardError` when a shard ends before one
+    does."""
     remote = _fetch_together([part for part in ranges if is_remote(part)])
     for part in ranges:
         yield next(remote) if is_remote(part) else sources.read(*part)

@@ -1,4 +1,5 @@
-"""Files behind URLs: any that fsspec knows, read in blocks, tried again where their client does not, and errors in one line.
+"""Files behind URLs: any that fsspec knows, read in blocks, tried again where their client does not, and errors in one
+line.
 
 Limits: a web server that knows no byte ranges is read from its beginning, so its files go through a temporary one.
 """
@@ -56,7 +57,8 @@ def without_query(url: str) -> str:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url`, and the path in it; raises `MissingExtra` or `ShardError` where there is none."""
+    """The fsspec file system of `url`, and the path in it; raises `MissingExtra` or `ShardError` where there is
+    none."""
     import fsspec
 
     protocol = url.partition("://")[0].lower()
@@ -75,7 +77,8 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def _web_options(protocol: str) -> dict[str, Any]:
-    """How to talk to web servers, unless fsspec's own configuration says it: through the proxy that the environment names."""
+    """How to talk to web servers, unless fsspec's own configuration says it: through the proxy that the environment
+    names."""
     import aiohttp
     import fsspec
 
@@ -90,7 +93,8 @@ def _web_options(protocol: str) -> dict[str, Any]:
 
 
 def ask(url: str, call: Callable[..., _Result], *args: Any, **settings: Any) -> _Result:
-    """`call(*args, **settings)`, several times where that may help; whatever it raises in the end becomes a `ShardError`."""
+    """`call(*args, **settings)`, several times where that may help; whatever it raises in the end becomes a
+    `ShardError`."""
     for pause in (*_PAUSES, None):
         try:
             return call(*args, **settings)
@@ -104,7 +108,8 @@ def ask(url: str, call: Callable[..., _Result], *args: Any, **settings: Any) -> 
 
 
 def look(url: str) -> None:
-    """See that a file is there, without much patience: clients try for minutes where a host takes calls and says nothing."""
+    """See that a file is there, without much patience: clients try for minutes where a host takes calls and says
+    nothing."""
     filesystem, path = filesystem_of(url)
     ask(url, filesystem.info, path, **({"timeout": _PATIENCE} if filesystem.async_impl else {}))
 
@@ -126,7 +131,8 @@ def _look_at_root(filesystem: Any, path: str) -> None:
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file; one that may not be looked at counts as none where stores say so of files that are not there."""
+    """Whether there is a file; one that may not be looked at counts as none where stores say so of files that are not
+    there."""
     filesystem, path = filesystem_of(url)
     try:
         ask(url, filesystem.info, path)
@@ -264,7 +270,8 @@ def check_ranges(url: str) -> None:
         if file.size is None or not _gives_ranges(url, file):
             raise ShardError(
                 url,
-                "comes from a server that gives whole files only, no byte ranges; download it, and score the local file",
+                "comes from a server that gives whole files only, no byte ranges; download it, and score the local "
+                "file",
             )
 
 
@@ -319,7 +326,8 @@ def _again(failed: list[BaseException], filesystem: Any, path: str, start: int, 
 
 
 def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:
-    """Those bytes and no others: fsspec's own way reads megabytes ahead where a client (the hub's) is not asynchronous."""
+    """Those bytes and no others: fsspec's own way reads megabytes ahead where a client (the hub's) is not
+    asynchronous."""
     if filesystem.async_impl:
         return filesystem.cat_file(path, start=start, end=end)
     with filesystem.open(path, "rb", cache_type="none") as file:

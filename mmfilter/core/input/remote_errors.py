@@ -1,4 +1,5 @@
-"""What the clients of remote stores raise, put into one line: they are told apart by name, since none of them need be installed."""
+"""What the clients of remote stores raise, put into one line: they are told apart by name, since none of them need be
+installed."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from collections.abc import Iterator
 from mmfilter.errors import ShardError
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_NO_CREDENTIALS = "needs credentials and there are none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; FSSPEC_S3_ANON=true for a public one"
+_NO_CREDENTIALS = (
+    "needs credentials and there are none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "FSSPEC_S3_ANON=true for a public one"
+)
 _NO_BUCKET = (
     "is in a bucket that does not exist; check its name, and AWS_ENDPOINT_URL_S3 where the store is not Amazon's"
 )

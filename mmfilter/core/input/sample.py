@@ -71,7 +71,8 @@ def fit(name: str) -> str:
 
 
 def image_extension(payload: bytes, name: str | None = None) -> str:
-    """The extension of an image: that of its file name if it is a known one, else what its first bytes say, else `jpg`."""
+    """The extension of an image: that of its file name if it is a known one, else what its first bytes say, else
+    `jpg`."""
     stated = (name or "").rpartition(".")[2].lower()
     if stated in IMAGE_EXTENSIONS:
         return stated

@@ -1,4 +1,5 @@
-"""The door for shards, the units of input: from the words of the user to sources (`sources/` has a file for every kind).
+"""The door for shards, the units of input: from the words of the user to sources (`sources/` has a file for every
+kind).
 
 A shard is a WebDataset tar (path, URL, stdin or the output of a command), a parquet file with images, a
 LLaVA JSON, or a stretch of a folder of images. Reading goes forward only, in bounded memory. A sample

@@ -113,7 +113,8 @@ class RowSource(Source):
 
     @abstractmethod
     def sample(self, row: int) -> RawSample:
-        """One sample, the same as in `samples`; cheap for rows in ascending order. Raises `ShardError` when it is gone."""
+        """One sample, the same as in `samples`; cheap for rows in ascending order. Raises `ShardError` when it is
+        gone."""
 
     @abstractmethod
     def close(self) -> None:

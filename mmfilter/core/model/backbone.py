@@ -107,7 +107,8 @@ class OwnProcessor:
 
 
 class Backbone(OwnProcessor):
-    """One model up to the output of layer `layer` of its text stream (counted from 0); `whole` keeps what is behind it."""
+    """One model up to the output of layer `layer` of its text stream (counted from 0); `whole` keeps what is behind
+    it."""
 
     def __init__(
         self,
@@ -140,7 +141,8 @@ class Backbone(OwnProcessor):
         return str(token or processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     def with_text_context(self, text_context: TextContext) -> Backbone:
-        """The same model, its weights shared, with the captions in another context; raises `ModelError` where it cannot be."""
+        """The same model, its weights shared, with the captions in another context; raises `ModelError` where it cannot
+        be."""
         return Backbone(
             self.model, self._shared, self.layer, prompt=self.prompt, text_context=text_context, whole=self.whole
         )
@@ -235,7 +237,8 @@ class Backbone(OwnProcessor):
         placed = self.family.boxes(Picture(self.model.config, self.processor, *size, row, n_tokens))
         if len(placed) != n_tokens:
             raise ModelError(
-                f"{name!r} made {n_tokens} image tokens of a picture of {size[0]} × {size[1]} pixels; its rule expects {len(placed)}"
+                f"{name!r} made {n_tokens} image tokens of a picture of {size[0]} × {size[1]} pixels; its rule expects "
+                f"{len(placed)}"
             )
         return placed
 
@@ -264,7 +267,8 @@ class Backbone(OwnProcessor):
                 suffixes["none"] = self._suffix(self._text_prompt)
             except (ValueError, TypeError, AttributeError) as error:
                 raise ModelError(
-                    f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and no --text-only"
+                    f"{type(self._shared).__name__} takes no caption without an image: use --text-context image, and "
+                    "no --text-only"
                 ) from error
         return suffixes
 
@@ -304,7 +308,8 @@ class Backbone(OwnProcessor):
         return hidden
 
     def parts(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-        """What may go through the model together, as (rows of the batch, their tensors): all of it, but in some families by size."""
+        """What may go through the model together, as (rows of the batch, their tensors): all of it, but in some
+        families by size."""
         if not self.family.one_size or "image_sizes" not in tensors:
             yield torch.arange(len(tensors["input_ids"])), tensors
             return
@@ -356,9 +361,9 @@ class Backbone(OwnProcessor):
 
     def call(self, tensors: dict[str, torch.Tensor]) -> Any:
         """What the model itself makes of a batch's tensors."""
-        return self.model(**self._to_device(tensors), **self._decoder_start(tensors), use_cache=False)
+        return self.model(**self._to_device(tensors), **self.decoder_start(tensors), use_cache=False)
 
-    def _decoder_start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def decoder_start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """An encoder-decoder wants a decoder input, though the pass ends in its encoder."""
         if not is_encoder_decoder(self.model.config):
             return {}

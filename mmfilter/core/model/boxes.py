@@ -91,7 +91,8 @@ def cropped_codes(picture: Picture) -> Boxes:
 
 
 def anyres(picture: Picture) -> Boxes:
-    """LLaVA-NeXT and OneVision: the whole picture squashed, then its enlargement row by row, each row ended by a newline."""
+    """LLaVA-NeXT and OneVision: the whole picture squashed, then its enlargement row by row, each row ended by a
+    newline."""
     vision = picture.config.vision_config
     side = vision.image_size // vision.patch_size
     rows, columns = _enlarged_grid(picture, side)
@@ -115,11 +116,13 @@ def _canvas(picture: Picture) -> tuple[int, int]:
 def _enlarged_grid(picture: Picture, side: int) -> tuple[int, int]:
     """Rows and columns of tokens of the enlarged picture, without its padding."""
     scale = [length // picture.config.vision_config.image_size for length in _canvas(picture)]
-    tokens, rows = picture.processor._get_unpadded_features(picture.height, picture.width, side, side, *scale)
+    tokens, rows = picture.processor._get_unpadded_features(  # noqa: SLF001 (transformers' own arithmetic)
+        picture.height, picture.width, side, side, *scale
+    )
     return rows, tokens // rows
 
 
-def _unpadded(picture: Picture, side: int) -> Box:
+def _unpadded(picture: Picture, _side: int) -> Box:
     """The part of the picture that the enlargement's kept cells cover: cells that are padding only are cut away."""
     high, wide = _canvas(picture)
     patch = picture.config.vision_config.patch_size

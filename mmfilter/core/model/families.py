@@ -66,10 +66,16 @@ FAMILIES: dict[str, Family] = {
         no_place="its vision tower attends in windows; where a token's patch lies was not established", placeholder=""
     ),
     "mllama": Family(
-        refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"
+        refused=(
+            "it reads the picture through cross-attention layers, so its text stream has no image tokens to compare "
+            "with the caption's"
+        )
     ),
     "idefics": Family(
-        refused="it reads the picture through cross-attention layers, so its text stream has no image tokens to compare with the caption's"
+        refused=(
+            "it reads the picture through cross-attention layers, so its text stream has no image tokens to compare "
+            "with the caption's"
+        )
     ),
     "git": Family(
         refused="it puts image tokens in front of the text inside the model, where its processor's ids do not show them"

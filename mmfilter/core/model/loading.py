@@ -73,7 +73,7 @@ def load_backbone(
     except MMFilterError:
         raise
     except Exception as error:  # tokenizers and model code raise anything
-        raise _explained(source, local, settings, error) from error
+        raise _explained(source, settings, error, local=local) from error
     finally:
         transformers.logging.set_verbosity(level)
     if report["missing_keys"]:
@@ -103,7 +103,7 @@ def read_config(source: str, *, revision: str | None = None, settings: LoadSetti
             source, revision=revision, trust_remote_code=settings.trust_remote_code, local_files_only=local
         )
     except Exception as error:  # configuration code of a checkpoint raises anything
-        raise _explained(source, local, settings, error) from error
+        raise _explained(source, settings, error, local=local) from error
 
 
 def _load(
@@ -154,7 +154,7 @@ def truncated(model_class: Any, layer: int) -> Any:
     )
 
 
-def _explained(source: str, local: bool, settings: LoadSettings, error: Exception) -> Exception:
+def _explained(source: str, settings: LoadSettings, error: Exception, *, local: bool) -> Exception:
     """What went wrong as one line with the next step."""
     said = " ".join(str(error).split())
     if settings.device_map and "accelerate" in said:

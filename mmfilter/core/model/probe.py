@@ -11,7 +11,8 @@ from mmfilter.errors import ModelError
 
 
 def changed_positions(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
-    """(length,) bool twice: positions whose embedding differs between two pictures with one caption, and those labelled image."""
+    """(length,) bool twice: positions whose embedding differs between two pictures with one caption, and those labelled
+    image."""
     noise = torch.randint(0, 256, (2, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
     pictures = [Image.fromarray(pixels).resize((96, 96), Image.Resampling.NEAREST) for pixels in noise]
     inputs = backbone.prepare(pictures, ["a red apple"] * 2)
@@ -27,6 +28,8 @@ def check_roles(backbone: Backbone) -> None:
     changed, labelled = changed_positions(backbone)
     if not changed.any() or (changed & ~labelled).any():
         raise ModelError(
-            f"model type {backbone.model.config.model_type!r} is not among the verified families, and its image tokens are not where its config says "
-            f"({int(changed.sum())} positions follow the picture, {int(labelled.sum())} are labelled image): it cannot be scored"
+            f"model type {backbone.model.config.model_type!r} is not among the verified families, and its image tokens "
+            "are not where its config says "
+            f"({int(changed.sum())} positions follow the picture, {int(labelled.sum())} are labelled image): it cannot "
+            "be scored"
         )

@@ -75,7 +75,8 @@ def heard_with(heard: list[tuple[list[str], Any]], part: str) -> tuple[list[str]
         if texts and part in texts[0]:
             return texts, encoding
     raise ModelError(
-        f"the processor never tokenised the prompt as it is (looked for {part[:40]!r}): its caption cannot be told from its template"
+        f"the processor never tokenised the prompt as it is (looked for {part[:40]!r}): its caption cannot be told "
+        "from its template"
     )
 
 
@@ -93,7 +94,8 @@ def caption_mask(
         start = end - len(caption)
         if text[start:end] != caption:
             raise ModelError(
-                f"the processor rewrote the caption {caption[:40]!r} to {text[start:end][:40]!r}: its tokens cannot be told apart"
+                f"the processor rewrote the caption {caption[:40]!r} to {text[start:end][:40]!r}: its tokens cannot be "
+                "told apart"
             )
         row = encoding.encodings[i]
         inside = [

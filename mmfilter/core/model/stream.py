@@ -1,4 +1,5 @@
-"""Where image and text tokens live together inside a model: the blocks of that stream, and which of its tokens are the image's."""
+"""Where image and text tokens live together inside a model: the blocks of that stream, and which of its tokens are the
+image's."""
 
 from __future__ import annotations
 
@@ -79,6 +80,7 @@ def image_token_id(config: Any) -> int:
     if "<image>" in vocabulary:
         return vocabulary["<image>"]
     raise ModelError(
-        f"model type {config.model_type!r} names no image token in its config (image_token_id): its image tokens cannot be told from text; "
+        f"model type {config.model_type!r} names no image token in its config (image_token_id): its image tokens "
+        "cannot be told from text; "
         "a newer conversion of the model may name it"
     )

@@ -39,7 +39,8 @@ class TwoTowers(OwnProcessor):
         super().__init__(processor)
         if layer != SHARED_SPACE:
             raise ModelError(
-                f"{model.config.model_type!r} has two towers and no layer {layer} in common: its SAE sits on the shared space, --layer -1"
+                f"{model.config.model_type!r} has two towers and no layer {layer} in common: its SAE sits on the "
+                "shared space, --layer -1"
             )
         self.model, self.layer = model.eval(), layer
         self._is_clip = model.config.model_type in CLIP_LIKE
@@ -84,7 +85,7 @@ class TwoTowers(OwnProcessor):
         ids = tensors["input_ids"]
         is_text = ~torch.isin(ids, torch.tensor(self.processor.tokenizer.all_special_ids))
         has_words = is_text.any(1, keepdim=True)
-        is_text.scatter_(1, self._embedding_position(ids)[:, None], True)
+        is_text.scatter_(1, self._embedding_position(ids)[:, None], value=True)
         return torch.where(is_text & has_words, TEXT, -1).to(torch.int8)
 
     def _embedding_position(self, ids: torch.Tensor) -> torch.Tensor:

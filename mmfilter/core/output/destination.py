@@ -15,19 +15,21 @@ from mmfilter.core.input.source import Source
 from mmfilter.errors import SelectionError
 
 
-def check_output(output: Path, folder: bool, run: Path, sources: Iterable[Source]) -> None:
-    """Raise `SelectionError` for an output that is in the way, in the run directory, among the input's shards, or where nothing can be written."""
+def check_output(output: Path, run: Path, sources: Iterable[Source], *, folder: bool) -> None:
+    """Raise `SelectionError` for an output that is in the way, in the run directory, among the input's shards, or where
+    nothing can be written."""
     with explained(output):
-        _check(output, folder, run, sources)
+        _check(output, run, sources, folder=folder)
 
 
-def _check(output: Path, folder: bool, run: Path, sources: Iterable[Source]) -> None:
+def _check(output: Path, run: Path, sources: Iterable[Source], *, folder: bool) -> None:
     real, inside = output.resolve(), run.resolve()
     if real == inside or inside in real.parents:
         raise SelectionError(f"output {str(output)!r} is in the run directory {str(run)!r}; write beside it")
     if output.exists() and not output.is_file() and not output.is_dir():
         raise SelectionError(
-            f"output {str(output)!r} is a device or a pipe; name a new {'folder' if folder else 'file, or - for stdout'}"
+            f"output {str(output)!r} is a device or a pipe; name a new "
+            f"{'folder' if folder else 'file, or - for stdout'}"
         )
     above = next((parent for parent in real.parents if parent.exists()), real)
     if not above.is_dir():

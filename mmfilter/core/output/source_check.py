@@ -74,5 +74,6 @@ def _check_headers(tables: ScoreTables, positions: np.ndarray) -> None:
                 if there != key:
                     what = "no sample" if there is None else f"sample {there!r}"
                     raise SelectionError(
-                        f"shard {shard!r} has {what} at byte {offset:,}, where {key!r} was scored: it has changed; score it again"
+                        f"shard {shard!r} has {what} at byte {offset:,}, where {key!r} was scored: it has changed; "
+                        "score it again"
                     )

@@ -10,7 +10,7 @@ import io
 import os
 import select
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mmfilter.core.input.ranges import OpenShards, shorter
 from mmfilter.core.input.source import Source
@@ -31,18 +31,18 @@ _NOT_POSSIBLE = {
     errno.EXDEV,
 }
 
-_Copy = Callable[[int, int, int, int], int]
+Copy = Callable[[int, int, int, int], int]
 """File descriptors of source and output, offset, at most so many bytes -> bytes copied, 0 if it could not."""
 
 
 class ShardWriter:
     """Writes one tar to a file descriptor: `copy` ranges of whole members, or `write` them, then `finish`."""
 
-    def __init__(self, fd: int, sources: OpenShards) -> None:
+    def __init__(self, fd: int, sources: OpenShards, ways: Sequence[Copy] | None = None) -> None:
         self.nbytes = 0
         """Bytes written so far"""
         self._fd, self._sources = fd, sources
-        self._ways: list[_Copy] = [_copy_file_range, _sendfile, _read_and_write]
+        self._ways = [copy_file_range, sendfile, read_and_write] if ways is None else list(ways)
 
     def write(self, content: bytes) -> None:
         """Append bytes."""
@@ -100,17 +100,17 @@ def write_all(fd: int, content: bytes) -> None:
             select.select([], [fd], [])
 
 
-def _copy_file_range(source: int, fd: int, offset: int, nbytes: int) -> int:
+def copy_file_range(source: int, fd: int, offset: int, nbytes: int) -> int:
     if not hasattr(os, "copy_file_range"):
         return 0
     return os.copy_file_range(source, fd, nbytes, offset_src=offset)
 
 
-def _sendfile(source: int, fd: int, offset: int, nbytes: int) -> int:
+def sendfile(source: int, fd: int, offset: int, nbytes: int) -> int:
     return os.sendfile(fd, source, offset, nbytes)
 
 
-def _read_and_write(source: int, fd: int, offset: int, nbytes: int) -> int:
+def read_and_write(source: int, fd: int, offset: int, nbytes: int) -> int:
     content = os.pread(source, min(nbytes, _CHUNK), offset)
     write_all(fd, content)
     return len(content)

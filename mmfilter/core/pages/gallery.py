@@ -19,7 +19,8 @@ from mmfilter.errors import SelectionError
 SIDE = 224
 """Pixels of the longer side of a picture on the page"""
 STYLE = """main{grid-template-columns:repeat(auto-fill,minmax(240px,1fr))}
-main.wide{grid-template-columns:repeat(auto-fill,minmax(500px,1fr))}section{border:1px solid #ddd;border-radius:6px;padding:.6rem}
+main.wide{grid-template-columns:repeat(auto-fill,minmax(500px,1fr))}
+section{border:1px solid #ddd;border-radius:6px;padding:.6rem}
 .side{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:.6rem}figure{margin:0;min-width:0}
 .frame{height:224px;display:flex;align-items:center;justify-content:center;background:#f4f4f4;border-radius:4px;color:#777}
 img{max-width:100%;max-height:224px}figcaption{overflow-wrap:anywhere;margin-top:.3rem}"""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem}
+body{color:#1a1a1a;background:#fff}
 h1{font-size:1.3rem;margin:0}h2{font-size:1rem;margin:0 0 .4rem;font-variant-numeric:tabular-nums}
-header p{margin:.3rem 0 1.5rem;color:#555}main{display:grid;gap:1rem}small{display:block;color:#555;overflow-wrap:anywhere}"""
+header p{margin:.3rem 0 1.5rem;color:#555}main{display:grid;gap:1rem}
+small{display:block;color:#555;overflow-wrap:anywhere}"""
 """What all pages share"""
 
 

@@ -45,13 +45,19 @@ def load(card: Card, device: DeviceSettings, *, whole: bool = False) -> tuple[Ba
 
 
 def load_model(card: Card, device: DeviceSettings, *, whole: bool = False) -> Backbone:
-    """The card's model up to its layer (or `whole`); raises `ModelError`, also for a card with which pairs cannot be scored."""
+    """The card's model up to its layer (or `whole`); raises `ModelError`, also for a card with which pairs cannot be
+    scored."""
     if card.cannot_score:
         raise ModelError(f"card {card.name!r} cannot score pairs: {card.cannot_score}")
     settings = load_settings(device, whole=whole)
     return load_backbone(
-        card.model, card.layer, revision=card.revision, prompt=card.prompt, text_context=card.text_context, settings=settings
-    )  # fmt: skip
+        card.model,
+        card.layer,
+        revision=card.revision,
+        prompt=card.prompt,
+        text_context=card.text_context,
+        settings=settings,
+    )
 
 
 def load_settings(device: DeviceSettings, *, whole: bool = False) -> LoadSettings:
@@ -80,5 +86,6 @@ def check_weights(weights: FeatureWeights, sae: SAE) -> None:
     """Raise `SAEError` when the weights are not of as many features as the SAE has."""
     if len(weights.omega) != sae.n_features:
         raise SAEError(
-            f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to another SAE"
+            f"feature weights are for {len(weights.omega):,} features, the SAE has {sae.n_features:,}: they belong to "
+            "another SAE"
         )

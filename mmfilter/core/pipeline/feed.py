@@ -95,7 +95,10 @@ class Feed:
         if length == 0:
             pair.reason, pair.image = "caption has no tokens", None
         elif length >= self._backbone.max_tokens:
-            pair.reason = f"caption has {length:,} tokens; the model has positions for {self._backbone.max_tokens:,} with the image"
+            pair.reason = (
+                f"caption has {length:,} tokens; the model has positions for {self._backbone.max_tokens:,} with the "
+                "image"
+            )
             pair.image = None
         else:
             length += self._backbone.n_image_tokens(pair.image.width, pair.image.height)
@@ -194,6 +197,11 @@ class Prefetched(Iterator[T]):
             self._queue.put((self._END, None))
             raise StopIteration
         return item
+
+    def ended(self, timeout: float) -> bool:
+        """Whether nothing is read any more; waits up to so many seconds for it."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -1,4 +1,5 @@
-"""A sample of the user's own pairs, kept on disk, so that their captions can be exchanged and every pass sees the same ones.
+"""A sample of the user's own pairs, kept on disk, so that their captions can be exchanged and every pass sees the same
+ones.
 
 The input is read once, the heads of a few shards spread evenly over it, so a tar on stdin will do.
 Encoded images go to a temporary file (in memory while they are few), captions stay in memory, and

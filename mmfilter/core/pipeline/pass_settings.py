@@ -1,4 +1,5 @@
-"""What the operations share that take pairs through a model: what of the input, which model, on what, how many at a time."""
+"""What the operations share that take pairs through a model: what of the input, which model, on what, how many at a
+time."""
 
 from __future__ import annotations
 

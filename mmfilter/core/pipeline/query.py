@@ -53,7 +53,8 @@ def encoder(settings: EncodeSettings) -> Callable[[Path, Path | None, str | None
 
 
 def encode_query(run: Path, image: Path | None, text: str | None, settings: EncodeSettings) -> Codes:
-    """Codes of one image, of words, or of both as a pair: one sample at position −1, a side that is not asked for empty.
+    """Codes of one image, of words, or of both as a pair: one sample at position −1, a side that is not asked for
+    empty.
 
     Raises `SelectionError` for a query that cannot be read or in which no feature fires, `RunError` when
     the model or the SAE is not what the run was scored with, `ModelError` and `SAEError` when it cannot be
@@ -73,7 +74,8 @@ def encode_query(run: Path, image: Path | None, text: str | None, settings: Enco
 
 
 def run_card(scored_with: dict[str, Any], model: str | None = None, sae: str | None = None) -> Card:
-    """What the run was scored with, as a card, from the settings in its manifest; `model` and `sae` say where they are now."""
+    """What the run was scored with, as a card, from the settings in its manifest; `model` and `sae` say where they are
+    now."""
     if model in card_names():
         card = load_card(model)
         model, sae = card.model, sae or card.sae
@@ -109,7 +111,8 @@ def _check_same(run: Path, scored_with: dict[str, Any], card: Card, backbone: Ba
     ):
         if now != (then := scored_with[f"{name}_hash"]):
             raise RunError(
-                f"{said} {place!r} is not what run {str(run)!r} was scored with (hash {now}, then {then}): bring that back, or score anew"
+                f"{said} {place!r} is not what run {str(run)!r} was scored with (hash {now}, then {then}): bring that "
+                "back, or score anew"
             )
 
 

@@ -56,7 +56,7 @@ def fit_all(
     references = [Reference(sae.n_features, model_pass.backbone.d_model) for sae in saes]
     for observe in (True, False):
         for number, (name, read) in enumerate(parts):
-            take = partial(_add, references, saes, number * each, observe)
+            take = partial(_add, references, saes, number * each, observe=observe)
             with suppress(ShardError):  # up to where it breaks; the scoring pass reports the break
                 model_pass.over(read(), name, take, progress)
         if observe:
@@ -86,9 +86,10 @@ def _add(
     references: Sequence[Reference],
     saes: Sequence[SAE],
     first: int,
-    observe: bool,
     batch: Batch,
     activations: Activations,
+    *,
+    observe: bool,
 ) -> None:
     rows = torch.tensor([first + pair.row for pair in batch.pairs], device=activations.sample.device)
     # half of a pair's numbers for each side: with text context `none` both streams start at position 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,41 @@ from mmfilter.core.run.tables import METADATA_KEY, dictionary_column
 from mmfilter.errors import SelectionError
 
 
-def write_decisions(
-    tables: ScoreTables,
-    path: Path,
-    score: Column,
-    decision: np.ndarray,
-    *,
-    labels: Sequence[str | None],
-    metadata: Mapping[str, Any],
-    output: np.ndarray | None = None,
-    output_name: str = "%08d.tar",
-    copies: np.ndarray | None = None,
-    duplicates: tuple[np.ndarray, np.ndarray] | None = None,
-) -> None:
-    """Write a table with a row for every row of the score tables.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of every row of the score tables; arrays are (rows,)."""
 
-    `decision` indexes `labels`, the reasons (None is kept, a label that ends in `: ` goes on with
-    the reason of the score table). `output` is the number of the output shard, negative if none, whose
-    name `output_name` makes of it, and `copies` how often a row was written. `duplicates` are the position
-    of the kept sample that a row is a duplicate of, negative if none, and their similarity.
-    """
+    score: Column
+    """What was ranked by"""
+    decision: np.ndarray
+    """Index into `labels`"""
+    labels: Sequence[str | None]
+    """Reasons: None is kept; one that ends in `: ` goes on with the reason of the score table"""
+    output: np.ndarray | None = None
+    """Number of the output shard, negative if none"""
+    output_name: str = "%08d.tar"
+    """The name of an output shard, with a place for its number"""
+    copies: np.ndarray | None = None
+    """How often the row was written"""
+    duplicates: tuple[np.ndarray, np.ndarray] | None = None
+    """Position of the kept sample that the row is a duplicate of, negative if none, and their similarity"""
+
+
+def write_decisions(tables: ScoreTables, path: Path, outcome: Outcome, metadata: Mapping[str, Any]) -> None:
+    """Write a table with a row for every row of the score tables; raises `SelectionError` where it cannot be written."""
+    score, labels = outcome.score, outcome.labels
     cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
     about = f"{{{METADATA_KEY.decode()}: {literal(json.dumps(dict(metadata)))}}}"
-    given, more = {"decision": decision, "score": np.ma.array(score.values, mask=~score.present)}, ""
-    if output is not None:
-        given["output"] = output
-        more += f", CASE WHEN given.output >= 0 THEN printf({literal(output_name)}, given.output) END AS output_shard"
-    if copies is not None:
-        given["copies"] = copies
+    given: dict[str, Any] = {"decision": outcome.decision, "score": np.ma.array(score.values, mask=~score.present)}
+    more = ""
+    if outcome.output is not None:
+        given["output"] = outcome.output
+        more += f", CASE WHEN given.output >= 0 THEN printf({literal(outcome.output_name)}, given.output) END AS output_shard"
+    if outcome.copies is not None:
+        given["copies"] = outcome.copies
         more += ", given.copies AS copies"
-    if duplicates is not None:
-        given |= _representatives(tables, *duplicates)
+    if outcome.duplicates is not None:
+        given |= _representatives(tables, *outcome.duplicates)
         more += "".join(f", given.{name} AS {name}" for name in ("duplicate_of", "duplicate_shard", "duplicate_row"))
         more += ", CASE WHEN given.duplicate_of IS NOT NULL THEN given.closeness END AS similarity"
     sql = f"""

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,15 @@ class RunDirectory:
         """
         if not self.manifest.exists():
             raise RunError(
-                f"{str(self.path)!r} is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run {self.path}"
+                f"{str(self.path)!r} is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run "
+                f"{self.path}"
             )
         order = {item["name"]: i for i, item in enumerate(read_json(self.manifest)["inputs"])}
         found = sorted((self.path / "scores").glob("*.parquet"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         if not found:
             raise RunError(
-                f"run {str(self.path)!r} has no finished shard yet; continue it with: mmfilter score SHARDS --run {self.path}"
+                f"run {str(self.path)!r} has no finished shard yet; continue it with: mmfilter score SHARDS --run "
+                f"{self.path}"
             )
         return found
 
@@ -151,7 +153,8 @@ def check_place(run: RunDirectory, sources: Iterable[Source]) -> None:
     for source in sources:
         if source.holds(run.path):
             raise RunError(
-                f"run {str(run.path)!r} is the folder of shard {source.path!r}, and nothing is written there: use another --run"
+                f"run {str(run.path)!r} is the folder of shard {source.path!r}, and nothing is written there: use "
+                "another --run"
             )
 
 
@@ -167,7 +170,7 @@ def open_run(
     manifest: dict[str, Any] = {
         "kind": "mmfilter run",
         "version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions,
         "settings": settings,
         "weights": None,

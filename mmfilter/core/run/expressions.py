@@ -76,7 +76,8 @@ class Expression:
             raise self.error(f"is more than {self._what}")
         if '"class": "SUBQUERY"' in json.dumps(found):
             raise self.error(
-                f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row is possible"
+                f"has a sub-query; only {'a condition' if self.condition else 'a formula'} over the columns of one row "
+                "is possible"
             )
         if next(_nodes(found, "STAR"), None) is not None:
             raise self.error("has a * for several columns; name each")
@@ -141,7 +142,8 @@ class Expression:
         if kind.startswith(("BOOLEAN", *DECIMAL)) and not kind.endswith("]"):
             return f"CAST((\n{self.text}\n) AS DOUBLE)"
         raise self.error(
-            f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'"
+            f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * "
+            "rank(saev)'"
         )
 
 

@@ -23,7 +23,8 @@ class Members:
     nbytes: np.ndarray
     key_hash: np.ndarray
     copy: np.ndarray | None = None
-    """0 for a sample under its own key, n for the n-th further copy, whose key ends in `-` and n + 1; None: no copies"""
+    """0 for a sample under its own key, n for the n-th further copy, whose key ends in `-` and n + 1; None: no
+    copies"""
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -33,14 +34,18 @@ class Members:
         return replace(self, **columns, copy=None if self.copy is None else self.copy[order])
 
     def with_copies(self, number: np.ndarray, copy: np.ndarray, key_hash: np.ndarray) -> Members:
-        """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it gets."""
+        """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it
+        gets."""
         again = self.take(number)
         columns = {
             name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("shard", "offset", "nbytes")
         }
         return replace(
-            self, **columns, key_hash=np.concatenate([self.key_hash, key_hash]), copy=np.concatenate([np.zeros(len(self), np.int64), copy])
-        )  # fmt: skip
+            self,
+            **columns,
+            key_hash=np.concatenate([self.key_hash, key_hash]),
+            copy=np.concatenate([np.zeros(len(self), np.int64), copy]),
+        )
 
     def n_adjacent_repeats(self) -> int:
         """Samples with the key of the sample before them: readers would take the two for one."""

@@ -1,4 +1,5 @@
-"""Columns that the score tables lack and other files have: parquet beside a tar or as input, and files that the user names.
+"""Columns that the score tables lack and other files have: parquet beside a tar or as input, and files that the user
+names.
 
 img2dataset writes `00000.parquet` beside `00000.tar`, with a row for what it could not fetch as well, in
 no particular order: rows are joined by `key`, and only those whose `status` is `success`. A parquet file
@@ -126,7 +127,8 @@ def named(database: duckdb.DuckDBPyConnection, patterns: Sequence[str], *, uids:
         if by not in columns:
             none = ", and the samples of this run have no uid" if "uid" in columns and not uids else ""
             raise SelectionError(
-                f"--metadata {path!r} has no column 'key' or 'uid' to find samples by{none}; it has {', '.join(columns)}"
+                f"--metadata {path!r} has no column 'key' or 'uid' to find samples by{none}; it has "
+                f"{', '.join(columns)}"
             )
     if len({columns[by] in _INTEGERS for _, columns in tables}) > 1:
         types[by] = "VARCHAR"
@@ -198,7 +200,10 @@ def write_columns(
     """
     arrays: dict[str, Any] = {"position": np.arange(starts[-1]), "first": np.repeat(starts[:-1], np.diff(starts))}
     database.register("given", arrow_table(arrays))
-    joined = f"SELECT {_listed(columns, 'theirs.')}, theirs.{FOUND} FROM {_mine(files)} LEFT JOIN {_theirs(files, columns)} ON theirs.{_NAME} = mine.name"
+    joined = (
+        f"SELECT {_listed(columns, 'theirs.')}, theirs.{FOUND} FROM {_mine(files)} LEFT JOIN {_theirs(files, columns)} "
+        f"ON theirs.{_NAME} = mine.name"
+    )
     if files.start_of is not None:
         names = list(files.start_of)
         reach(database, names)
@@ -213,7 +218,8 @@ def write_columns(
         raise SelectionError(f"{files.what}{_why(error)}") from error
     if rows > starts[-1]:
         raise SelectionError(
-            f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of each"
+            f"{files.what}: more than one row for one {files.by} ({rows - int(starts[-1]):,} too many); leave one of "
+            "each"
         )
     if without == rows:
         raise SelectionError(f"{files.what}: no row for any sample of the run, none has the same {files.by!r}")
@@ -229,7 +235,10 @@ def _mine(files: Files) -> str:
     """The samples of the run: what they are found by, where they are, and where their shard begins."""
     column = f"scores.{files.mine or files.by}"
     name = f"TRY_CAST({column} AS HUGEINT)" if files.by_number else column
-    return f"(SELECT {name} AS name, given.first AS first, given.position AS position FROM scores POSITIONAL JOIN given) AS mine"
+    return (
+        f"(SELECT {name} AS name, given.first AS first, given.position AS position FROM scores POSITIONAL JOIN given) "
+        "AS mine"
+    )
 
 
 def _theirs(files: Files, columns: Sequence[str]) -> str:
@@ -238,7 +247,10 @@ def _theirs(files: Files, columns: Sequence[str]) -> str:
     found = f"{name} AS {_NAME}, true AS {FOUND}, {_listed(columns, 'rows.')}"
     if files.start_of is None:
         return f"(SELECT {found} FROM {files.relation} AS rows) AS theirs"
-    return f"(SELECT {found}, places.first AS {_FIRST} FROM {files.relation} AS rows JOIN places ON places.file = rows.{_FILE}) AS theirs"
+    return (
+        f"(SELECT {found}, places.first AS {_FIRST} FROM {files.relation} AS rows JOIN places ON places.file = "
+        f"rows.{_FILE}) AS theirs"
+    )
 
 
 def _listed(columns: Sequence[str], table: str) -> str:

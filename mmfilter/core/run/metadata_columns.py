@@ -68,13 +68,14 @@ class MoreColumns:
             self._check_unchanged(set(files.start_of))
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mmfilter-")).resolve()
-            weakref.finalize(self, shutil.rmtree, self._folder, True)
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{len(self.paths)}.parquet"
         without = metadata.write_columns(database, files, columns, path, self._starts)
         self.paths.append(path)
         if without:
             self.notes.append(
-                f"{files.what}: no row for {without:,} of {int(self._starts[-1]):,} samples, {', '.join(columns)} is null there"
+                f"{files.what}: no row for {without:,} of {int(self._starts[-1]):,} samples, {', '.join(columns)} is "
+                "null there"
             )
 
     def _check_unchanged(self, paths: set[str]) -> None:

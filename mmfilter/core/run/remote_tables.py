@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
@@ -34,26 +34,26 @@ class _Tables(AbstractFileSystem):
         self.protocol = protocol
         self._sizes: dict[str, int | None] = {}
 
-    def glob(self, path: str, **settings: Any) -> list[str]:
+    def glob(self, path: str, **_settings: Any) -> list[str]:
         """The one file: its name is never a pattern here (`sql.no_glob`)."""
         return [re.sub(r"\[([*?\[])\]", r"\1", path)]
 
     def unstrip_protocol(self, name: str) -> str:
         return name
 
-    def open(self, path: str, mode: str = "rb", **settings: Any) -> RemoteFile:
+    def open(self, path: str, _mode: str = "rb", **_settings: Any) -> RemoteFile:
         return RemoteFile(path, self._size(path))
 
-    def info(self, path: str, **settings: Any) -> dict[str, Any]:
+    def info(self, path: str, **_settings: Any) -> dict[str, Any]:
         size = self._size(path)
         if size is None:
             with RemoteFile(path) as file:
                 size = file.size
         return {"name": path, "size": size, "type": "file"}
 
-    def modified(self, path: str) -> datetime:
+    def modified(self, _path: str) -> datetime:
         """Always the same: what has been read of a file is not kept from one command to another."""
-        return datetime(1970, 1, 1, tzinfo=timezone.utc)
+        return datetime(1970, 1, 1, tzinfo=UTC)
 
     def _size(self, path: str) -> int | None:
         if path not in self._sizes:

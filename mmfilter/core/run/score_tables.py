@@ -1,4 +1,5 @@
-"""The score tables of a run as one relation in source order; the door to DuckDB, with `database`, `decisions`, `expressions`, `metadata`, `more_columns`.
+"""The score tables of a run as one relation in source order; the door to DuckDB, with `database`, `decisions`,
+`expressions`, `metadata`, `more_columns`.
 
 A row's *position* counts from 0 through all tables: in the order of the run's inputs, then by row.
 Columns are read as numpy arrays, one value a position; strings stay in DuckDB until they are written.
@@ -64,7 +65,7 @@ class ScoreTables:
         self.starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         """Position of the first row of each shard, and after the last the number of all rows"""
         self._more = MoreColumns(self.shards, self.starts, files)
-        self._database = self._connect()
+        self._database = self.connect()
         self.types = self._described()
         """Column name -> DuckDB type"""
 
@@ -80,7 +81,7 @@ class ScoreTables:
     def rows(self) -> int:
         return int(self.starts[-1])
 
-    def _connect(self, *, locked: bool = False, among: np.ndarray | None = None) -> duckdb.DuckDBPyConnection:
+    def connect(self, *, locked: bool = False, among: np.ndarray | None = None) -> duckdb.DuckDBPyConnection:
         """A database with the view `scores`; a locked one can read nothing else, nor write.
 
         With a mask there is the view `candidates` too: the rows of the mask with their position as `__mmfilter_at`.
@@ -93,7 +94,8 @@ class ScoreTables:
         if among is not None:
             database.register("given", arrow_table({"among": among, "place": np.arange(len(among))}))
             database.execute(
-                "CREATE VIEW candidates AS SELECT scores.*, given.place AS __mmfilter_at FROM scores POSITIONAL JOIN given WHERE given.among"
+                "CREATE VIEW candidates AS SELECT scores.*, given.place AS __mmfilter_at FROM scores POSITIONAL JOIN "
+                "given WHERE given.among"
             )
         if locked:
             lock(database, (*self._paths, *self._more.paths))
@@ -149,14 +151,14 @@ class ScoreTables:
     def _find(self, names: set[str]) -> None:
         """Add those of the columns that only other files have."""
         if self._more.find(self._database, self.types, names):
-            self._database = self._connect()
+            self._database = self.connect()
             self.types = self._described()
 
     def _fetch(self, condition: Expression | None, what: str) -> dict[str, np.ndarray]:
         """A column and, as `p`, which rows pass, in one scan."""
         database, test = self._database, "true"
         if condition is not None:
-            database = self._connect(locked=True)
+            database = self.connect(locked=True)
             condition.check(database, self._there)
             test = f"coalesce(CAST((\n{condition.text}\n) AS BOOLEAN), false)"
         try:
@@ -179,7 +181,8 @@ class ScoreTables:
         return values, present
 
     def parts(self, option: str, text: str, among: np.ndarray) -> np.ndarray:
-        """(rows,) for the rows of a mask the number, from 0, of their value of an expression, null being one too; −1 elsewhere."""
+        """(rows,) for the rows of a mask the number, from 0, of their value of an expression, null being one too; −1
+        elsewhere."""
         numbers = np.full(self.rows, -1, np.int32)
         for at, found, _ in self._evaluate(
             Expression(option, text), among, lambda value: f"dense_rank() OVER (ORDER BY {value}) - 1", number=False
@@ -190,20 +193,25 @@ class ScoreTables:
     def _evaluate(
         self, expression: Expression, among: np.ndarray, made: Callable[[str], str], *, number: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Chunks of position, `made` value of an expression and whether there is one, for the rows of a mask in any order."""
+        """Chunks of position, `made` value of an expression and whether there is one, for the rows of a mask in any
+        order."""
         self._check_rows(len(self.scored))
         self._find(expression.columns(self._database.cursor()))
-        database = self._connect(locked=True, among=among)
+        database = self.connect(locked=True, among=among)
         expression.check(database, self._there)
         value = expression.numeric(database) if number else f"(\n{expression.text}\n)"
         try:
             database.execute(
-                f"CREATE TEMP TABLE found AS SELECT i, {made('v')} AS v FROM (SELECT __mmfilter_at AS i, {value} AS v FROM candidates AS scores)"
+                f"CREATE TEMP TABLE found AS SELECT i, {made('v')} AS v FROM (SELECT __mmfilter_at AS i, {value} AS v "
+                "FROM candidates AS scores)"
             )
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason_of(error)}") from error
         for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
-            sql = f"SELECT i, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < {first + _ROWS_AT_ONCE}"
+            sql = (
+                f"SELECT i, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < "
+                f"{first + _ROWS_AT_ONCE}"
+            )
             chunk = database.execute(sql).fetchnumpy()
             yield tuple(np.ma.getdata(chunk[name]) for name in ("i", "v", "there"))
 
@@ -229,7 +237,8 @@ class ScoreTables:
     def _check_rows(self, rows: int) -> None:
         if rows != self.rows:
             raise RunError(
-                f"the score tables of run {str(self.run.path)!r} hold {rows:,} rows but say {self.rows:,}; score the shards again"
+                f"the score tables of run {str(self.run.path)!r} hold {rows:,} rows but say {self.rows:,}; score the "
+                "shards again"
             )
 
     def first_by_key(self, among: np.ndarray, n: int) -> np.ndarray:
@@ -245,7 +254,8 @@ class ScoreTables:
         source order, then the third, and so on: as far from one another as can be.
         """
         found = self._query(
-            """SELECT scores.row AS r, coalesce("offset", -1 - scores.row) AS o, coalesce(nbytes, 0) AS n, hash(key) AS h
+            """SELECT scores.row AS r, coalesce("offset", -1 - scores.row) AS o,
+                coalesce(nbytes, 0) AS n, hash(key) AS h
             FROM scores POSITIONAL JOIN given WHERE given.kept""",
             kept=kept,
         ).fetchnumpy()
@@ -263,7 +273,8 @@ class ScoreTables:
             return members
         again = self._query(
             """SELECT place, n, hash(key || '-' || (n + 1)) AS h
-            FROM (SELECT given.place, key, unnest(range(1, given.copies)) AS n FROM scores POSITIONAL JOIN given WHERE given.copies > 1)""",
+            FROM (SELECT given.place, key, unnest(range(1, given.copies)) AS n
+                FROM scores POSITIONAL JOIN given WHERE given.copies > 1)""",
             copies=np.where(kept, copies, 0),
             place=np.arange(self.rows),
         ).fetchnumpy()
@@ -291,7 +302,9 @@ class ScoreTables:
         else:
             self._database.register("wanted", arrow_table({"place": positions, "rank": np.arange(len(positions))}))
             sql = f"""
-                SELECT {names} FROM (SELECT scores.*, given.place AS _place FROM scores POSITIONAL JOIN given WHERE given.among) AS scores
+                SELECT {names} FROM (
+                    SELECT scores.*, given.place AS _place FROM scores POSITIONAL JOIN given WHERE given.among
+                ) AS scores
                 JOIN wanted ON wanted.place = _place ORDER BY wanted.rank"""
             found = self._query(sql, among=among, place=np.arange(self.rows))
         while chunk := found.fetchmany(10_000):
@@ -317,11 +330,14 @@ class ScoreTables:
     def with_key(self, key: str) -> np.ndarray:
         """Positions of the rows with this key."""
         found = self._query(f"SELECT key = {literal(key)} AS same FROM scores").fetchnumpy()["same"]
-        return np.flatnonzero(np.ma.filled(found, False))
+        return np.flatnonzero(np.ma.filled(found, fill_value=False))
 
     def key_like(self, key: str) -> str | None:
         """Of the first million keys the one most like this, if one is no more than two letters away."""
-        sql = f"SELECT key, levenshtein(key, {literal(key)}) AS away FROM (SELECT key FROM scores LIMIT 1000000) WHERE away <= 2 ORDER BY away, key LIMIT 1"
+        sql = (
+            f"SELECT key, levenshtein(key, {literal(key)}) AS away FROM (SELECT key FROM scores LIMIT 1000000) WHERE "
+            "away <= 2 ORDER BY away, key LIMIT 1"
+        )
         return next((key for key, _ in self._query(sql).fetchall()), None)
 
     def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -343,7 +359,8 @@ class ScoreTables:
         group = np.arange(self.rows)
         if among.any():
             sql = f"""
-                SELECT given.position AS p, first_value(given.position) OVER (PARTITION BY {names} ORDER BY key, shard, scores.row) AS first
+                SELECT given.position AS p,
+                    first_value(given.position) OVER (PARTITION BY {names} ORDER BY key, shard, scores.row) AS first
                 FROM scores POSITIONAL JOIN given WHERE given.among"""
             found = self._query(sql, among=among, position=np.arange(self.rows)).fetchnumpy()
             group[found["p"]] = found["first"]

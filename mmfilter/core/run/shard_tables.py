@@ -66,7 +66,8 @@ class ShardTables:
             yield
         except OSError as error:
             raise RunError(
-                f"run {str(self.run.path)!r} cannot be written: {system_reason(error)}; make room and run the same command again: what is finished is kept"
+                f"run {str(self.run.path)!r} cannot be written: {system_reason(error)}; make room and run the same "
+                "command again: what is finished is kept"
             ) from error
 
     def abandon(self) -> None:

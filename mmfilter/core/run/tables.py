@@ -43,7 +43,8 @@ _SAMPLE_COLUMNS = (
 
 
 def score_table(scores: Iterable[str]) -> pa.Schema:
-    """The score table: one row for every sample of the input, bad ones too; the columns of `scores` are null where `ok` is false.
+    """The score table: one row for every sample of the input, bad ones too; the columns of `scores` are null where `ok`
+    is false.
 
     `offset` and `nbytes` are the byte range of all the sample's members in the tar, headers and padding
     included, so that a selection copies bytes and never decodes; null where the shard is no tar.
@@ -158,7 +159,8 @@ def dictionary_column(values: np.ndarray, index: np.ndarray) -> pa.Array:
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Whole columns of a table: numbers as arrays, masked where null; strings as (values, index of each row, −1 where null)."""
+    """Whole columns of a table: numbers as arrays, masked where null; strings as (values, index of each row, −1 where
+    null)."""
     found: dict[str, Any] = {}
     for name, chunks in zip(columns, pq.read_table(path, columns=list(columns)).columns, strict=True):
         column = pa.concat_arrays(chunks.chunks) if chunks.num_chunks else pa.array([], chunks.type)

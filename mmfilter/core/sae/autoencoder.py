@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,8 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"
 """Version of the layout that `save` writes; SAELens reads folders without one as its old layout."""
 DENSE_CHUNK_ELEMENTS = 1 << 22
-"""Most elements of the dense pre-activation array that exist at once (16 MB in float32): memory of that size is used again, not mapped anew."""
+"""Most elements of the dense pre-activation array that exist at once (16 MB in float32): memory of that size is used
+again, not mapped anew."""
 
 Activation = Literal["relu", "jumprelu", "topk"]
 Normalisation = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -113,7 +115,8 @@ class SAE:
         """
         if states.shape[-1] != self.d_model:
             raise SAEError(
-                f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another model"
+                f"SAE takes states of width {self.d_model}, the model gives {states.shape[-1]}: it belongs to another "
+                "model"
             )
         return TokenCodes.concatenate(
             [self._encode_chunk(part, max_active) for part in states.split(self._chunk)], self.n_features
@@ -147,10 +150,10 @@ class SAE:
         starts = torch.searchsorted(codes.token, torch.arange(len(states), device=codes.token.device))
         sums = torch.nn.functional.embedding_bag(
             codes.feature, self.W_dec, starts, mode="sum", per_sample_weights=codes.value.to(self.W_dec.dtype)
-        )  # fmt: skip
+        )
         return undo(sums + self.b_dec)
 
-    def _normalise(self, x: torch.Tensor):
+    def _normalise(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(normalised x, the function that undoes it), as SAELens does it: the 1e-5 is not undone."""
         if self.normalisation == "layer_norm":
             mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)

@@ -69,7 +69,7 @@ HEADER = "\0header"
 def open_checkpoint(path: Path, where: str, trail: str, options: SAEOptions) -> Checkpoint:
     """Read a file of weights and the configuration beside it; raises `SAEError`."""
     check_whole(path)
-    content = _read(path, options.allow_pickle)
+    content = _read(path, allow_pickle=options.allow_pickle)
     for wrapper in ("state_dict", "sae"):
         if isinstance(content.get(wrapper), Mapping):
             content |= content.pop(wrapper)
@@ -114,13 +114,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(path: Path, allow_pickle: bool) -> dict[str, Any]:
+def _read(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix == ".npz":
             return _read_npz(path)
-        return _read_torch(path, allow_pickle)
+        return _read_torch(path, allow_pickle=allow_pickle)
     except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise SAEError(f"SAE file {str(path)!r} is damaged or cut short ({_line(error)}): {FETCH}") from error
 
@@ -131,17 +131,19 @@ def _read_npz(path: Path) -> dict[str, Any]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         except ValueError as error:
             raise SAEError(
-                f"SAE file {str(path)!r} holds Python objects, which an npz of weights does not need: refused ({_line(error)})"
+                f"SAE file {str(path)!r} holds Python objects, which an npz of weights does not need: refused "
+                f"({_line(error)})"
             ) from error
 
 
-def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
+def _read_torch(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     with path.open("rb") as file:
         head = file.read(32)
         if head.startswith(b"\x80") and TORCH_MAGIC not in head:
             raise SAEError(
-                f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors"
+                f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or "
+                "safetensors"
             )
         if head.startswith(b"{"):  # a line of JSON, then the weights
             file.seek(0)
@@ -157,7 +159,8 @@ def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Any]:
             loaded = torch.load(file, map_location="cpu", weights_only=False, pickle_module=INERT)
     if not isinstance(loaded, Mapping):
         raise SAEError(
-            f"SAE file {str(path)!r} holds {_kind(loaded)}, expected a dictionary of tensors: save its state_dict() instead"
+            f"SAE file {str(path)!r} holds {_kind(loaded)}, expected a dictionary of tensors: save its state_dict() "
+            "instead"
         )
     return {**content, **{str(name): value for name, value in loaded.items()}}
 

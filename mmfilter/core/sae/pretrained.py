@@ -45,7 +45,8 @@ def load_sae(source: str | Path, options: SAEOptions = NO_OPTIONS, *, convert: b
     source = str(source)
     if options.allow_pickle and not convert:
         raise SAEError(
-            "SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST"
+            "SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option "
+            "allow_pickle=true, then use DST"
         )
     if source in cards.card_names():
         card = cards.load_card(source)
@@ -77,7 +78,8 @@ def find_weights(path: Path, source: str, options: SAEOptions = NO_OPTIONS) -> P
     if not path.is_dir():
         if not path.exists() and not (path.suffix in SUFFIXES and path.parent.is_dir()):
             raise SAEError(
-                f"SAE {source!r} is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID or a card's name"
+                f"SAE {source!r} is not there; expected a folder, a file, hf:OWNER/REPO/FOLDER, saelens:RELEASE/ID or "
+                "a card's name"
             )
         check_whole(path)
         return path
@@ -90,9 +92,10 @@ def find_weights(path: Path, source: str, options: SAEOptions = NO_OPTIONS) -> P
             )
     if len(found) == 1:
         return found[0]
-    raise SAEError(
-        f"SAE {source!r} {_why_none(path) if not found else f'holds several SAEs: {_some(path, found)}; name one, or its layer with --sae-option layer=N'}"
-    )
+    if not found:
+        raise SAEError(f"SAE {source!r} {_why_none(path)}")
+    several = f"holds several SAEs: {_some(path, found)}"
+    raise SAEError(f"SAE {source!r} {several}; name one, or its layer with --sae-option layer=N")
 
 
 def _other_weights(folder: Path) -> Iterator[Path]:
@@ -125,10 +128,16 @@ def _why_none(folder: Path) -> str:
     if stopped:
         return f"has no weights, but {stopped[0]!r}, a download that stopped: {FETCH}"
     if below:
-        return f"is no SAE itself but holds some below: {_some(folder, below)}; name one of these folders, or --sae-option layer=N"
+        return (
+            f"is no SAE itself but holds some below: {_some(folder, below)}; name one of these folders, or "
+            "--sae-option layer=N"
+        )
     if any((folder / name).exists() for name in ("cfg.json", "config.json", "hyperparams.json")):
         return f"has a configuration but no weights, a download that stopped: {FETCH}"
-    return f"has no weights: a folder of an SAE holds one of {', '.join(WEIGHTS)}, or one other {', '.join(SUFFIXES[:-1])} file"
+    return (
+        f"has no weights: a folder of an SAE holds one of {', '.join(WEIGHTS)}, or one other "
+        f"{', '.join(SUFFIXES[:-1])} file"
+    )
 
 
 # --- the hub -----------------------------------------------------------------------------------
@@ -160,27 +169,30 @@ def hub_snapshot(place: HubPlace) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    allowed, ignored = _patterns(place.path)
+    allowed, ignored = hub_patterns(place.path)
     try:
         folder = Path(
             snapshot_download(place.repo, revision=place.revision, allow_patterns=allowed, ignore_patterns=ignored)
         )
     except LocalEntryNotFoundError as error:
         raise SAEError(
-            f"SAE '{place}' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch {place} where there is a network"
+            f"SAE '{place}' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch {place} where "
+            "there is a network"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise SAEError(
-            f"SAE '{place}' cannot be downloaded: {' '.join(str(error).split())[:200]}; check the name, and `hf auth login` if it is gated"
+            f"SAE '{place}' cannot be downloaded: {' '.join(str(error).split())[:200]}; check the name, and `hf auth "
+            "login` if it is gated"
         ) from error
     if not (folder / place.path).exists():
         raise SAEError(
-            f"SAE '{place}' is not in the hub's cache, which has other parts of {place.repo}: mmfilter sae fetch {place}"
+            f"SAE '{place}' is not in the hub's cache, which has other parts of {place.repo}: mmfilter sae fetch "
+            f"{place}"
         )
     return folder
 
 
-def _patterns(path: str) -> tuple[list[str] | None, list[str] | None]:
+def hub_patterns(path: str) -> tuple[list[str] | None, list[str] | None]:
     """What to download for a place: its folder or file with the configurations beside and above it."""
     if not path:
         return None, ["*/*"]  # the top alone: a repository can hold terabytes below it

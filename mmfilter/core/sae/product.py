@@ -19,12 +19,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     It keeps a program of up to a megabyte for each number of rows that it meets: see `linear_of_any_length`.
     """
     if by_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # noqa: SLF001 (has no other name)
     return F.linear(x, weight, bias)
 
 
 def linear_of_any_length(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, longest: int) -> torch.Tensor:
-    """The same for x whose number of rows, mostly up to `longest`, differs from call to call: a few programs serve them all."""
+    """The same for x whose number of rows, mostly up to `longest`, differs from call to call: a few programs serve them
+    all."""
     more = -len(x) % max(1, longest // LENGTHS)
     if not more or not by_onednn(x):
         return linear(x, weight, bias)

@@ -32,7 +32,8 @@ def load_registered(source: str) -> SAE:
             raise SAEError(f"SAELens cannot open {source!r}: {' '.join(str(error).split())[:300]}") from error
     if any("norm_scaling_factor" in str(warning.message) for warning in said):
         raise SAEError(
-            f"SAELens opens {source!r} without the activation scale that it was trained with: use its files, hf:…, with --sae-option scale=NUMBER"
+            f"SAELens opens {source!r} without the activation scale that it was trained with: use its files, hf:…, "
+            "with --sae-option scale=NUMBER"
         )
     return convert(theirs, source)
 

@@ -39,7 +39,8 @@ class TokenCodes:
 
     @staticmethod
     def above(pre: torch.Tensor, threshold: torch.Tensor, k: int) -> TokenCodes:
-        """The positive entries of `pre` (tokens, features) above their feature's `threshold`, (features,), of each row at most the `k` largest.
+        """The positive entries of `pre` (tokens, features) above their feature's `threshold`, (features,), of each row
+        at most the `k` largest.
 
         As exact as `strongest`. Where a threshold leaves few, to find these costs less than to look for the largest.
         """
@@ -87,14 +88,16 @@ MANY = 4
 
 
 def _true(mask: torch.Tensor) -> torch.Tensor:
-    """Places of the true entries of a mask, counted through all its rows; numpy finds a few among many faster than torch."""
+    """Places of the true entries of a mask, counted through all its rows; numpy finds a few among many faster than
+    torch."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero()[:, 0]
 
 
 def _first_of_each(token: torch.Tensor, value: torch.Tensor, k: int) -> torch.Tensor | None:
-    """Which entries, ascending by token, are among the `k` largest of their token, of equals the earlier; None if all are."""
+    """Which entries, ascending by token, are among the `k` largest of their token, of equals the earlier; None if all
+    are."""
     counts = torch.bincount(token)
     crowded = (counts > k)[token].nonzero()[:, 0]
     if not len(crowded):

@@ -196,14 +196,21 @@ class Reference:
         if self._winners is None:
             raise AssertionError("choose() comes between the passes")
         return FeatureWeights(
-            self._winners.omega(), *self._samples, *self._tokens, *self._maximum, n_samples=self.n_samples, metadata=metadata
-        )  # fmt: skip
+            self._winners.omega(),
+            *self._samples,
+            *self._tokens,
+            *self._maximum,
+            n_samples=self.n_samples,
+            metadata=metadata,
+        )
 
 
 class _Winners:
     """The tokens whose states are wanted, and the sums of their unit states."""
 
-    def __init__(self, feature, token, side, weighted: torch.Tensor, n: int, d: int) -> None:
+    def __init__(
+        self, feature: torch.Tensor, token: torch.Tensor, side: torch.Tensor, weighted: torch.Tensor, n: int, d: int
+    ) -> None:
         order = token.argsort()
         self._token, self._feature, self._side = token[order], feature[order], side[order]
         self._place = torch.full((n,), -1, dtype=torch.int64)

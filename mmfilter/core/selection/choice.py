@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from mmfilter.core.run.score_tables import Column
 from mmfilter.core.selection.top import Top
 
 
@@ -27,9 +28,7 @@ class Decision(IntEnum):
 
 
 def choose(
-    values: np.ndarray,
-    present: np.ndarray,
-    passes: np.ndarray,
+    column: Column,
     *,
     top: Top | None,
     minimum: float | None,
@@ -48,8 +47,9 @@ def choose(
     that each candidate is in, the largest of each part are kept, `top.of` its candidates. `chooser(among, n)`
     gives the positions of the n rows of a mask that are kept in place of the largest.
     """
+    values, passes = column.values, column.passes
     decision = np.full(len(values), Decision.KEPT, np.int8)
-    decision[~present] = Decision.NO_SCORE
+    decision[~column.present] = Decision.NO_SCORE
     decision[~passes] = Decision.NOT_IN_WHERE
     if minimum is not None:
         if values.dtype.kind == "f":
@@ -71,7 +71,8 @@ def choose(
 
 
 def positions(decision: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
-    """Positions of what is written, in the order of `ScoreTables.members`; `copies` (rows,) is how often each is, None for once."""
+    """Positions of what is written, in the order of `ScoreTables.members`; `copies` (rows,) is how often each is, None
+    for once."""
     kept = np.flatnonzero(decision == Decision.KEPT)
     if copies is None:
         return kept

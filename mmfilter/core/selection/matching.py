@@ -55,7 +55,8 @@ def _shares(side: SideCodes, idf: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def target_of(target: ScoreTables, candidates: ScoreTables, idf: np.ndarray) -> np.ndarray:
-    """(features,) float64, sums to 1: the mean profile of all scored samples of a target run, with the candidates' `idf`.
+    """(features,) float64, sums to 1: the mean profile of all scored samples of a target run, with the candidates'
+    `idf`.
 
     Raises `SelectionError` when the two runs were made with another model or SAE.
     """
@@ -64,13 +65,15 @@ def target_of(target: ScoreTables, candidates: ScoreTables, idf: np.ndarray) -> 
     if differing:
         said = ", ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in differing[:2])
         raise SelectionError(
-            f"--match {str(target.run.path)!r} was scored otherwise ({said}): score it with the settings of {str(candidates.run.path)!r}"
+            f"--match {str(target.run.path)!r} was scored otherwise ({said}): score it with the settings of "
+            f"{str(candidates.run.path)!r}"
         )
     total = np.zeros(len(idf))
     for codes, _ in CodeTables(target).read():
         if any(len(side.ids) and side.ids.max() >= len(idf) for side in (codes.image, codes.text)):
             raise SelectionError(
-                f"--match {str(target.run.path)!r} has features that {str(candidates.run.path)!r} lacks: it belongs to another SAE"
+                f"--match {str(target.run.path)!r} has features that {str(candidates.run.path)!r} lacks: it belongs to "
+                "another SAE"
             )
         found = profiles(codes, idf)
         total += np.bincount(found.ids, found.amounts, minlength=len(idf))
@@ -98,7 +101,8 @@ class Covering:
         self._target = np.full(n, 1 / n) if target is None else target_of(target, scores, self._tables.idf)
 
     def __call__(self, among: np.ndarray, n: int) -> np.ndarray:
-        """Positions of `n` of the rows of a mask; raises `SelectionError` when none of them has a feature of the target."""
+        """Positions of `n` of the rows of a mask; raises `SelectionError` when none of them has a feature of the
+        target."""
         order = self._scores.first_by_key(among, int(among.sum()))
         order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][
             ::-1
@@ -110,7 +114,8 @@ class Covering:
         chosen = choose_in_chunks(self._chunks(order), self._loader(order, ranks), coverage, n, AT_ONCE)
         if not coverage.value:
             raise SelectionError(
-                f"no candidate has a feature that {self._option} asks for, so none is better than another; leave it out for the best by score"
+                f"no candidate has a feature that {self._option} asks for, so none is better than another; leave it "
+                "out for the best by score"
             )
         return order[chosen]
 
@@ -130,7 +135,7 @@ class Covering:
             some[first : first + PIECE]
             for some in np.split(place, np.flatnonzero(np.diff(shard[place])) + 1)
             for first in range(0, len(some), PIECE)
-        ]  # fmt: skip
+        ]
         return [np.sort(np.concatenate(list(itertools.islice(pieces, i, None, m)))) for i in range(min(m, len(pieces)))]
 
     def _loader(self, order: np.ndarray, ranks: np.ndarray) -> Callable[[np.ndarray], Amounts]:
@@ -147,7 +152,8 @@ class Covering:
                 n += len(some)
             if n != len(places):
                 raise RunError(
-                    f"the code tables of run {str(self._scores.run.path)!r} lack samples that have scores; score the shards again"
+                    f"the code tables of run {str(self._scores.run.path)!r} lack samples that have scores; score the "
+                    "shards again"
                 )
             if not parts:
                 return Amounts(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))

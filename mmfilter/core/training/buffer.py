@@ -33,7 +33,8 @@ class BufferSettings:
     image_fraction: float | None = None
     """Share of image tokens in every batch. None: as they come"""
     sink_factor: float | None = 10.0
-    """States with a norm above so many times the median norm of their side (attention sinks) are left out. None: none are"""
+    """States with a norm above so many times the median norm of their side (attention sinks) are left out. None: none
+    are"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which states are held"""
     seed: int = 0
@@ -102,7 +103,8 @@ class ShuffleBuffer:
         """
         if states.ndim != 2 or states.shape[1] != self.d_model or side.shape != states.shape[:1]:
             raise SAEError(
-                f"{origin} gives states {tuple(states.shape)} and sides {tuple(side.shape)}; expected (tokens, {self.d_model}) and (tokens,)"
+                f"{origin} gives states {tuple(states.shape)} and sides {tuple(side.shape)}; expected (tokens, "
+                f"{self.d_model}) and (tokens,)"
             )
         states, side = states.detach().cpu(), side.to("cpu", torch.uint8)
         norms = torch.linalg.vector_norm(states, dim=1, dtype=torch.float32)
@@ -111,11 +113,17 @@ class ShuffleBuffer:
             token = int(bad[0])
             kind = "image" if side[token] == IMAGE else "text"
             raise SAEError(
-                f"{origin} has a state that is not finite ({kind} token {token} of {len(states)}): run the model in float32 or leave the sample out"
+                f"{origin} has a state that is not finite ({kind} token {token} of {len(states)}): run the model in "
+                "float32 or leave the sample out"
             )
         for which in (IMAGE, TEXT):
             self._seen[which] += int((side == which).sum())
         self._pending.append((states, side, norms))
+
+    @property
+    def level(self) -> int:
+        """States that have not been drawn yet."""
+        return sum(pool.level for pool in self._pools)
 
     def batches(self, *, last: bool = False) -> Iterator[Batch]:
         """Every batch that is ready; with `last`, when no more states will come, also what the buffer still holds.

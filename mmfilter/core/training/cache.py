@@ -52,7 +52,8 @@ def write_cache(folder: Path, about: dict[str, Any], batches: Iterator[States], 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SAEError(
-            f"cache {str(folder)!r} could not be written ({error.strerror or error}): free space, or train without --cache"
+            f"cache {str(folder)!r} could not be written ({error.strerror or error}): free space, or train without "
+            "--cache"
         ) from error
 
 
@@ -74,7 +75,8 @@ class CachedStates:
         if differing:
             name = differing[0]
             raise SAEError(
-                f"cache {str(folder)!r} is of other states ({name} was {manifest['about'].get(name)!r}, is now {about[name]!r}): use another --cache"
+                f"cache {str(folder)!r} is of other states ({name} was {manifest['about'].get(name)!r}, is now "
+                f"{about[name]!r}): use another --cache"
             )
         self.tokens, self.d_model = manifest["tokens"], manifest["d_model"]
         if not self.tokens:

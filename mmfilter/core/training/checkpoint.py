@@ -73,7 +73,8 @@ def save_checkpoint(
         older = checkpoints(folder)
         kept = f"{older[-1].name!r} is kept" if older else "there is none before it"
         raise SAEError(
-            f"checkpoint {str(final)!r} could not be written ({error.strerror or error}); {kept}: free space or use another folder"
+            f"checkpoint {str(final)!r} could not be written ({error.strerror or error}); {kept}: free space or use "
+            "another folder"
         ) from error
     if rank == 0:
         for old in checkpoints(folder)[:-keep]:
@@ -116,7 +117,8 @@ def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None =
     about = _read_json(path, "checkpoint.json")
     if about.get("kind") != KIND or about.get("format") != FORMAT:
         raise SAEError(
-            f"{str(path)!r} is no checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, format {about.get('format')!r}"
+            f"{str(path)!r} is no checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, format "
+            f"{about.get('format')!r}"
         )
     _check_same(path, "settings", about["settings"], trainer.settings.to_mapping())
     _check_same(path, "width", {"d_model": about["trainer"]["d_model"]}, {"d_model": trainer.d_model})
@@ -124,7 +126,8 @@ def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None =
     mine = _read_json(path, f"process-{rank}.json")
     if (buffer is None) != (mine["buffer"] is None):
         raise SAEError(
-            f"checkpoint {str(path)!r} was made {'with' if mine['buffer'] else 'without'} a buffer: continue it the same way"
+            f"checkpoint {str(path)!r} was made {'with' if mine['buffer'] else 'without'} a buffer: continue it the "
+            "same way"
         )
     trainer.restore(_read_tensors(path, "trainer.safetensors"), about["trainer"])
     if buffer is not None:
@@ -144,7 +147,8 @@ def _check_same(path: Path, what: str, old: dict[str, Any], new: dict[str, Any])
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file (8 bytes of header length, the header as JSON, the data), written without a copy of the data in memory."""
+    """A safetensors file (8 bytes of header length, the header as JSON, the data), written without a copy of the data
+    in memory."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header, end = {}, 0
     for name, tensor in ready.items():

@@ -39,7 +39,8 @@ NAMES = {
     "loss": "loss",
 }
 STYLE = """main{grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1.5rem}svg{width:100%;height:auto}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}td{padding:.1rem 1rem .1rem 0}td+td{font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}td{padding:.1rem 1rem .1rem 0}
+td+td{font-variant-numeric:tabular-nums}
 text{font-size:11px;fill:#555}.key{font-size:.85rem;color:#555}.key b{font-weight:400;margin-right:1rem}"""
 
 
@@ -83,7 +84,8 @@ def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> Markup:
         for part in (0, 0.25, 0.5, 0.75, 1)
     )
     ticks = "".join(
-        f'<text x="{LEFT + (WIDE - LEFT) * part:.0f}" y="{HIGH - 8}" text-anchor="{"end" if part == 1 else "middle"}">{number(right * part)}</text>'
+        f'<text x="{LEFT + (WIDE - LEFT) * part:.0f}" y="{HIGH - 8}" '
+        f'text-anchor="{"end" if part == 1 else "middle"}">{number(right * part)}</text>'
         for part in (0.25, 0.5, 0.75, 1)
     )
     lines = "".join(

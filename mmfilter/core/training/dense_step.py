@@ -83,7 +83,7 @@ class _ReLU:
         self._total += active.sum(0)
         return (by_active + self._factor * self._norms) * (pre > 0)
 
-    def finish(self, gradients: Weights, firing: Firing, sparsity: float, batch_tokens: int) -> torch.Tensor:
+    def finish(self, gradients: Weights, _firing: Firing, _sparsity: float, _batch_tokens: int) -> torch.Tensor:
         """Add what is known only after all chunks; returns the L1 term."""
         gradients.W_dec.addcmul_(self._directions, self._total.unsqueeze(1), value=self._factor)
         return self._factor * (self._total * self._norms).sum()

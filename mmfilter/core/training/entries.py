@@ -68,7 +68,8 @@ class Entries:
             return torch.autograd.grad(_bags(self.feature, W, self.row_offsets, value), value, table)[0]
 
     def decode_with_dots(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A @ W, the leaf of the values): `torch.autograd.grad` of the first by the second is `dots`, without a second pass."""
+        """(A @ W, the leaf of the values): `torch.autograd.grad` of the first by the second is `dots`, without a second
+        pass."""
         with torch.enable_grad():
             value = self.value.detach().requires_grad_()
             return _bags(self.feature, W, self.row_offsets, value), value

@@ -35,7 +35,8 @@ class TrainRunSettings(DeviceSettings, InputOptions, TrainedModel):
     image_fraction: float | None = setting(0.5, metavar="SHARE")
     """Share of image tokens in every batch, or none to take them as they come"""
     sink_factor: float | None = setting(10.0, metavar="N")
-    """Leave out states whose norm is more than this many times the median of their side (attention sinks); none keeps all"""
+    """Leave out states whose norm is more than this many times the median of their side (attention sinks); none keeps
+    all"""
     cache: Path | None = None
     """Folder for the states on disk: the model runs once, for later trainings too"""
     pairs: int = setting(32, least=1)
@@ -44,7 +45,7 @@ class TrainRunSettings(DeviceSettings, InputOptions, TrainedModel):
     """Threads that decode and pre-process"""
     checkpoint_every: float = 600.0
     """Seconds between checkpoints"""
-    weights: bool = setting(True, flag="--weights/--no-weights")
+    weights: bool = setting(default=True, flag="--weights/--no-weights")
     """Fit cross-modal weights at the end and write them beside the SAE"""
     tensorboard: Path | None = None
     """Folder for TensorBoard (needs the extra tensorboard)"""

@@ -46,8 +46,13 @@ PILOT_TOKENS = 65_536
 """Tokens on which mean and scale of the states are measured"""
 MOST_TOKENS, MOST_EPOCHS = 100_000_000, 10
 LOG, PAGE, MANIFEST, CHECKPOINTS, STATISTICS, WEIGHTS = (
-    "train.jsonl", "training.html", "manifest.json", "checkpoints", "statistics.safetensors", "weights.safetensors",
-)  # fmt: skip
+    "train.jsonl",
+    "training.html",
+    "manifest.json",
+    "checkpoints",
+    "statistics.safetensors",
+    "weights.safetensors",
+)
 
 
 class TrainRun:
@@ -97,11 +102,14 @@ class TrainRun:
         any_settings = next(iter(self.trainers.values())).settings
         self.buffer = ShuffleBuffer(
             BufferSettings(
-                batch_size=max(1, any_settings.batch_size // self.processes), capacity=self._capacity(any_settings.batch_size, epoch),
-                image_fraction=settings.image_fraction, sink_factor=settings.sink_factor, seed=settings.seed + self.rank,
+                batch_size=max(1, any_settings.batch_size // self.processes),
+                capacity=self._capacity(any_settings.batch_size, epoch),
+                image_fraction=settings.image_fraction,
+                sink_factor=settings.sink_factor,
+                seed=settings.seed + self.rank,
             ),
             self.backbone.d_model,
-        )  # fmt: skip
+        )
         self.source = self._source(self._restore())
 
     def _capacity(self, batch_size: int, epoch: float | None) -> int:
@@ -122,8 +130,14 @@ class TrainRun:
     def _live(self, sources: Sequence[Source], position: Position | None) -> ShardStates:
         settings = self.settings
         return ShardStates(
-            sources, self.backbone, DecodeSettings(settings.caption), batch_size=settings.pairs, workers=settings.workers, seed=settings.seed, position=position
-        )  # fmt: skip
+            sources,
+            self.backbone,
+            DecodeSettings(settings.caption),
+            batch_size=settings.pairs,
+            workers=settings.workers,
+            seed=settings.seed,
+            position=position,
+        )
 
     def _cached(self, position: Position | None) -> CachedStates:
         return CachedStates(
@@ -204,7 +218,8 @@ class TrainRun:
         if differing:
             key = differing[0]
             raise SAEError(
-                f"{str(self.settings.output)!r} was begun with other settings ({key} was {saved.get(key)!r}, is now {self._identity()[key]!r}): use another -o"
+                f"{str(self.settings.output)!r} was begun with other settings ({key} was {saved.get(key)!r}, is now "
+                f"{self._identity()[key]!r}): use another -o"
             )
         by_name = {name: {path.name: path for path in checkpoints(self._checkpoints(name))} for name in self.trainers}
         common = sorted(set.intersection(*(set(found) for found in by_name.values())))
@@ -335,9 +350,11 @@ class TrainRun:
             sae.save(folder)
             statistics = trainer.statistics
             figures = {
-                "image_frequency": statistics.frequency[IMAGE].float().cpu(), "text_frequency": statistics.frequency[TEXT].float().cpu(),
-                "maximum": (statistics.maximum / trainer.scale).cpu(), "tokens": statistics.tokens.cpu(),
-            }  # fmt: skip
+                "image_frequency": statistics.frequency[IMAGE].float().cpu(),
+                "text_frequency": statistics.frequency[TEXT].float().cpu(),
+                "maximum": (statistics.maximum / trainer.scale).cpu(),
+                "tokens": statistics.tokens.cpu(),
+            }
             with atomic(folder / STATISTICS) as temporary:
                 save_file(figures, temporary)
             if self.settings.weights:

@@ -41,11 +41,13 @@ class TrainSettings:
     n_features: int | None = setting(None, option=False)
     """None: 8 · d_model"""
     k: int = setting(32, option=False)
-    """Active features a token, in the mean for `batchtopk`; of `jumprelu` the start, and the aim unless `target_l0` is given"""
+    """Active features a token, in the mean for `batchtopk`; of `jumprelu` the start, and the aim unless `target_l0` is
+    given"""
     groups: tuple[int | float, ...] = setting((), metavar="N,N", group="Architecture")
     """Matryoshka prefixes with commas: counts of features, or fractions below 1; top-k kinds only.
 
-    Each prefix must reconstruct alone; the whole dictionary is always the last (Bussmann et al. 2025, arXiv 2503.17547)."""
+    Each prefix must reconstruct alone; the whole dictionary is always the last (Bussmann et al. 2025, arXiv
+    2503.17547)."""
     tokens: int = setting(100_000_000, option=False)
     """Tokens of the whole training; the schedules are stretched over them"""
     batch_size: int = 4096
@@ -90,38 +92,32 @@ class TrainSettings:
     """batchtopk: decay a step of the running threshold.
 
     The mean of the smallest activation kept, which becomes the threshold of inference."""
-    subtract_b_dec: bool = setting(True, flag="--subtract-b-dec/--no-subtract-b-dec", group="Architecture")
+    subtract_b_dec: bool = setting(default=True, flag="--subtract-b-dec/--no-subtract-b-dec", group="Architecture")
     """Encode x - b_dec, or x as SAE-V does"""
     seed: int = setting(0, option=False)
     """Seed of the first weights"""
     dtype: Precision = setting("float32", flag="--precision")
     """Number format of the large matrix products; weights stay float32.
 
-    In bfloat16 the top-k kinds only *choose* features by it: activations and gradients of the chosen ones are float32."""
+    In bfloat16 the top-k kinds only *choose* features by it: activations and gradients of the chosen ones are
+    float32."""
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            _check(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            _check(self, name, f"one of {', '.join(allowed)}", fine=getattr(self, name) in allowed)
         for name in COUNTS:
-            _check(self, name, _is_count(getattr(self, name)), "a whole number from 1")
+            _check(self, name, "a whole number from 1", fine=_is_count(getattr(self, name)))
         for name in POSITIVE:
-            _check(
-                self,
-                name,
-                getattr(self, name) is None or (_is_number(getattr(self, name)) and getattr(self, name) > 0),
-                "a number above 0",
-            )
+            value = getattr(self, name)
+            _check(self, name, "a number above 0", fine=value is None or (_is_number(value) and value > 0))
         for name in NOT_NEGATIVE:
-            _check(self, name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0")
+            value = getattr(self, name)
+            _check(self, name, "a number from 0", fine=_is_number(value) and value >= 0)
         for name in FRACTIONS:
-            _check(
-                self,
-                name,
-                _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1,
-                "a fraction from 0 to below 1",
-            )
-        _check(self, "seed", isinstance(self.seed, int) and not isinstance(self.seed, bool), "a whole number")
-        _check(self, "subtract_b_dec", isinstance(self.subtract_b_dec, bool), "true or false")
+            value = getattr(self, name)
+            _check(self, name, "a fraction from 0 to below 1", fine=_is_number(value) and 0 <= value < 1)
+        _check(self, "seed", "a whole number", fine=isinstance(self.seed, int) and not isinstance(self.seed, bool))
+        _check(self, "subtract_b_dec", "true or false", fine=isinstance(self.subtract_b_dec, bool))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -135,7 +131,8 @@ class TrainSettings:
             raise SAEError(f"training has groups {self.groups!r}; expected counts of features, or fractions below 1")
         if self.groups and not self.sparse:
             raise SAEError(
-                f"training has groups with architecture {self.architecture!r}; Matryoshka prefixes go with batchtopk and topk"
+                f"training has groups with architecture {self.architecture!r}; Matryoshka prefixes go with batchtopk "
+                "and topk"
             )
 
     @property
@@ -200,6 +197,6 @@ def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
-def _check(settings: TrainSettings, name: str, fine: bool, expected: str) -> None:
+def _check(settings: TrainSettings, name: str, expected: str, *, fine: bool) -> None:
     if not fine:
         raise SAEError(f"training has {name} {getattr(settings, name)!r}; expected {expected}")

@@ -144,7 +144,8 @@ def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
     if len(bad):
         key = keys[int(found.sample[bad[0]])]
         raise SAEError(
-            f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the sample out; checkpoints are kept"
+            f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the "
+            "sample out; checkpoints are kept"
         )
 
 

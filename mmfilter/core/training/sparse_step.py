@@ -14,6 +14,8 @@ through E_s = 2/(B·d·G) Σ_{i ≥ s} (x̂_i − x): one table of G·B rows, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from mmfilter.core.sae.product import EncoderProduct
@@ -73,7 +75,7 @@ def active_entries(
     product = EncoderProduct(weights.W_enc, weights.b_enc, torch.bfloat16 if rounded else inputs.dtype)
     tokens, n = len(inputs), settings.n_features
 
-    def chunks():
+    def chunks() -> Iterator[tuple[int, torch.Tensor]]:
         return product.chunks(inputs)
 
     def refine(candidates: Entries) -> Entries:

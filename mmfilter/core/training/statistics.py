@@ -121,5 +121,6 @@ class FeatureStatistics:
 
     @property
     def frequency(self) -> torch.Tensor:
-        """(2, n_features) share of the image tokens and of the text tokens on which each fired; 0 where there were none."""
+        """(2, n_features) share of the image tokens and of the text tokens on which each fired; 0 where there were
+        none."""
         return self.counts / self.tokens.clamp(min=1).unsqueeze(1)

@@ -52,9 +52,16 @@ class TrainSummary:
 def flat(stats: StepStats) -> dict[str, float | int]:
     """A step's figures as one level of names, for the log."""
     row: dict[str, float | int] = {
-        "step": stats.step, "tokens": stats.tokens, "loss": stats.loss, "auxiliary": stats.auxiliary, "fvu": stats.fvu, "l0": stats.l0,
-        "dead": stats.dead, "rate": stats.rate, "gradient_norm": stats.gradient_norm,
-    }  # fmt: skip
+        "step": stats.step,
+        "tokens": stats.tokens,
+        "loss": stats.loss,
+        "auxiliary": stats.auxiliary,
+        "fvu": stats.fvu,
+        "l0": stats.l0,
+        "dead": stats.dead,
+        "rate": stats.rate,
+        "gradient_norm": stats.gradient_norm,
+    }
     for side, quality in (("image", stats.image), ("text", stats.text)):
         if quality is not None and quality.tokens:
             row |= {f"{side}_fvu": quality.fvu, f"{side}_l0": quality.l0, f"{side}_tokens": quality.tokens}

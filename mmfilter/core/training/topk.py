@@ -74,7 +74,8 @@ class BatchTopK:
         device: torch.device,
         refine: Refine | None = None,
     ) -> tuple[Entries, torch.Tensor]:
-        """The chosen entries and the threshold: the smallest chosen activation, or 0 if all that is positive is too little."""
+        """The chosen entries and the threshold: the smallest chosen activation, or 0 if all that is positive is too
+        little."""
         first = _first_bound(chunks, k) if self._bound is None else self._bound
         wanted = k * collective.total(n_tokens, device)
         for bound in (first, first / 2, first / 4, 0.0):
@@ -97,7 +98,8 @@ def _first_bound(chunks: Chunks, k: int) -> float:
 
 
 def _above_all(chunks: Iterable[tuple[int, torch.Tensor]], bound: float, wanted: int) -> list[Triples]:
-    """What is positive and at least `bound`, of each chunk; the bound rises where so many are held that it must be too low."""
+    """What is positive and at least `bound`, of each chunk; the bound rises where so many are held that it must be too
+    low."""
     parts: list[Triples] = []
     for start, pre in chunks:
         parts.append(_above(start, pre, max(bound, torch.finfo(pre.dtype).tiny)))

@@ -61,7 +61,8 @@ class Trainer:
 
     @staticmethod
     def fitted(settings: TrainSettings, states: torch.Tensor, device: torch.device | str = "cpu") -> Trainer:
-        """A trainer with the mean of a sample of states (tokens, d_model), scaled so that a centred one has mean square d_model."""
+        """A trainer with the mean of a sample of states (tokens, d_model), scaled so that a centred one has mean square
+        d_model."""
         mean = states.double().mean(0)
         square = (states.double() - mean).square().sum(1).mean()
         if not square > 0:
@@ -87,7 +88,8 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, states: torch.Tensor, side: torch.Tensor | None = None) -> StepStats:
-        """Train on raw states (tokens, d_model) of any float type; `side` (tokens,) is IMAGE or TEXT, for the figures only.
+        """Train on raw states (tokens, d_model) of any float type; `side` (tokens,) is IMAGE or TEXT, for the figures
+        only.
 
         Raises `SAEError`, with the weights as they were, when the loss is not finite.
         """
@@ -99,7 +101,7 @@ class Trainer:
         sides = torch.full((len(x),), IMAGE, device=self.device) if side is None else side.to(self.device, torch.int64)
         batch_tokens = collective.total(len(x), self.device)
         if self.settings.architecture != "relu" and not self.step_count:
-            self._fit_start(x)
+            self.fit_start(x)
         outcome = self._outcome(x, sides, batch_tokens)
         sums = Sums(x - self.weights.b_dec, sides, outcome)
         collective.sum_(*outcome.gradients.named().values(), outcome.firing.counts)
@@ -107,7 +109,8 @@ class Trainer:
         (quality, image, text), (loss, auxiliary) = sums.shared(outcome.loss, outcome.auxiliary)
         if not math.isfinite(loss):
             raise SAEError(
-                f"training has a loss of {loss} at step {self.step_count + 1}: the batch holds states that are not finite, or lr is too high"
+                f"training has a loss of {loss} at step {self.step_count + 1}: the batch holds states that are not "
+                "finite, or lr is too high"
             )
         rate = self.settings.rate(self.tokens)
         norm = self._optimiser.update(outcome.gradients, rate)
@@ -157,7 +160,7 @@ class Trainer:
             self._threshold_sum = decay * self._threshold_sum + (1 - decay) * float(outcome.threshold)
             self._threshold_weight = decay * self._threshold_weight + (1 - decay)
 
-    def _fit_start(self, x: torch.Tensor) -> None:
+    def fit_start(self, x: torch.Tensor) -> None:
         """Scale the encoder so that what it chooses in the first batch reconstructs that best, by least squares.
 
         Without biases a scale changes no choice, so x̂ − b_dec is proportional to it. As W_decᵀ alone, a wide encoder

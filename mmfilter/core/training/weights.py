@@ -15,7 +15,8 @@ RELU_DECODER_NORM = 0.1
 
 @dataclass
 class Weights:
-    """Tensors in scaled units; W_enc is stored with a feature a row, so that its gradient and its update are by rows."""
+    """Tensors in scaled units; W_enc is stored with a feature a row, so that its gradient and its update are by
+    rows."""
 
     W_enc: torch.Tensor
     """(n_features, d_model), the transpose of `SAE.W_enc`"""

@@ -49,7 +49,7 @@ def test_the_grid_is_whole_in_half_precision_and_its_cosines_are_exact():
 
 def test_k_means_puts_every_vector_into_its_nearest_cluster_and_loses_none():
     sample = sketches(2000)
-    centroids = clusters.centroids_of(sample, 40, index_module._nearest)
+    centroids = clusters.centroids_of(sample, 40, index_module.nearest_centroids)
     again = clusters.centroids_of(sample, 40, lambda c, v: ((v @ c.T).max(1), (v @ c.T).argmax(1)))
     assert np.array_equal(centroids, again)  # FAISS or numpy
     home = (sample @ centroids.T).argmax(1)
@@ -62,7 +62,7 @@ def test_k_means_puts_every_vector_into_its_nearest_cluster_and_loses_none():
 
 def test_identical_vectors_leave_no_centroid_undefined():
     sample = np.repeat(sketches(1), 100, axis=0)
-    centroids = clusters.centroids_of(sample, 10, index_module._nearest)
+    centroids = clusters.centroids_of(sample, 10, index_module.nearest_centroids)
     assert np.isfinite(centroids).all() and np.array_equal(centroids, np.repeat(sample[:1], 10, axis=0))
 
 
@@ -268,7 +268,7 @@ def test_a_gpu_that_gives_up_is_a_note_and_the_cpu_goes_on(run, tmp_path, quiet)
     index = opened(run, tmp_path / "index", quiet, 1 << 30)
     _, vectors = next(index.blocks())
     wanted = index.search(vectors, 5)
-    index._gpu, index._progress = Broken(), quiet
+    index.gpu, index.progress = Broken(), quiet
     assert all(np.array_equal(a, b) for a, b in zip(index.search(vectors, 5), wanted, strict=True))
     assert quiet.notes == ["the GPU cannot search on (StandardGpuResources: alloc fail): searching on the CPU"]
 

@@ -198,7 +198,7 @@ def test_a_whole_model_has_the_states_of_the_truncated_one_and_refuses_a_layer_t
     )
     with torch.inference_mode():
         assert torch.equal(cut.forward(tensors)[side >= 0], whole.forward(tensors)[side >= 0])
-    assert len(whole._layers) == 4 and len(cut._layers) == LAYER + 1
+    assert whole.n_layers == 4 and cut.n_layers == LAYER + 1
     with pytest.raises(ModelError, match="layer 4 is not in the model, which has layers 0 to 3"):
         load_backbone(str(folder), 4, prompt=specimen.prompt, settings=LoadSettings(whole=True))
 

@@ -35,7 +35,7 @@ class Counted(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("counted://"))
+        return MemoryFileSystem._strip_protocol(path.removeprefix("counted://"))  # noqa: SLF001 (fsspec's)
 
     def _open(self, path, mode="rb", **settings):
         return (

@@ -38,7 +38,7 @@ def test_truncated_states_equal_the_whole_models(tiny):
         got = backbone.forward(inputs.tensors)
     real = inputs.tensors["attention_mask"].bool()
     assert torch.equal(got[real], wanted[real])
-    assert len(backbone._layers) == card.layer + 1 < whole.config.text_config.num_hidden_layers
+    assert backbone.n_layers == card.layer + 1 < whole.config.text_config.num_hidden_layers
 
 
 def test_every_token_is_on_its_side(tiny):

@@ -82,7 +82,7 @@ def streams(function: Any) -> Any:
 def whole_hidden_states(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The untruncated model's own account of the state behind the layer."""
     with torch.inference_mode():
-        out = case.specimen.model(**tensors, **case.backbone._decoder_start(tensors), output_hidden_states=True)
+        out = case.specimen.model(**tensors, **case.backbone.decoder_start(tensors), output_hidden_states=True)
     out = getattr(out, "language_model_outputs", None) or out
     name = "encoder_hidden_states" if is_encoder_decoder(case.specimen.model.config) else "hidden_states"
     return out[name][LAYER + 1]
@@ -107,7 +107,7 @@ def test_truncated_states_equal_the_whole_models(case, record_property):
 def test_later_layers_are_not_there(case):
     kept = {name for name, _ in case.backbone.model.named_parameters()}
     dropped = [name for name, _ in case.specimen.model.named_parameters() if name not in kept]
-    assert len(case.backbone._layers) == LAYER + 1
+    assert case.backbone.n_layers == LAYER + 1
     blocks = {int(next(part for part in name.split(".") if part.isdigit())) for name in dropped}
     assert dropped and blocks == {2, 3}  # of 4 blocks, those behind the layer, and nothing else
 

@@ -58,8 +58,7 @@ def test_reading_ahead_is_bounded_and_stops():
         assert next(stream) == 0
         time.sleep(0.1)
         assert len(made) <= 6
-    stream._thread.join(timeout=30)
-    assert not stream._thread.is_alive()
+    assert stream.ended(timeout=30)
     assert len(made) <= 6
 
 

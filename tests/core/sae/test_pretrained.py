@@ -143,7 +143,7 @@ def test_what_the_cache_lacks_says_how_to_get_it(hub):
 def test_only_what_belongs_to_the_sae_is_downloaded(path, wanted, not_wanted):
     from huggingface_hub.utils import filter_repo_objects
 
-    allowed, ignored = pretrained._patterns(path)
+    allowed, ignored = pretrained.hub_patterns(path)
     assert set(filter_repo_objects(wanted | not_wanted, allow_patterns=allowed, ignore_patterns=ignored)) == wanted
 
 

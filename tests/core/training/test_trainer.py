@@ -294,7 +294,7 @@ def test_the_encoder_starts_at_the_best_scale():
     """Least squares over the first batch: no other factor on the encoder reconstructs it better."""
     trainer, states = trained(steps=0)
     rows = trainer.weights.W_dec.clone()
-    trainer._fit_start(states * trainer.scale)
+    trainer.fit_start(states * trainer.scale)
     ratio = trainer.weights.W_enc / rows
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
     x = states * trainer.scale - trainer.weights.b_dec

@@ -65,7 +65,10 @@ def tar_samples(shard: str, file: BinaryIO, max_member_bytes: int) -> Iterator[R
     for row, group in enumerate(_groups(walk, max_member_bytes)):
         first = first_rows.setdefault(group.key, row)
         if first != row:
-            group.problem = f"duplicate key: {group.key!r}, first at row {first}; keys must be unique and the members of a sample adjacent (tar --sort=name)"
+            group.problem = (
+                f"duplicate key: {group.key!r}, first at row {first}; keys must be unique and the members of a sample "
+                "adjacent (tar --sort=name)"
+            )
         yield RawSample(group.key, row, group.start, group.end - group.start, group.members, group.problem)
 
 
@@ -80,7 +83,8 @@ def sample_in(content: bytes) -> tuple[str, dict[str, bytes]] | None:
 
 
 def sample_members(content: bytes, key: str) -> dict[str, bytes] | None:
-    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called `key`."""
+    """The members of a sample whose byte range of a shard is `content`; None where that is not the sample called
+    `key`."""
     sample = sample_in(content)
     return sample[1] if sample is not None and sample[0] == key else None
 

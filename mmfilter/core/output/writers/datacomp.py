@@ -42,7 +42,8 @@ def write_subset(fd: int, kept: Kept) -> Written:
     warnings: tuple[str, ...] = ()
     if n_shared:
         warnings = (
-            f"{n_shared:,} uids belong to several kept samples: each is written once, and resharder copies every sample of the pool that has it",
+            f"{n_shared:,} uids belong to several kept samples: each is written once, and resharder copies every "
+            "sample of the pool that has it",
         )
     return Written(len(header.getvalue()) + ids.nbytes, warnings=warnings)
 
@@ -81,11 +82,13 @@ def _halves(kept: Kept, positions: np.ndarray) -> Iterator[np.ndarray]:
     of = f"of {len(positions):,} kept samples"
     if missing:
         raise SelectionError(
-            f"{len(missing):,} {of} have no value in column 'uid' of the score table (first: key {missing[0]!r}), by which a DataComp subset "
+            f"{len(missing):,} {of} have no value in column 'uid' of the score table (first: key {missing[0]!r}), by "
+            "which a DataComp subset "
             "names samples; add --where 'uid IS NOT NULL', or use --format keys"
         )
     if other:
         raise SelectionError(
-            f"{len(other):,} {of} have a uid that is not 32 hexadecimal digits (first: {other[0][0]!r} of key {other[0][1]!r}), as a DataComp "
+            f"{len(other):,} {of} have a uid that is not 32 hexadecimal digits (first: {other[0][0]!r} of key "
+            f"{other[0][1]!r}), as a DataComp "
             "subset needs; use --format keys"
         )

@@ -20,17 +20,27 @@ from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY
 
 _KINDS = {
-    "VARCHAR": "string", "BOOLEAN": "bool", "FLOAT": "float32", "DOUBLE": "float64",
-    "TINYINT": "int8", "SMALLINT": "int16", "INTEGER": "int32", "BIGINT": "int64",
-    "UTINYINT": "uint8", "USMALLINT": "uint16", "UINTEGER": "uint32", "UBIGINT": "uint64",
-}  # fmt: skip
+    "VARCHAR": "string",
+    "BOOLEAN": "bool",
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "TINYINT": "int8",
+    "SMALLINT": "int16",
+    "INTEGER": "int32",
+    "BIGINT": "int64",
+    "UTINYINT": "uint8",
+    "USMALLINT": "uint16",
+    "UINTEGER": "uint32",
+    "UBIGINT": "uint64",
+}
 _OWN = ("key", "image", "caption", "json", "others")
 _VOID = ("ok", "reason", "offset", "nbytes", *_OWN)
 """Columns of the score table that say nothing of a sample that is kept and copied"""
 
 
 def write_parquet(folder: Path, kept: Kept) -> Written:
-    """Write `data/00000000.parquet` …, of `shard_size` rows each; at least one, so that the columns are there to see."""
+    """Write `data/00000000.parquet` …, of `shard_size` rows each; at least one, so that the columns are there to
+    see."""
     return write_tables(folder, kept, "data/%08d.parquet")
 
 

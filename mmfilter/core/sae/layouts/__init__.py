@@ -40,7 +40,10 @@ def _recognised(checkpoint: Checkpoint) -> Layout:
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     beside = f" and {checkpoint.config_name} beside it" if checkpoint.config_name else ""
     if {"W_enc", "W_dec"} <= set(names):
-        step = "where you know what it is, --sae-option layout=plain --sae-option activation=… --sae-option subtract_b_dec=… opens it"
+        step = (
+            "where you know what it is, --sae-option layout=plain --sae-option activation=… --sae-option "
+            "subtract_b_dec=… opens it"
+        )
     else:
         step = "--sae-option layout=NAME opens it as one of " + ", ".join(NAMED)
     refuse(checkpoint, f"is in no layout known here: {checkpoint.path.name} holds {shown}{beside}; {step}")

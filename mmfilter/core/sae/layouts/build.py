@@ -130,7 +130,8 @@ def _features_last(
     if rows == columns:
         refuse(
             checkpoint,
-            f"has a square W_enc ({rows} × {columns}): settle it with --sae-option orientation=features_last|features_first",
+            f"has a square W_enc ({rows} × {columns}): settle it with --sae-option "
+            "orientation=features_last|features_first",
         )
     n = reading.n_features or len(parts["b_enc"])
     return columns == n

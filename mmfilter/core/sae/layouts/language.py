@@ -30,14 +30,18 @@ LINEAR = {"encoder": "features_first", "decoder": "features_last"}
 def _sparsify(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     config = checkpoint.config
     activation = config.get("activation") or "topk"
-    for key, reason in (("transcode", "a transcoder, which maps one place in the model to another"), ("skip_connection", "one with a linear skip connection"),
-                        ("signed", "one whose features can be negative")):  # fmt: skip
+    for key, reason in (
+        ("transcode", "a transcoder, which maps one place in the model to another"),
+        ("skip_connection", "one with a linear skip connection"),
+        ("signed", "one whose features can be negative"),
+    ):
         if config.get(key):
             refuse(checkpoint, f"is {reason}; only autoencoders are opened")
     if activation != "topk" or "W_skip" in checkpoint.tensors:
         refuse(
             checkpoint,
-            f"has the activation {activation!r}{' and a skip connection' if 'W_skip' in checkpoint.tensors else ''}; only topk is opened",
+            f"has the activation {activation!r}{' and a skip connection' if 'W_skip' in checkpoint.tensors else ''}; "
+            "only topk is opened",
         )
     d = config["d_in"]
     run = checkpoint.json("../config.json")
@@ -69,7 +73,7 @@ AUTOENCODERS = (
 )
 
 
-def _dictionary(checkpoint: Checkpoint, activation: str | None, subtract: bool, **more: Any) -> Reading:
+def _dictionary(checkpoint: Checkpoint, activation: str | None, *, subtract: bool, **more: Any) -> Reading:
     """What is the same for all classes of dictionary_learning."""
     run = checkpoint.config if "trainer" in checkpoint.config else checkpoint.json("../config.json")
     trainer, buffer = run.get("trainer") or {}, run.get("buffer") or {}
@@ -83,8 +87,14 @@ def _dictionary(checkpoint: Checkpoint, activation: str | None, subtract: bool, 
         metadata |= residual_hook(layer)
     if trainer.get("submodule_name"):
         metadata["submodule_name"] = trainer["submodule_name"]
-    return Reading(activation, subtract_b_dec=subtract, d_model=trainer.get("activation_dim"), n_features=trainer.get("dict_size"),
-                   metadata=metadata | {"layer": layer}, **more)  # fmt: skip
+    return Reading(
+        activation,
+        subtract_b_dec=subtract,
+        d_model=trainer.get("activation_dim"),
+        n_features=trainer.get("dict_size"),
+        metadata=metadata | {"layer": layer},
+        **more,
+    )
 
 
 def _dictionary_class(checkpoint: Checkpoint) -> str | None:
@@ -106,11 +116,14 @@ def _topk_or_batchtopk(checkpoint: Checkpoint, options: SAEOptions) -> Reading:
     return _dictionary(
         checkpoint,
         activation,
-        True,
+        subtract=True,
         k=None if k is None else int(k),
         threshold=frozen if activation == "batchtopk" else None,
         doubts={
-            "activation": "has the tensors of both AutoEncoderTopK and BatchTopKSAE of dictionary_learning, and no config.json beside it that says which",
+            "activation": (
+                "has the tensors of both AutoEncoderTopK and BatchTopKSAE of dictionary_learning, and no config.json "
+                "beside it that says which"
+            ),
             "threshold": "is a BatchTopK dictionary from before its threshold was known (it is below 0)",
         },
     )
@@ -119,7 +132,8 @@ def _topk_or_batchtopk(checkpoint: Checkpoint, options: SAEOptions) -> Reading:
 def _wrapped(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     refuse(
         checkpoint,
-        "is a backup that dictionary_learning wrote in the middle of training ({'ae': …}): its biases are not scaled to the "
+        "is a backup that dictionary_learning wrote in the middle of training ({'ae': …}): its biases are not scaled "
+        "to the "
         "model's activations; use the ae.pt from the end of training",
     )
 
@@ -160,7 +174,8 @@ def _gemma_scope_2(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     if kind or config.get("affine_connection") or "affine_skip_connection" in checkpoint.tensors:
         refuse(
             checkpoint,
-            f"is a {kind or 'transcoder with an affine connection'}, which maps one place in the model to another; only autoencoders are opened",
+            f"is a {kind or 'transcoder with an affine connection'}, which maps one place in the model to another; "
+            "only autoencoders are opened",
         )
     if config.get("architecture", "jump_relu") != "jump_relu":
         refuse(checkpoint, f"has architecture {config['architecture']!r}; Gemma Scope 2 is jump_relu")
@@ -193,7 +208,8 @@ def _refuse_mapped(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     if config.get("hook_point_out") not in (None, config.get("hook_point_in")):
         refuse(
             checkpoint,
-            f"maps {config.get('hook_point_in')!r} to {config['hook_point_out']!r}, a transcoder; only autoencoders are opened",
+            f"maps {config.get('hook_point_in')!r} to {config['hook_point_out']!r}, a transcoder; only autoencoders "
+            "are opened",
         )
     if config.get("use_glu_encoder"):
         refuse(checkpoint, "has a gated linear unit as its encoder, which is not opened")
@@ -236,7 +252,8 @@ def _llama_scope(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
             refuse(checkpoint, "normalises 'dataset-wise' and does not give dataset_average_activation_norm")
         reading.bias_factor = average / math.sqrt(config["d_model"])
         reading.notes.append(
-            "activations are in the model's units, as OpenMOSS' loader has them; SAELens' are larger by √d_model / mean norm"
+            "activations are in the model's units, as OpenMOSS' loader has them; SAELens' are larger by √d_model / "
+            "mean norm"
         )
     elif norm not in ("none", "inference", "token-wise"):
         refuse(checkpoint, f"normalises {norm!r}, which depends on the batch")
@@ -263,7 +280,10 @@ def _llamascopium(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
         d_model=config["d_model"],
         n_features=int(config["d_model"] * config["expansion_factor"]),
         doubts={
-            "threshold": f"has the activation {activation!r} and no threshold: Llamascopium writes one when it converts the SAE to jumprelu"
+            "threshold": (
+                f"has the activation {activation!r} and no threshold: Llamascopium writes one when it converts the SAE "
+                "to jumprelu"
+            )
         },
         metadata=stated(config, "model_name") | {"hook_name": hook},
     )
@@ -307,7 +327,8 @@ def _openai(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     if activation not in ("ReLU", "TopK") or state.get("postact_fn", "ReLU") != "ReLU":
         refuse(
             checkpoint,
-            f"has the activation {activation!r} ({state.get('postact_fn', 'no')} after it); expected ReLU, or TopK with ReLU after it",
+            f"has the activation {activation!r} ({state.get('postact_fn', 'no')} after it); expected ReLU, or TopK "
+            "with ReLU after it",
         )
     topk = activation == "TopK"
     return Reading(
@@ -369,39 +390,124 @@ GATED = {
     "b_mag": "mag_bias",
 }
 OPENAI = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
-GOODFIRE = {ours: f"{part}coder_linear.{kind}" for ours, part, kind in
-            (("W_enc", "en", "weight"), ("b_enc", "en", "bias"), ("W_dec", "de", "weight"), ("b_dec", "de", "bias"))}  # fmt: skip
+GOODFIRE = {
+    ours: f"{part}coder_linear.{kind}"
+    for ours, part, kind in (
+        ("W_enc", "en", "weight"),
+        ("b_enc", "en", "bias"),
+        ("W_dec", "de", "weight"),
+        ("b_dec", "de", "bias"),
+    )
+}
 THRESHOLD = {"threshold": "threshold"}
 NO_BIAS = frozenset({"b_dec"})
 DIMENSIONS = frozenset({"d_model", "expansion_factor"})
 
 
 LAYOUTS = (
-    Layout("sparsify", "EleutherAI sparsify, LMMs-Lab", ("sae.safetensors",), {**LINEAR_NAMES, "W_dec": "W_dec", "b_dec": "b_dec"}, _sparsify,
-           keys=frozenset({"d_in"}), encoder="features_first"),
+    Layout(
+        "sparsify",
+        "EleutherAI sparsify, LMMs-Lab",
+        ("sae.safetensors",),
+        {**LINEAR_NAMES, "W_dec": "W_dec", "b_dec": "b_dec"},
+        _sparsify,
+        keys=frozenset({"d_in"}),
+        encoder="features_first",
+    ),
     Layout("gemma_scope", "Gemma Scope", ("params.npz",), SAELENS_NAMES | THRESHOLD, _gemma_scope),
     Layout("gemma_scope_2", "Gemma Scope 2", ("params.safetensors",), LOWER, _gemma_scope_2),
-    Layout("llama_scope", "Llama Scope", ("final.safetensors", "final.pt", "sae_weights.safetensors"), SCOPE, _llama_scope,
-           keys=frozenset({"d_model", "norm_activation", "act_fn", "d_sae"}), optional=NO_BIAS, **LINEAR),
-    Layout("llama_scope_r1", "Llama Scope R1-Distill", ("sae_weights.safetensors",), SCOPE, _llamascopium, keys=DIMENSIONS, optional=NO_BIAS, **LINEAR),
-    Layout("llamascopium", "Llamascopium (OpenMOSS)", ("sae_weights.safetensors",), UPPER, _llamascopium, keys=DIMENSIONS, optional=NO_BIAS),
+    Layout(
+        "llama_scope",
+        "Llama Scope",
+        ("final.safetensors", "final.pt", "sae_weights.safetensors"),
+        SCOPE,
+        _llama_scope,
+        keys=frozenset({"d_model", "norm_activation", "act_fn", "d_sae"}),
+        optional=NO_BIAS,
+        **LINEAR,
+    ),
+    Layout(
+        "llama_scope_r1",
+        "Llama Scope R1-Distill",
+        ("sae_weights.safetensors",),
+        SCOPE,
+        _llamascopium,
+        keys=DIMENSIONS,
+        optional=NO_BIAS,
+        **LINEAR,
+    ),
+    Layout(
+        "llamascopium",
+        "Llamascopium (OpenMOSS)",
+        ("sae_weights.safetensors",),
+        UPPER,
+        _llamascopium,
+        keys=DIMENSIONS,
+        optional=NO_BIAS,
+    ),
     Layout("qwen_scope", "Qwen-Scope", ("layer*.sae.pt",), SAELENS_NAMES, _qwen_scope, **LINEAR),
     Layout("openai", "OpenAI sparse_autoencoder", TORCH, OPENAI, _openai, **LINEAR),
     Layout("goodfire", "Goodfire", TORCH, GOODFIRE, _goodfire, **LINEAR),
     Layout("mmdiff", "MMDiff (vlm_scope)", ("*_layer_*.pt",), SAELENS_NAMES, _mmdiff),
-    Layout("dictionary_learning_backup", "dictionary_learning, in the middle of training", TORCH, {}, _wrapped, values=frozenset({"ae"})),
-    Layout("dictionary_learning_gated", "dictionary_learning GatedAutoEncoder", TORCH, GATED,
-           lambda checkpoint, _: _dictionary(checkpoint, "gated", True), **LINEAR),
-    Layout("dictionary_learning", "dictionary_learning AutoEncoder", TORCH, {**LINEAR_NAMES, "b_dec": "bias"},
-           lambda checkpoint, _: _dictionary(checkpoint, "relu", True, unit_decoder=True), fits=_is_dictionary("AutoEncoder"), **LINEAR),
-    Layout("dictionary_learning_new", "dictionary_learning AutoEncoderNew", TORCH, SCOPE,
-           lambda checkpoint, _: _dictionary(checkpoint, "relu", False), fits=_is_dictionary("AutoEncoderNew"), **LINEAR),
-    Layout("dictionary_learning_topk", "dictionary_learning AutoEncoderTopK, BatchTopKSAE", TORCH, {**LINEAR_NAMES, "b_dec": "b_dec"}, _topk_or_batchtopk,
-           fits=_is_dictionary("AutoEncoderTopK", "BatchTopKSAE"), **LINEAR),
-    Layout("dictionary_learning_matryoshka", "dictionary_learning MatryoshkaBatchTopKSAE", TORCH, SAELENS_NAMES, _topk_or_batchtopk,
-           values=frozenset({"group_sizes"})),
-    Layout("dictionary_learning_jumprelu", "dictionary_learning JumpReluAutoEncoder", ("ae.pt", "ae_*.pt"), SAELENS_NAMES | THRESHOLD,
-           lambda checkpoint, _: _dictionary(checkpoint, "jumprelu", False, tensors=THRESHOLD), fits=_is_dictionary("JumpReluAutoEncoder")),
-)  # fmt: skip
+    Layout(
+        "dictionary_learning_backup",
+        "dictionary_learning, in the middle of training",
+        TORCH,
+        {},
+        _wrapped,
+        values=frozenset({"ae"}),
+    ),
+    Layout(
+        "dictionary_learning_gated",
+        "dictionary_learning GatedAutoEncoder",
+        TORCH,
+        GATED,
+        lambda checkpoint, _: _dictionary(checkpoint, "gated", subtract=True),
+        **LINEAR,
+    ),
+    Layout(
+        "dictionary_learning",
+        "dictionary_learning AutoEncoder",
+        TORCH,
+        {**LINEAR_NAMES, "b_dec": "bias"},
+        lambda checkpoint, _: _dictionary(checkpoint, "relu", subtract=True, unit_decoder=True),
+        fits=_is_dictionary("AutoEncoder"),
+        **LINEAR,
+    ),
+    Layout(
+        "dictionary_learning_new",
+        "dictionary_learning AutoEncoderNew",
+        TORCH,
+        SCOPE,
+        lambda checkpoint, _: _dictionary(checkpoint, "relu", subtract=False),
+        fits=_is_dictionary("AutoEncoderNew"),
+        **LINEAR,
+    ),
+    Layout(
+        "dictionary_learning_topk",
+        "dictionary_learning AutoEncoderTopK, BatchTopKSAE",
+        TORCH,
+        {**LINEAR_NAMES, "b_dec": "b_dec"},
+        _topk_or_batchtopk,
+        fits=_is_dictionary("AutoEncoderTopK", "BatchTopKSAE"),
+        **LINEAR,
+    ),
+    Layout(
+        "dictionary_learning_matryoshka",
+        "dictionary_learning MatryoshkaBatchTopKSAE",
+        TORCH,
+        SAELENS_NAMES,
+        _topk_or_batchtopk,
+        values=frozenset({"group_sizes"}),
+    ),
+    Layout(
+        "dictionary_learning_jumprelu",
+        "dictionary_learning JumpReluAutoEncoder",
+        ("ae.pt", "ae_*.pt"),
+        SAELENS_NAMES | THRESHOLD,
+        lambda checkpoint, _: _dictionary(checkpoint, "jumprelu", subtract=False, tensors=THRESHOLD),
+        fits=_is_dictionary("JumpReluAutoEncoder"),
+    ),
+)
 
 PLAIN = Layout("plain", "anyone: W_enc, b_enc, W_dec, b_dec", ("*",), SAELENS_NAMES, _plain, encoder=None, decoder=None)

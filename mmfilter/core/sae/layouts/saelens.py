@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from mmfilter.core.cards.sae_options import SAEOptions
 from mmfilter.core.sae.checkpoints import Checkpoint
 from mmfilter.core.sae.layouts.base import Layout, Reading, refuse, stated
@@ -19,8 +21,19 @@ REFUSED = {
     "transcoder": "it maps one place in the model to another",
     "clt": "it maps one place in the model to others",
 }
-KEPT = ("model_name", "hook_name", "hook_head_index", "hf_hook_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id", "l0",
-        "training_tokens", "sae_lens_training_version")  # fmt: skip
+KEPT = (
+    "model_name",
+    "hook_name",
+    "hook_head_index",
+    "hf_hook_name",
+    "dataset_path",
+    "context_size",
+    "prepend_bos",
+    "neuronpedia_id",
+    "l0",
+    "training_tokens",
+    "sae_lens_training_version",
+)
 
 
 def _architecture(checkpoint: Checkpoint, architecture: Any) -> Reading:
@@ -82,7 +95,7 @@ def _read_old(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     return _normalised(checkpoint, reading, normalise)
 
 
-def _gain(checkpoint: Checkpoint):
+def _gain(checkpoint: Checkpoint) -> torch.Tensor | None:
     """The factor that fine-tuning put on each activation before decoding; None where it is 1."""
     gain = checkpoint.tensors.get("scaling_factor", checkpoint.tensors.get("finetuning_scaling_factor"))
     if gain is None or bool((gain == 1).all()):
@@ -90,7 +103,8 @@ def _gain(checkpoint: Checkpoint):
     if not checkpoint.config.get("finetuning_scaling_factor"):
         refuse(
             checkpoint,
-            "has a tensor 'scaling_factor' that is not 1, and its cfg.json says nothing of fine-tuning: which of them is right is not known",
+            "has a tensor 'scaling_factor' that is not 1, and its cfg.json says nothing of fine-tuning: which of them "
+            "is right is not known",
         )
     return gain
 
@@ -118,11 +132,12 @@ def _normalised(checkpoint: Checkpoint, reading: Reading, stated_as: Any) -> Rea
     if reading.scale is None and re.match("final_", checkpoint.folder.name):
         reading.scale = 1.0
         reading.notes.append(
-            "a final checkpoint: the activation scale is in the weights, but SAELens 3 left it out of b_dec, so reconstructions may be shifted"
+            "a final checkpoint: the activation scale is in the weights, but SAELens 3 left it out of b_dec, so "
+            "reconstructions may be shifted"
         )
     reading.doubts = {
-        "scale": "states normalize_activations 'expected_average_only_in', a factor √d_model / mean norm of the training activations that must be in the "
-        "weights, and nothing says whether it is (scale=1 when it is)"
+        "scale": "states normalize_activations 'expected_average_only_in', a factor √d_model / mean norm of the training "
+        "activations that must be in the weights, and nothing says whether it is (scale=1 when it is)"
     }
     return reading
 

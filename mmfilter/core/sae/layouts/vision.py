@@ -31,7 +31,8 @@ def _prisma(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
     ):
         refuse(
             checkpoint,
-            f"has architecture {architecture!r} with activation {activation!r}; expected standard with relu or topk, or gated with relu",
+            f"has architecture {architecture!r} with activation {activation!r}; expected standard with relu or topk, "
+            "or gated with relu",
         )
     arguments = config.get("activation_fn_kwargs") or {}
     if "postact_fn" in arguments:
@@ -75,8 +76,11 @@ def _overcomplete(checkpoint: Checkpoint, options: SAEOptions) -> Reading:
         refuse(checkpoint, f"has more than overcomplete's linear encoder ({others[0]!r}); only that one is opened")
     norms = checkpoint.tensors["dictionary._weights"].float().norm(dim=1) + 1e-8
     if options.dictionary is None and not torch.allclose(norms, torch.ones_like(norms), atol=0.1):
-        refuse(checkpoint, "has dictionary rows whose norms are not 1, so overcomplete did not use its normalisation 'l2'; "
-                           "settle it with --sae-option dictionary=l2|as_is")  # fmt: skip
+        refuse(
+            checkpoint,
+            "has dictionary rows whose norms are not 1, so overcomplete did not use its normalisation 'l2'; "
+            "settle it with --sae-option dictionary=l2|as_is",
+        )
     multiplier = checkpoint.tensors.get("dictionary.multiplier", torch.zeros(())).float().exp()
     thresholds = checkpoint.tensors.get("thresholds")
     return Reading(
@@ -100,7 +104,8 @@ def _just_below(values: torch.Tensor) -> torch.Tensor:
 
 
 def _saev(checkpoint: Checkpoint, _: SAEOptions) -> Reading:
-    """A line of JSON, then the tensors. Before its schema 1 the encoder subtracted b_dec, from schema 2 on it does not."""
+    """A line of JSON, then the tensors. Before its schema 1 the encoder subtracted b_dec, from schema 2 on it does
+    not."""
     header = checkpoint.config
     schema = header.get("schema")
     if schema not in (None, 1, 2, 3, 4, 5):
@@ -148,5 +153,13 @@ LINEAR_ENCODER = {
 LAYOUTS = (
     Layout("saev", "saev (OSU)", TORCH, SAELENS_NAMES, _saev, fits=_is_saev),
     Layout("vit_prisma", "ViT-Prisma", TORCH, SAELENS_NAMES, _prisma, keys=frozenset({"hook_point_layer"})),
-    Layout("overcomplete", "overcomplete", TORCH, LINEAR_ENCODER, _overcomplete, encoder="features_first", optional=frozenset({"b_dec"})),
-)  # fmt: skip
+    Layout(
+        "overcomplete",
+        "overcomplete",
+        TORCH,
+        LINEAR_ENCODER,
+        _overcomplete,
+        encoder="features_first",
+        optional=frozenset({"b_dec"}),
+    ),
+)
