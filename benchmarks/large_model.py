@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from mmfilter.core.cards.cards import load_card
-from mmfilter.core.model.backbone import Backbone, Inputs
+from mmfilter.core.model.backbone import Inputs
+from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.model.processors import load_processor
 from mmfilter.core.pipeline.scorer import Scorer
 from mmfilter.core.sae.autoencoder import SAE
@@ -42,7 +43,7 @@ SHAPES = {
 }
 
 
-def build(shape: str, device: str, dtype: torch.dtype) -> Backbone:
+def build(shape: str, device: str, dtype: torch.dtype) -> LanguageBackbone:
     """A LLaVA-NeXT of that shape up to its layer, with the embedded model's tokenizer."""
     size = SHAPES[shape]
     hidden, inner, heads, kv_heads = size["text"]
@@ -80,7 +81,7 @@ def build(shape: str, device: str, dtype: torch.dtype) -> Backbone:
             model = LlavaNextForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    return Backbone(model, processor, size["layer"], prompt="USER: <image>\n{caption} ASSISTANT:")
+    return LanguageBackbone(model, processor, size["layer"], prompt="USER: <image>\n{caption} ASSISTANT:")
 
 
 def random_topk_sae(d_model: int, n_features: int, k: int, device: str, dtype: torch.dtype) -> SAE:
@@ -92,7 +93,7 @@ def random_topk_sae(d_model: int, n_features: int, k: int, device: str, dtype: t
     )
 
 
-def batches(backbone: Backbone, size: int, n: int) -> list[Inputs]:
+def batches(backbone: LanguageBackbone, size: int, n: int) -> list[Inputs]:
     """Pictures of web shapes with captions of ten words."""
     rng = np.random.default_rng(0)
     shapes = [(640, 480), (480, 640), (500, 500), (800, 450)]

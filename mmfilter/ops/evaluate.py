@@ -20,7 +20,6 @@ from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.shards import open_sources
 from mmfilter.core.model.backbone import Activations, Backbone
 from mmfilter.core.model.loading import read_config
-from mmfilter.core.model.towers import TwoTowers
 from mmfilter.core.pipeline.engine import load, load_model, load_settings
 from mmfilter.core.pipeline.feed import Batch
 from mmfilter.core.pipeline.model_pass import ModelPass
@@ -126,7 +125,7 @@ def check_also(other: Card, backbone: Backbone, sae: SAE, settings: EvaluateSett
             "between checkpoints of one architecture"
         )
     width = getattr(config.get_text_config(), "hidden_size", sae.d_model)
-    if not isinstance(backbone, TwoTowers) and width != sae.d_model:
+    if backbone.joint_stream is not None and width != sae.d_model:
         raise SAEError(
             f"SAE takes states of width {sae.d_model}, --also {other.name!r} gives {width}: it is larger or smaller "
             "than the SAE's own model"
@@ -137,7 +136,7 @@ def contexts_of(backbone: Backbone, settings: EvaluateSettings) -> list[tuple[bo
     """(whether without images, the model in that context) for each trial of a model."""
     contexts = [(False, backbone)]
     if settings.text_only:
-        if isinstance(backbone, TwoTowers):
+        if backbone.joint_stream is None:
             raise ModelError(
                 f"{backbone.model.config.model_type!r} is a dual encoder, whose captions never see an image: leave out "
                 "--text-only"
@@ -185,7 +184,9 @@ def trial(
     """One pass over the pairs, and the kinds of problem with those that the model does not take."""
     meters = {which: FidelityMeter(sae) for which, sae in saes.items()}
     no_loss = why_no_loss(backbone)
-    losses = None if no_loss else LossMeter(backbone, {which: reconstruction(sae) for which, sae in saes.items()})
+    stream = None if no_loss else backbone.joint_stream
+    ways = {which: reconstruction(sae) for which, sae in saes.items()}
+    losses = None if stream is None else LossMeter(stream, ways)
     n_pairs = 0
 
     def add(batch: Batch, activations: Activations) -> None:

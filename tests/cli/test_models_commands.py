@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from mmfilter.cli.app import main
-from mmfilter.core.cards.cards import card_names, load_card
+from mmfilter.core.cards.cards import load_card
 from mmfilter.core.model.prompts import CAPTION
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +49,3 @@ def test_an_unknown_card_names_those_there_are(capsys):
 def test_a_card_that_sees_one_side_only_is_not_scored_with(make_shard, capsys, tmp_path):
     assert main(["score", str(make_shard()), "--model", "clip-vit-b-32", "--run", f"{tmp_path}/run"]) == 1
     assert "card 'clip-vit-b-32' cannot score pairs: this SAE reads the image tower's states" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is newer")

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.backbone import Backbone, JointStream
 from mmfilter.core.model.stream import is_encoder_decoder
-from mmfilter.core.model.towers import TwoTowers
 from mmfilter.core.sae.autoencoder import DENSE_CHUNK_ELEMENTS, SAE
 from mmfilter.core.sides import TEXT
 
@@ -41,11 +40,11 @@ class CaptionLoss:
     """(batch,) int64: tokens predicted"""
 
 
-def why_no_loss(backbone: Backbone | TwoTowers) -> str:
+def why_no_loss(backbone: Backbone) -> str:
     """Why the model has no next-token loss on captions; empty where it has one, as far as its configuration says."""
     config = backbone.model.config
     name = repr(config.model_type)
-    if isinstance(backbone, TwoTowers):
+    if backbone.joint_stream is None:
         return f"{name} is a dual encoder and predicts no tokens"
     if is_encoder_decoder(config):
         return f"{name} is an encoder-decoder: captions go through its encoder, which predicts no tokens"
@@ -75,7 +74,7 @@ def reconstruction(sae: SAE) -> Replacement:
 
 @torch.inference_mode()
 def caption_loss(
-    backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None = None
+    stream: JointStream, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None = None
 ) -> CaptionLoss:
     """Loss of the captions of a batch through a whole model, the states of its tokens as they are or replaced.
 
@@ -83,8 +82,8 @@ def caption_loss(
     """
     n_tokens = predicted_tokens(side).sum(1)
     total = torch.zeros(len(side), dtype=torch.float64)
-    for rows, part in backbone.parts(tensors):
-        of_tokens = torch.nn.functional.cross_entropy(*_logits(backbone, part, side[rows], instead), reduction="none")
+    for rows, part in stream.parts(tensors):
+        of_tokens = torch.nn.functional.cross_entropy(*_logits(stream, part, side[rows], instead), reduction="none")
         owner = predicted_tokens(side[rows]).nonzero()[:, 0]
         total[rows] = total[rows].index_add(0, owner, of_tokens.double().cpu())
     return CaptionLoss(total, n_tokens)
@@ -96,19 +95,19 @@ def predicted_tokens(side: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(
-    backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None
+    stream: JointStream, tensors: dict[str, torch.Tensor], side: torch.Tensor, instead: Replacement | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """((tokens, vocabulary) float32, (tokens,)): what the model says of every caption token, row by row, and which
     token it is."""
     predicted = predicted_tokens(side)
-    head = backbone.model.get_output_embeddings()
+    head = stream.model.get_output_embeddings()
     handles = [head.register_forward_pre_hook(lambda _head, args: (_before(args[0], predicted), *args[1:]))]
     if instead is not None:
         handles.append(
-            backbone.hooked.register_forward_hook(lambda _block, _args, output: _replaced(output, side >= 0, instead))
+            stream.hooked.register_forward_hook(lambda _block, _args, output: _replaced(output, side >= 0, instead))
         )
     try:
-        logits = backbone.call(tensors).logits[0].float()
+        logits = stream.call(tensors).logits[0].float()
     finally:
         for handle in handles:
             handle.remove()
@@ -130,14 +129,14 @@ def _replaced(output: Any, where: torch.Tensor, instead: Replacement) -> Any:
 
 
 @torch.inference_mode()
-def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> bool | None:
+def sees_ahead(stream: JointStream, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> bool | None:
     """Whether changing a caption's last token changes what the model says of the tokens before it; None where the batch
     cannot tell.
 
     Models that read their prompt in both directions (PaliGemma) see the token that they should predict,
     and their loss on it is not a language model's. Needs no knowledge of the family.
     """
-    rows, part = next(backbone.parts(tensors))
+    rows, part = next(stream.parts(tensors))
     text = side[rows] == TEXT
     each, first = torch.arange(len(text)), text.int().argmax(1)
     last = text.shape[1] - 1 - text.flip(1).int().argmax(1)
@@ -145,6 +144,6 @@ def sees_ahead(backbone: Backbone, tensors: dict[str, torch.Tensor], side: torch
     ids[each, last] = ids[each, first]
     if torch.equal(ids, part["input_ids"]):  # captions of one token
         return None
-    before = _logits(backbone, part, side[rows], None)[0]
-    after = _logits(backbone, part | {"input_ids": ids}, side[rows], None)[0]
+    before = _logits(stream, part, side[rows], None)[0]
+    after = _logits(stream, part | {"input_ids": ids}, side[rows], None)[0]
     return bool((after - before).abs().max() > LEAK * before[before.isfinite()].std())

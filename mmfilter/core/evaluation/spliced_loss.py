@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from mmfilter.core.evaluation.splice import Replacement, caption_loss, predicted_tokens, sees_ahead, zeros
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.backbone import JointStream
 
 LEAST_RANGE = 0.01
 """Nats a token that zeroing has to cost for a share of them to mean something."""
@@ -87,13 +87,13 @@ class SplicedLoss:
 class LossMeter:
     """Adds up losses as batches come."""
 
-    def __init__(self, backbone: Backbone, replacements: Mapping[str, Replacement]) -> None:
-        self._backbone = backbone
+    def __init__(self, stream: JointStream, replacements: Mapping[str, Replacement]) -> None:
+        self._stream = stream
         self._ways: list[Replacement | None] = [None, zeros, *replacements.values()]
         self._names = list(replacements)
         self._totals = torch.zeros(len(self._ways), dtype=torch.float64)
         self._n_left_out = 0
-        self._vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
+        self._vocabulary = stream.model.get_output_embeddings().weight.shape[0]
         self._counts = torch.zeros(self._vocabulary, dtype=torch.int64)
         self.sees_ahead: bool | None = None
         """Whether the model sees the tokens that it should predict, so that its losses mean nothing; None until a batch
@@ -102,10 +102,10 @@ class LossMeter:
     def add(self, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> None:
         """A batch of one of the model's streams: `tensors` and `side` (batch, length) as in `Inputs`."""
         if self.sees_ahead is None:
-            self.sees_ahead = sees_ahead(self._backbone, tensors, side)
+            self.sees_ahead = sees_ahead(self._stream, tensors, side)
         if self.sees_ahead:
             return
-        losses = [caption_loss(self._backbone, tensors, side, way) for way in self._ways]
+        losses = [caption_loss(self._stream, tensors, side, way) for way in self._ways]
         totals, n_tokens = torch.stack([loss.total for loss in losses]), losses[0].n_tokens
         kept = totals.isfinite().all(0) & (n_tokens > 0)
         self._totals += totals[:, kept].sum(1)

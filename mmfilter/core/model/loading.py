@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mmfilter.core.model.backbone import Backbone, TextContext
 from mmfilter.core.model.families import UNKNOWN, family_of
+from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.model.probe import check_roles
 from mmfilter.core.model.processors import load_processor
 from mmfilter.core.model.stream import cut_after, stream_layers
@@ -37,7 +38,7 @@ class LoadSettings:
     attention: str = ATTENTION
     """Attention implementation: sdpa, eager, flash_attention_2, flex_attention"""
     compile: bool = False
-    """Compile the blocks: slow to start, faster after that"""
+    """Compile the blocks, of dual encoders those of both towers: slow to start, faster after that"""
     trust_remote_code: bool = False
     """Run model code that the checkpoint brings along"""
     whole: bool = False
@@ -52,9 +53,29 @@ def load_backbone(
     prompt: str | None = None,
     text_context: TextContext = "image",
     settings: LoadSettings | None = None,
-) -> Backbone | TwoTowers:
+) -> Backbone:
     """Load a local folder or a hub id up to `layer`, or whole; raises `ModelError` with the next step."""
     settings = settings or LoadSettings()
+    model, processor = _loaded(source, layer, revision, settings)
+    if not settings.device_map:
+        model = model.to(settings.device)
+    backbone: TwoTowers | LanguageBackbone
+    if _is_dual(model.config):
+        backbone = TwoTowers(model, processor, layer)
+    else:
+        backbone = LanguageBackbone(
+            model, processor, layer, prompt=prompt, text_context=text_context, whole=settings.whole
+        )
+        if backbone.family is UNKNOWN:
+            check_roles(backbone)
+    if settings.compile:
+        for block in backbone.blocks:
+            block.compile(dynamic=True)
+    return backbone
+
+
+def _loaded(source: str, layer: int, revision: str | None, settings: LoadSettings) -> tuple[Any, Any]:
+    """The model, cut after its layer unless the whole is asked for, and its processor."""
     local = Path(source).is_dir()
     options = {"revision": revision, "trust_remote_code": settings.trust_remote_code, "local_files_only": local}
     level = transformers.logging.get_verbosity()
@@ -64,34 +85,26 @@ def load_backbone(
         config = AutoConfig.from_pretrained(source, **options)
         if refused := family_of(config).refused:
             raise ModelError(f"model type {config.model_type!r} cannot be scored: {refused}")
-        dual = config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE)
         model_class = _model_class(config, source, revision, settings)
-        model, report = _load(
-            model_class if dual or settings.whole else truncated(model_class, layer), source, config, settings, options
-        )
+        if not (_is_dual(config) or settings.whole):
+            model_class = truncated(model_class, layer)
+        model, report = _load(model_class, source, config, settings, options)
         processor = load_processor(source, **options)
     except MMFilterError:
         raise
     except Exception as error:  # tokenizers and model code raise anything
-        raise _explained(source, settings, error, local=local) from error
+        raise _loading_error(source, settings, error, local=local) from error
     finally:
         transformers.logging.set_verbosity(level)
-    if report["missing_keys"]:
-        raise ModelError(
-            f"model {source!r} lacks {len(report['missing_keys'])} weights, first {sorted(report['missing_keys'])[0]!r}"
-        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"model {source!r} lacks {len(missing)} weights, first {missing[0]!r}")
     complete_processor(processor, config)
-    if not settings.device_map:
-        model = model.to(settings.device)
-    if dual:
-        return TwoTowers(model, processor, layer)
-    backbone = Backbone(model, processor, layer, prompt=prompt, text_context=text_context, whole=settings.whole)
-    if backbone.family is UNKNOWN:
-        check_roles(backbone)
-    if settings.compile:
-        for block in stream_layers(model):
-            block.compile(dynamic=True)
-    return backbone
+    return model, processor
+
+
+def _is_dual(config: Any) -> bool:
+    """Whether the model is a dual encoder."""
+    return config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE)
 
 
 def read_config(source: str, *, revision: str | None = None, settings: LoadSettings | None = None) -> Any:
@@ -103,7 +116,7 @@ def read_config(source: str, *, revision: str | None = None, settings: LoadSetti
             source, revision=revision, trust_remote_code=settings.trust_remote_code, local_files_only=local
         )
     except Exception as error:  # configuration code of a checkpoint raises anything
-        raise _explained(source, settings, error, local=local) from error
+        raise _loading_error(source, settings, error, local=local) from error
 
 
 def _load(
@@ -127,7 +140,7 @@ def _model_class(config: Any, source: str, revision: str | None, settings: LoadS
     remote = getattr(config, "auto_map", None) or {}
     if settings.trust_remote_code and (name := next((name for name in REMOTE_CLASSES if name in remote), None)):
         return get_class_from_dynamic_module(remote[name], source, revision=revision)
-    mapping = MODEL_MAPPING if config.model_type in (*CLIP_LIKE, *SIGLIP_LIKE) else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mapping = MODEL_MAPPING if _is_dual(config) else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if type(config) in mapping:
         return mapping[type(config)]
     raise ModelError(
@@ -154,20 +167,20 @@ def truncated(model_class: Any, layer: int) -> Any:
     )
 
 
-def _explained(source: str, settings: LoadSettings, error: Exception, *, local: bool) -> Exception:
+def _loading_error(source: str, settings: LoadSettings, error: Exception, *, local: bool) -> Exception:
     """What went wrong as one line with the next step."""
-    said = " ".join(str(error).split())
-    if settings.device_map and "accelerate" in said:
+    message = " ".join(str(error).split())
+    if settings.device_map and "accelerate" in message:
         return MissingExtra("--device-map", "device-map")
-    if settings.attention.startswith("flash") and "flash" in said.lower():
-        return ModelError(f"--attn {settings.attention} is not available here ({said[:120]}); use --attn sdpa")
-    if "trust_remote_code" in said:
+    if settings.attention.startswith("flash") and "flash" in message.lower():
+        return ModelError(f"--attn {settings.attention} is not available here ({message[:120]}); use --attn sdpa")
+    if "trust_remote_code" in message:
         step = "give --trust-remote-code if you trust its authors"
     elif local:
         step = "it must hold config.json, *.safetensors, tokenizer and processor files"
     else:
         step = f"fetch it with: hf download {source}"
-    return ModelError(f"model {source!r} cannot be loaded ({said[:200]}); {step}")
+    return ModelError(f"model {source!r} cannot be loaded ({message[:200]}); {step}")
 
 
 def complete_processor(processor: Any, config: Any) -> None:

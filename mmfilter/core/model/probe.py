@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.sides import IMAGE
 from mmfilter.errors import ModelError
 
 
-def changed_positions(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
+def changed_positions(backbone: LanguageBackbone) -> tuple[torch.Tensor, torch.Tensor]:
     """(length,) bool twice: positions whose embedding differs between two pictures with one caption, and those labelled
     image."""
     noise = torch.randint(0, 256, (2, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
@@ -20,7 +20,7 @@ def changed_positions(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     return (first - second).abs().amax(-1) > 1e-6 * first.abs().max(), (inputs.side[0] == IMAGE).to(first.device)
 
 
-def check_roles(backbone: Backbone) -> None:
+def check_roles(backbone: LanguageBackbone) -> None:
     """Raise `ModelError` when what the picture changes is not what the config calls image tokens.
 
     Run for families that nobody verified: better refused than mislabelled.

@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,15 +49,15 @@ def load_processor(source: str, **options: Any) -> Any:
 
 def pixtral_processor() -> Any:
     """Pixtral's processor class, which asks torchvision's twin for the one function that the PIL twin has too."""
-    package, wanted = "transformers.models.pixtral", "transformers.models.pixtral.image_processing_pixtral"
-    borrowed = wanted not in sys.modules and not is_torchvision_available()
+    package, twin = "transformers.models.pixtral", "transformers.models.pixtral.image_processing_pixtral"
+    borrowed = twin not in sys.modules and not is_torchvision_available()
     if borrowed:
-        sys.modules[wanted] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+        sys.modules[twin] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
     try:
         return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
     finally:
         if borrowed:
-            del sys.modules[wanted]
+            del sys.modules[twin]
 
 
 @contextmanager
@@ -69,15 +69,26 @@ def images_only() -> Iterator[None]:
     def checked(self: Any, name: str, argument: Any) -> Any:
         return type(argument) if isinstance(argument, ImagesOnly) else check(self, name, argument)
 
-    def found(self: Any, modality: str) -> Any:
+    def processor_class(self: Any, modality: str) -> Any:
         return ImagesOnly if modality == "video_processor" else find(self, modality)
 
-    with _PATCHING:
-        mixin.check_argument_for_proper_class, mapping.__getitem__ = checked, found
-        try:
-            yield
-        finally:
-            mixin.check_argument_for_proper_class, mapping.__getitem__ = check, find
+    with (
+        _PATCHING,
+        _in_place_of(mixin, "check_argument_for_proper_class", checked),
+        _in_place_of(mapping, "__getitem__", processor_class),
+    ):
+        yield
+
+
+@contextmanager
+def _in_place_of(owner: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """A class's method replaced in the block."""
+    own = getattr(owner, name)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 def _class_name(source: str, options: dict[str, Any]) -> str | None:

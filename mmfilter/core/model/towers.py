@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmfilter.core.model.backbone import Activations, Inputs, OwnProcessor
+from mmfilter.core.model.backbone import Activations, Inputs, OwnProcessor, TextContext
 from mmfilter.core.model.boxes import Boxes, Picture, cropped, grid
 from mmfilter.core.model.prompts import CAPTION, CaptionEscaper
 from mmfilter.core.sides import IMAGE, TEXT
@@ -31,9 +31,10 @@ SHARED_SPACE = -1
 
 
 class TwoTowers(OwnProcessor):
-    """A dual encoder; takes and gives what `Backbone` does."""
+    """A dual encoder; takes and gives what every `Backbone` does."""
 
-    text_context, prompt = "none", CAPTION
+    text_context: TextContext = "none"
+    prompt: str = CAPTION
 
     def __init__(self, model: Any, processor: Any, layer: int = SHARED_SPACE) -> None:
         super().__init__(processor)
@@ -45,6 +46,16 @@ class TwoTowers(OwnProcessor):
         self.model, self.layer = model.eval(), layer
         self._is_clip = model.config.model_type in CLIP_LIKE
         self._escape = CaptionEscaper(processor.tokenizer)
+
+    @property
+    def joint_stream(self) -> None:
+        """None: captions go through a tower of their own."""
+        return None
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The blocks of both towers."""
+        return [*self.model.text_model.encoder.layers, *self.model.vision_model.encoder.layers]
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +78,12 @@ class TwoTowers(OwnProcessor):
     def n_image_tokens(self, _width: int, _height: int) -> int:
         """0: every picture takes as many, and they do not share a stream with the text."""
         return 0
+
+    def with_text_context(self, text_context: TextContext) -> TwoTowers:
+        """Itself; raises `ModelError` for captions that see the image."""
+        if text_context != "none":
+            raise ModelError(f"{self.model.config.model_type!r} is a dual encoder, whose captions never see an image")
+        return self
 
     def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
         """Pre-process and tokenise a batch; `side` has the text tower's positions, then the image tower's."""

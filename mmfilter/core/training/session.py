@@ -375,7 +375,8 @@ class TrainRun:
         """Where the states come from, in the words of SAELens and of transformers."""
         model, layer = self.settings.card.model, self.backbone.layer
         said = {"model_name": Path(model).name if Path(model).is_dir() else model, "layer": layer}
-        if layer < 0:
+        stream = self.backbone.joint_stream
+        if stream is None:
             return said | {"hook_name": "shared space of both towers"}
-        block = next(name for name, module in self.backbone.model.named_modules() if module is self.backbone.block)
+        block = next(name for name, module in self.backbone.model.named_modules() if module is stream.hooked)
         return said | {"hook_name": f"blocks.{layer}.hook_resid_post", "hf_hook_name": block}

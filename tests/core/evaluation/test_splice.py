@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mmfilter.core.evaluation.splice import caption_loss, reconstruction, sees_ahead, why_no_loss, zeros
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.backbone import JointStream
 from mmfilter.core.model.loading import LoadSettings, load_backbone
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sides import IMAGE, TEXT
@@ -63,7 +63,7 @@ def prepared(specimen, backbone):
     return tensors, inputs.side
 
 
-def by_hand(model, backbone: Backbone, tensors, side, change=None) -> list[float]:
+def by_hand(model, backbone: JointStream, tensors, side, change=None) -> list[float]:
     """Each caption's cross entropy, token by token, from the whole model's logits; `change` edits a block's states in place."""
     sums = [0.0] * len(side)
     for rows, part in backbone.parts(tensors):
@@ -87,7 +87,7 @@ def by_hand(model, backbone: Backbone, tensors, side, change=None) -> list[float
     return sums
 
 
-def check_family(specimen, backbone: Backbone) -> None:
+def check_family(specimen, backbone: JointStream) -> None:
     tensors, side = prepared(specimen, backbone)
     clean = caption_loss(backbone, tensors, side)
     assert clean.total.tolist() == pytest.approx(
@@ -144,6 +144,7 @@ def test_models_that_predict_no_tokens_say_so(made, name):
 
 def test_a_stream_of_several_versions_says_so(made):
     class Stub:
+        joint_stream = True
         model = type(
             "Model",
             (),

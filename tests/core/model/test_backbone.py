@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mmfilter.core.model.backbone import Backbone
+from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.model.loading import load_backbone, model_hash
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.errors import ModelError
@@ -102,7 +102,7 @@ def test_a_model_without_card_uses_its_chat_template(tiny, tmp_path):
     template = "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}!{% endfor %}"
     processor.chat_template = template
     model = AutoModelForImageTextToText.from_pretrained(card.model, local_files_only=True)
-    assert Backbone(model, processor, 1).prompt == "user:<image>{caption}!"
+    assert LanguageBackbone(model, processor, 1).prompt == "user:<image>{caption}!"
 
 
 ERRORS = {

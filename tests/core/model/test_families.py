@@ -14,8 +14,8 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
-from mmfilter.core.model.backbone import Backbone
 from mmfilter.core.model.families import FAMILIES, family_name
+from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.model.loading import load_backbone
 from mmfilter.core.model.probe import changed_positions, check_roles
 from mmfilter.core.model.stream import is_encoder_decoder
@@ -50,7 +50,7 @@ class Case:
     name: str
     folder: Path
     specimen: Specimen
-    backbone: Backbone
+    backbone: LanguageBackbone
 
     def pictures(self) -> list[Image.Image]:
         return [picture(i, self.specimen.sizes[i % 2]) for i in range(len(CAPTIONS))]
@@ -152,7 +152,7 @@ CELLS_APART = {"chameleon": 1.0, "emu3": 1.0}
 def test_boxes_are_where_the_picture_changes_the_tokens(case, record_property):
     """A vision tower without attention: a square painted at a token's place changes that token most."""
     specimen = without_mixing(build(case.name))
-    backbone = Backbone(specimen.model, specimen.processor, 0, prompt=specimen.prompt)
+    backbone = LanguageBackbone(specimen.model, specimen.processor, 0, prompt=specimen.prompt)
     slack = CELLS_APART.get(case.name, 0.0)
     hits = [hit for shape in SHAPES for hit in painted(backbone, shape, slack)]
     record_property("boxes", f"{sum(hits)} of {len(hits)}" + (" within a cell" if slack else ""))
@@ -186,7 +186,7 @@ def without_mixing(specimen: Specimen) -> Specimen:
     return specimen
 
 
-def painted(backbone: Backbone, shape: tuple[int, int], slack: float) -> list[bool]:
+def painted(backbone: LanguageBackbone, shape: tuple[int, int], slack: float) -> list[bool]:
     """For squares painted at some tokens' places: does the token whose box is there change most?"""
     canvas = picture(3, shape)
     boxes = backbone.boxes(backbone.prepare([canvas], ["x"]), 0)
@@ -272,7 +272,7 @@ def test_cross_attention_is_refused_with_the_reason(tmp_path):
 def test_wrong_image_tokens_of_an_unknown_family_are_refused(tmp_path):
     """The check that an unverified family goes through, on a model whose config names the wrong token."""
     specimen = build("llava")
-    backbone = Backbone(specimen.model, specimen.processor, LAYER, prompt=specimen.prompt)
+    backbone = LanguageBackbone(specimen.model, specimen.processor, LAYER, prompt=specimen.prompt)
     backbone.image_token_id = specimen.processor.tokenizer.convert_tokens_to_ids(":")
     with pytest.raises(ModelError, match="its image tokens are not where its config says"):
         check_roles(backbone)
@@ -347,6 +347,15 @@ def test_patches_of_a_tower_are_where_the_picture_changes_them(name, record_prop
             hits.append(_covers(boxes[changed], x / shape[0], y / shape[1]))
     record_property("boxes", f"{sum(hits)} of {len(hits)}")
     assert len(hits) >= 12 and all(hits)
+
+
+def test_captions_of_a_dual_encoder_never_see_an_image():
+    specimen = build("clip")
+    backbone = TwoTowers(specimen.model, specimen.processor)
+    assert backbone.joint_stream is None
+    assert backbone.with_text_context("none") is backbone
+    with pytest.raises(ModelError, match="'clip' is a dual encoder, whose captions never see an image"):
+        backbone.with_text_context("image")
 
 
 def test_a_dual_encoder_has_no_layer_in_the_middle(tmp_path):

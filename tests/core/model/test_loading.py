@@ -51,6 +51,28 @@ def test_compiled_blocks_give_the_same_states(folder):
     assert torch.allclose(states(folder), states(folder, compile=True), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_compiled_towers_give_the_same_embeddings(name, tmp_path, monkeypatch):
+    specimen = build(name)
+    folder = save(specimen, tmp_path)
+    compiled: list[torch.nn.Module] = []
+    compile_block = torch.nn.Module.compile
+
+    def recorded(block, **options):
+        compiled.append(block)
+        compile_block(block, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", recorded)
+    plain, fast = (load_backbone(str(folder), -1, settings=LoadSettings(compile=way)) for way in (False, True))
+    towers = (fast.model.text_model.encoder.layers, fast.model.vision_model.encoder.layers)
+    assert compiled == [block for tower in towers for block in tower]
+    pictures = [picture(i, size) for i, size in enumerate(specimen.sizes)]
+    captions = ["a red bus", "two cats on a sofa"][: len(pictures)]
+    ours, theirs = (each.activations(each.prepare(pictures, captions)).states for each in (fast, plain))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def test_flash_attention_that_is_not_there_names_the_option(folder):
     with pytest.raises(ModelError, match=r"--attn flash_attention_2 is not available here .*; use --attn sdpa"):
         states(folder, attention="flash_attention_2")
@@ -59,7 +81,9 @@ def test_flash_attention_that_is_not_there_names_the_option(folder):
 def test_spreading_without_accelerate_names_the_extra(folder, monkeypatch):
     monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda *_: False)
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: False)
-    with pytest.raises(MissingExtra, match=r"--device-map needs an optional package: pip install 'mmfilter\[gpu\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"--device-map needs an optional package: pip install 'mmfilter\[device-map\]'"
+    ):
         states(folder, device_map="auto")
 
 
