@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from mmfilter.core.cards.cards import load_card
-from mmfilter.core.model.backbone import Inputs
+from mmfilter.core.model.backbone import ModelInputs
 from mmfilter.core.model.language_backbone import LanguageBackbone
 from mmfilter.core.model.processors import load_processor
 from mmfilter.core.pipeline.scorer import Scorer
@@ -93,7 +93,7 @@ def random_topk_sae(d_model: int, n_features: int, k: int, device: str, dtype: t
     )
 
 
-def batches(backbone: LanguageBackbone, size: int, n: int) -> list[Inputs]:
+def batches(backbone: LanguageBackbone, size: int, n: int) -> list[ModelInputs]:
     """Pictures of web shapes with captions of ten words."""
     rng = np.random.default_rng(0)
     shapes = [(640, 480), (480, 640), (500, 500), (800, 450)]

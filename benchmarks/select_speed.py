@@ -37,7 +37,7 @@ from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
 from mmfilter.core.scores.registry import SCORES
 from mmfilter.core.selection.choice import Decision, Top, choose
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.select import select
 
 SHARD_BYTES = 512 << 20

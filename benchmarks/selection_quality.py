@@ -34,7 +34,7 @@ from PIL import Image
 
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.progress import Silence
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops import score as scoring
 from mmfilter.ops.score_settings import ScoreSettings
 from mmfilter.ops.select import select

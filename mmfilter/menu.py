@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from mmfilter.core.progress import Silence
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.check_settings import CheckSettings
 from mmfilter.ops.dedup_settings import DedupSettings
 from mmfilter.ops.score_settings import ScoreSettings

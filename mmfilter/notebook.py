@@ -13,7 +13,7 @@ import numpy as np
 from mmfilter.core.files import read_json
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.tables import read_table_metadata, taken, whole
-from mmfilter.core.selection.settings import ChoiceSettings, SelectSettings
+from mmfilter.core.selection.select_settings import ChoiceSettings, SelectSettings
 from mmfilter.core.typed import combined
 from mmfilter.menu import Text, Warned, keywords, search_with
 from mmfilter.ops.search_settings import FindSettings

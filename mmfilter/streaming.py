@@ -21,7 +21,7 @@ from mmfilter.core.input.ranges import OpenShards, read_ranges
 from mmfilter.core.input.source import Source
 from mmfilter.core.input.sources.webdataset_tar import sample_in
 from mmfilter.core.run.members import Members
-from mmfilter.core.selection.settings import ChoiceSettings, SelectSettings
+from mmfilter.core.selection.select_settings import ChoiceSettings, SelectSettings
 from mmfilter.core.typed import combined
 from mmfilter.errors import ShardError
 from mmfilter.menu import Text, Warned, keywords

@@ -15,7 +15,7 @@ from mmfilter.core.input.shards import open_source
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.tables import TableWriter, score_table
 from mmfilter.core.scores.registry import SCORES
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import RunError, SelectionError
 from mmfilter.ops.select import Selection, select
 

@@ -18,7 +18,7 @@ import pytest
 
 import mmfilter
 from mmfilter import menu, notebook, streaming
-from mmfilter.core.selection.settings import ChoiceSettings
+from mmfilter.core.selection.select_settings import ChoiceSettings
 from mmfilter.errors import RunError, SelectionError
 from mmfilter.ops.score_settings import ScoreSettings
 from tests.conftest import good, write_tar
@@ -98,7 +98,7 @@ def test_a_run_answers_with_what_its_tables_hold(folder):
         np.testing.assert_array_equal(code.maximum, np.array(row[f"{side}_max"], np.float16))
         np.testing.assert_array_equal(code.mean, np.array(row[f"{side}_mean"], np.float16))
     hits = run.find(feature=int(codes.image.ids[0]), on="image", n=3)
-    assert len(hits) == 3 and hits[0].found["image"] >= hits[-1].found["image"]
+    assert len(hits) == 3 and hits[0].measures["image"] >= hits[-1].measures["image"]
     page = run._repr_html_()
     assert "40 of 40 scored" in page and page.startswith("<table>")
 

@@ -54,7 +54,7 @@ def search(settings: FindSettings, run: RunArgument = DEFAULT_RUN, as_json: AsJs
 def _report(hit: Hit) -> dict[str, Any]:
     return (
         {"key": hit.key, "shard": hit.shard, "row": hit.row, "caption": hit.caption}
-        | hit.found
+        | hit.measures
         | {"scores": hit.scores}
     )
 
@@ -65,12 +65,12 @@ def _rows(hits: list[Hit]) -> list[tuple[str, ...]]:
     from mmfilter.core.scores.registry import HEADLINES, shown
 
     headlines = shown(HEADLINES)
-    rows = [(*hits[0].found, *headlines, "key", "caption", "shard")]
+    rows = [(*hits[0].measures, *headlines, "key", "caption", "shard")]
     for hit in hits:
         scores = ("" if hit.scores.get(name) is None else f"{hit.scores[name]:.3f}" for name in headlines)
         rows.append(
             (
-                *(f"{value:.4f}" for value in hit.found.values()),
+                *(f"{value:.4f}" for value in hit.measures.values()),
                 *scores,
                 hit.key,
                 one_line(hit.caption or "", CAPTION_CHARS),

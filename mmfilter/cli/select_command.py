@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmfilter.cli.options import RunArgument
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.score_settings import DEFAULT_RUN
 
 

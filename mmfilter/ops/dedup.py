@@ -15,9 +15,9 @@ from mmfilter.core.codes.rule import Deduplicator, Duplicates
 from mmfilter.core.files import atomic, system_reason
 from mmfilter.core.pages.gallery import Shown, Tile, write_page
 from mmfilter.core.progress import Progress
-from mmfilter.core.run.decisions import Outcome, write_decisions
+from mmfilter.core.run.decisions import Decisions, write_decisions
 from mmfilter.core.run.directory import RunDirectory
-from mmfilter.core.run.previews import Look, looks, problems
+from mmfilter.core.run.previews import Preview, previews, problems
 from mmfilter.core.run.score_tables import Column, ScoreTables
 from mmfilter.core.selection.choice import Decision
 from mmfilter.errors import RunError
@@ -84,7 +84,7 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
     """Decide on every sample of a run and write `dedup.parquet` there, with the pairs it rests on.
 
     Pairs that were searched before are used again when they go down to the threshold. Raises
-    `RunError` for a run without scores or codes, `SelectionError` for a column that is none.
+    `RunError` for a run without scores or codes, `SelectionError` for a column that is not there or not numeric.
     """
     scores = ScoreTables(RunDirectory(run))
     column = scores.column(settings.by)
@@ -94,28 +94,28 @@ def dedup(run: Path, settings: DedupSettings, progress: Progress) -> DedupSummar
             "--dedup"
         )
     rule = Deduplicator(scores, settings, progress)
-    found = rule(column.values, column.present)
+    duplicates = rule(column.values, column.present)
     close = rule.pairs.at_least(settings.threshold)
     summary = DedupSummary(
         run,
         settings,
         scores.rows,
         int(column.present.sum()),
-        int(found.exact.sum()),
-        int(found.near.sum()),
+        int(duplicates.exact.sum()),
+        int(duplicates.near.sum()),
         len(close),
         len(close.crowded),
         rule.pairs.index,
         _borderline(scores, rule.pairs, settings, progress),
     )
-    _write(scores, found, column, summary)
+    _write(scores, duplicates, column, summary)
     return summary
 
 
-def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: DedupSummary) -> None:
+def _write(scores: ScoreTables, duplicates: Duplicates, column: Column, summary: DedupSummary) -> None:
     settings = summary.settings
     decision = np.where(
-        found.exact, Decision.EXACT_DUPLICATE, np.where(found.near, Decision.NEAR_DUPLICATE, Decision.KEPT)
+        duplicates.exact, Decision.EXACT_DUPLICATE, np.where(duplicates.near, Decision.NEAR_DUPLICATE, Decision.KEPT)
     ).astype(np.int8)
     decision[~column.present] = Decision.NO_SCORE
     labels = ["" if code else None for code in Decision]
@@ -123,9 +123,10 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     labels[Decision.EXACT_DUPLICATE] = f"exact duplicate ({SAME[settings.on]})"
     labels[Decision.NEAR_DUPLICATE] = f"near-duplicate at {settings.threshold}"
     shown = ("borderline", "page")  # decide nothing
-    settings = {name: value for name, value in summary.settings.stored().items() if name not in shown}
-    about = {"kind": "dedup", "version": __version__, "settings": settings}
-    about |= {
+    about = {
+        "kind": "dedup",
+        "version": __version__,
+        "settings": {name: value for name, value in settings.stored().items() if name not in shown},
         "rows": summary.rows,
         "scored": summary.scored,
         "exact": summary.exact,
@@ -134,8 +135,8 @@ def _write(scores: ScoreTables, found: Duplicates, column: Column, summary: Dedu
     }
     try:
         with atomic(scores.run.dedup) as temporary:
-            outcome = Outcome(column, decision, labels, duplicates=(found.of, found.similarity))
-            write_decisions(scores, temporary, outcome, about)
+            decisions = Decisions(column, decision, labels, duplicates=(duplicates.of, duplicates.similarity))
+            write_decisions(scores, temporary, decisions, about)
     except OSError as error:
         raise RunError(f"{str(scores.run.dedup)!r} cannot be written: {system_reason(error)}") from error
 
@@ -145,23 +146,35 @@ def _borderline(
 ) -> tuple[BorderlinePair, ...]:
     at = pairs.borderline(settings.threshold, settings.borderline)
     positions = np.unique(np.concatenate([pairs.first[at], pairs.second[at]]))
-    names, seen = scores.names_of(positions), looks(scores, positions)
-    for problem in problems(seen)[:3]:
+    names, samples = scores.names_of(positions), previews(scores, positions)
+    for problem in problems(samples)[:3]:
         progress.note(f"no caption: {problem}")
-    found, shown = [], []
+    borderline, shown = [], []
     for i in at.tolist():
-        places = [int(np.searchsorted(positions, p)) for p in (pairs.first[i], pairs.second[i])]
-        sides = ((names["key"][p], names["shard"][p], int(names["row"][p]), seen[p].caption) for p in places)
-        close = (float(getattr(pairs, name)[i]) for name in ("similarity", "image", "text"))
-        found.append(BorderlinePair(*close, *(value for side in sides for value in side)))
-        shown.append((seen[places[0]], seen[places[1]]))
+        one, other = (int(np.searchsorted(positions, p)) for p in (pairs.first[i], pairs.second[i]))
+        borderline.append(
+            BorderlinePair(
+                similarity=float(pairs.similarity[i]),
+                image=float(pairs.image[i]),
+                text=float(pairs.text[i]),
+                key=names["key"][one],
+                shard=names["shard"][one],
+                row=int(names["row"][one]),
+                caption=samples[one].caption,
+                other_key=names["key"][other],
+                other_shard=names["shard"][other],
+                other_row=int(names["row"][other]),
+                other_caption=samples[other].caption,
+            )
+        )
+        shown.append((samples[one], samples[other]))
     if settings.page is not None:
-        _write_page(scores.run.path, settings, found, shown)
-    return tuple(found)
+        _write_page(settings.page, scores.run.path, settings, borderline, shown)
+    return tuple(borderline)
 
 
 def _write_page(
-    run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Look, Look]]
+    path: Path, run: Path, settings: DedupSettings, pairs: list[BorderlinePair], shown: list[tuple[Preview, Preview]]
 ) -> None:
     tiles = []
     for pair, (one, other) in sorted(zip(pairs, shown, strict=True), key=lambda item: -item[0].similarity):
@@ -175,4 +188,4 @@ def _write_page(
         f"the {len(pairs):,} pairs of run {run} nearest to --threshold {settings.threshold} with --on {settings.on}, "
         "the closest first"
     )
-    write_page(settings.page, "Borderline pairs", about, tiles)
+    write_page(path, "Borderline pairs", about, tiles)

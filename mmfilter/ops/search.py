@@ -20,14 +20,14 @@ from mmfilter.core.codes.vectors import Codes
 from mmfilter.core.pages.gallery import Shown, Tile, write_page
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.directory import RunDirectory
-from mmfilter.core.run.previews import Look, looks, problems
+from mmfilter.core.run.previews import Preview, previews, problems
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.scores.registry import HEADLINES, SCORES, shown
 from mmfilter.errors import RunError, SelectionError
 from mmfilter.ops.search_settings import SearchSettings
 
 Encoder = Callable[[Path, Path | None, str | None], Codes]
-"""(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/scoring/query`"""
+"""(run, image, words) to the codes of that one query, a side that is not asked for empty; see `core/pipeline/query`"""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Hit:
     key: str
     shard: str
     row: int
-    found: dict[str, float]
-    """Why: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and `text`, the
-    feature's maxima, for a feature"""
+    measures: dict[str, float]
+    """Why it is a hit: `cosine`, and `image` and `text` as far as they are compared, for a key or a query; `image` and
+    `text`, the feature's maxima, for a feature"""
     scores: dict[str, float | None]
     """Score name -> value"""
     caption: str | None = None
@@ -56,32 +56,36 @@ def search(run: Path, settings: SearchSettings, progress: Progress, encode: Enco
     """
     scores = ScoreTables(RunDirectory(run))
     tables = CodeTables(scores)
-    asked = None
+    query: Preview | None = None
     if settings.feature is not None:
-        position, found = _with_feature(tables, settings)
+        position, measures = _with_feature(tables, settings.feature, settings)
     elif settings.by_query:
-        position, found = _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
-        asked = Look(settings.text, None if settings.image is None else settings.image.read_bytes())
+        if encode is None:
+            raise SelectionError("an image or words need a model that turns them into codes, and none was given")
+        position, measures = _like(encode(run, settings.image, settings.text), scores, tables, settings, progress)
+        query = Preview(settings.text, None if settings.image is None else settings.image.read_bytes())
     else:
         sample = np.array([sample_at(scores, settings.key or "", settings.shard)])
-        position, found = _like(tables.take(sample), scores, tables, settings, progress)
-        asked = looks(scores, sample)[0]
-    seen = looks(scores, position)
-    for problem in problems(seen)[:3]:
+        position, measures = _like(tables.take(sample), scores, tables, settings, progress)
+        query = previews(scores, sample)[0]
+    samples = previews(scores, position)
+    for problem in problems(samples)[:3]:
         progress.note(f"no caption: {problem}")
-    hits = _hits(scores, position, found, seen)
+    hits = _hits(scores, position, measures, samples)
     if settings.page is not None:
-        _write_page(run, settings, asked, hits, seen)
+        _write_page(settings.page, run, settings, query, hits, samples)
     return hits
 
 
-def _with_feature(tables: CodeTables, settings: SearchSettings) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Positions of the samples and, under names, why they were found."""
-    if not 0 <= settings.feature < len(tables.idf):
+def _with_feature(
+    tables: CodeTables, feature: int, settings: SearchSettings
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Positions of the samples and, by name, the measures that make them hits."""
+    if not 0 <= feature < len(tables.idf):
         raise SelectionError(
-            f"--feature {settings.feature} is none of this run's SAE: its features are 0 to {len(tables.idf) - 1:,}"
+            f"--feature {feature} is not a feature of this run's SAE, which has features 0 to {len(tables.idf) - 1:,}"
         )
-    position, maxima = strongest(tables, settings.feature, settings.n, settings.sides)
+    position, maxima = strongest(tables, feature, settings.n, settings.sides)
     return position, {"image": maxima[:, 0], "text": maxima[:, 1]}
 
 
@@ -94,9 +98,10 @@ def _like(
         index = open_index(tables, representatives(scores, groups), IndexSettings(), scores.run.index, progress)
     except OSError as error:
         raise RunError(f"run {str(scores.run.path)!r} cannot be written: {error.strerror or error}") from error
-    found = nearest(only(query, settings.sides), settings.n + 1, index, tables, groups)
-    other = np.flatnonzero((found.position != query.position[0]) & (found.cosine > 0))[: settings.n]
-    return found.position[other], {name: getattr(found, name)[other] for name in ("cosine", *settings.sides)}
+    near = nearest(only(query, settings.sides), settings.n + 1, index, tables, groups)
+    other = np.flatnonzero((near.position != query.position[0]) & (near.cosine > 0))[: settings.n]
+    cosines = {"cosine": near.cosine[other], "image": near.image[other], "text": near.text[other]}
+    return near.position[other], {name: cosines[name] for name in ("cosine", *settings.sides)}
 
 
 def sample_at(scores: ScoreTables, key: str, shard: str | None) -> int:
@@ -125,7 +130,9 @@ def sample_at(scores: ScoreTables, key: str, shard: str | None) -> int:
     return int(positions[0])
 
 
-def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray], seen: list[Look]) -> list[Hit]:
+def _hits(
+    scores: ScoreTables, position: np.ndarray, measures: dict[str, np.ndarray], samples: list[Preview]
+) -> list[Hit]:
     if not len(position):
         return []
     named = [name for name in SCORES if name in scores.types]
@@ -134,44 +141,44 @@ def _hits(scores: ScoreTables, position: np.ndarray, found: dict[str, np.ndarray
     hits = []
     for i, at in enumerate(np.searchsorted(ascending, position).tolist()):
         values = {name: float(columns[name][at]) for name in named}
-        values = {name: value if np.isfinite(value) else None for name, value in values.items()}
-        why = {name: float(column[i]) for name, column in found.items()}
         hits.append(
             Hit(
                 str(columns["key"][at]),
                 str(columns["shard"][at]),
                 int(columns["row"][at]),
-                why,
-                values,
-                seen[i].caption,
+                {name: float(column[i]) for name, column in measures.items()},
+                {name: value if np.isfinite(value) else None for name, value in values.items()},
+                samples[i].caption,
             )
         )
     return hits
 
 
-def _write_page(run: Path, settings: SearchSettings, asked: Look | None, hits: list[Hit], seen: list[Look]) -> None:
-    tiles = (
-        [] if asked is None else [Tile("looked for", (Shown(asked, () if settings.key is None else (settings.key,)),))]
-    )
-    for hit, look in zip(hits, seen, strict=True):
+def _write_page(
+    path: Path, run: Path, settings: SearchSettings, query: Preview | None, hits: list[Hit], samples: list[Preview]
+) -> None:
+    tiles = []
+    if query is not None:
+        tiles.append(Tile("looked for", (Shown(query, () if settings.key is None else (settings.key,)),)))
+    for hit, preview in zip(hits, samples, strict=True):
         figures = [
             f"{name} {value:.3f}"
             for name, value in hit.scores.items()
             if name in shown(HEADLINES) and value is not None
         ]
-        heading = ", ".join(f"{name} {value:.4f}" for name, value in hit.found.items())
-        tiles.append(Tile(heading, (Shown(look, (hit.key, Path(hit.shard).name, ", ".join(figures))),)))
-    asked_for = {
+        heading = ", ".join(f"{name} {value:.4f}" for name, value in hit.measures.items())
+        tiles.append(Tile(heading, (Shown(preview, (hit.key, Path(hit.shard).name, ", ".join(figures))),)))
+    request = {
         "key": settings.key,
         "shard": settings.shard,
         "image": settings.image,
         "text": settings.text,
         "feature": settings.feature,
     }
-    said = ", ".join(f"{name} {value}" for name, value in asked_for.items() if value is not None)
+    words = ", ".join(f"{name} {value}" for name, value in request.items() if value is not None)
     write_page(
-        settings.page,
-        f"Search: {said}",
+        path,
+        f"Search: {words}",
         f"{len(hits):,} samples of run {run}, the best first; --on {settings.on}",
         tiles,
     )

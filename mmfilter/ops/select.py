@@ -19,7 +19,7 @@ from mmfilter import __version__
 from mmfilter.core.codes.duplicate_settings import DuplicateSettings
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.files import write_json
-from mmfilter.core.input.places import is_url
+from mmfilter.core.input.remote import is_url
 from mmfilter.core.output.destination import check_output, explained, stream
 from mmfilter.core.output.repack import new_folder, write_tar
 from mmfilter.core.output.source_check import check_sources
@@ -29,7 +29,7 @@ from mmfilter.core.output.writers.datacomp import write_subset
 from mmfilter.core.output.writers.kept import Kept
 from mmfilter.core.progress import Progress, Silence
 from mmfilter.core.run.database import in_memory
-from mmfilter.core.run.decisions import Outcome, write_decisions
+from mmfilter.core.run.decisions import Decisions, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.expressions import Expression
 from mmfilter.core.run.members import Members
@@ -37,7 +37,7 @@ from mmfilter.core.run.score_tables import Column, ScoreTables
 from mmfilter.core.selection.choice import Decision, choose, positions
 from mmfilter.core.selection.funnel import Selection, counted, labels_of
 from mmfilter.core.selection.matching import Covering
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.core.selection.top import Top
 from mmfilter.errors import SelectionError
 
@@ -83,7 +83,11 @@ def chosen(run: Path, settings: SelectSettings, progress: Progress) -> Chosen:
         check_output(Path(settings.output), tables.run.path, sources, folder=settings.to_folder)
     column = tables.column(settings.by, settings.where)
     _check_count(settings, column)
-    drop = None if settings.dedup is None else _Drop(tables, settings, column.values, progress)
+    drop = None
+    if settings.dedup is not None:
+        duplicates = DuplicateSettings(settings.dedup, settings.dedup_on)
+        rule = Deduplicator(tables, duplicates, progress, keep=not settings.dry_run)
+        drop = _Drop(rule, column.values)
     parts = None if settings.per is None else tables.parts("--per", settings.per, column.passes)
     decision = choose(
         column,
@@ -160,17 +164,17 @@ def check_request(settings: SelectSettings) -> None:
 def _check_count(settings: SelectSettings, column: Column) -> None:
     """A number of samples that are not there is refused; a share, or a number for each part, takes what there is."""
     count = None if settings.top is None or settings.per is not None else Top.parse(settings.top).count
-    there = int((column.present & column.passes).sum())
-    if count is not None and count > there:
+    scored = int((column.present & column.passes).sum())
+    if count is not None and count > scored:
         condition = f"--where {settings.where!r}"
-        if not there:
+        if not scored:
             raise SelectionError(
                 f"no sample has a score {settings.by!r}"
                 + ("" if settings.where is None else f" and passes {condition}")
             )
         which = f"have a score {settings.by!r}" + ("" if settings.where is None else f" and pass {condition}")
         raise SelectionError(
-            f"--top {count} is more than there is: {there:,} samples {which}; give a smaller number, or --top 100%"
+            f"--top {count} is more than there is: {scored:,} samples {which}; give a smaller number, or --top 100%"
         )
 
 
@@ -184,12 +188,12 @@ def _chooser(settings: SelectSettings, tables: ScoreTables, column: Column, prog
 def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarray:
     """(rows,) how often each kept row is to be written, 0 for the others; those with 0 are kept no longer."""
     values, present = tables.numbers("--repeat", repeat, decision == Decision.KEPT)
-    wanted = np.floor(np.where(present, values, 0).astype(np.float64) + 0.5)
-    if wanted.max(initial=0) > MAX_COPIES:
+    rounded = np.floor(np.where(present, values, 0).astype(np.float64) + 0.5)
+    if rounded.max(initial=0) > MAX_COPIES:
         raise SelectionError(
-            f"--repeat {repeat!r} asks for {wanted.max():g} copies of a sample; up to {MAX_COPIES:,} are possible"
+            f"--repeat {repeat!r} asks for {rounded.max():g} copies of a sample; up to {MAX_COPIES:,} are possible"
         )
-    copies = np.maximum(wanted, 0).astype(np.int64)
+    copies = np.maximum(rounded, 0).astype(np.int64)
     decision[(decision == Decision.KEPT) & (copies == 0)] = Decision.NO_COPY
     return copies
 
@@ -197,17 +201,15 @@ def _copies(repeat: str, tables: ScoreTables, decision: np.ndarray) -> np.ndarra
 class _Drop:
     """The duplicates among the rows of a mask; remembers of which kept sample they are duplicates."""
 
-    def __init__(self, tables: ScoreTables, settings: SelectSettings, values: np.ndarray, progress: Progress) -> None:
-        self._rule = Deduplicator(
-            tables, DuplicateSettings(settings.dedup, settings.dedup_on), progress, keep=not settings.dry_run
-        )
-        self._values = values
+    def __init__(self, rule: Deduplicator, values: np.ndarray) -> None:
+        """`values` (rows,) rank the samples."""
+        self._rule, self._values = rule, values
         self.named: tuple[np.ndarray, np.ndarray] | None = None
 
     def __call__(self, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = self._rule(self._values, among)
-        self.named = found.of, found.similarity
-        return found.exact, found.near
+        duplicates = self._rule(self._values, among)
+        self.named = duplicates.of, duplicates.similarity
+        return duplicates.exact, duplicates.near
 
 
 def _order(n: int, seed: int | None) -> np.ndarray:
@@ -231,10 +233,10 @@ def _write_folder(choice: Chosen, kept: Kept) -> Selection:
             first = choice.order < selection.kept  # of a sample's copies the one under its own key
             output[kept.positions[first]] = written.number[first]
         labels = [labels_of(settings).get(code) for code in Decision]
-        outcome = Outcome(
+        decisions = Decisions(
             choice.column, decision, labels, output, written.name, choice.copies, duplicates=choice.duplicates
         )
-        write_decisions(kept.tables, folder / "selection.parquet", outcome, kept.about)
+        write_decisions(kept.tables, folder / "selection.parquet", decisions, kept.about)
         write_json(folder / "manifest.json", kept.about)
     return replace(
         selection,

@@ -19,7 +19,7 @@ from mmfilter.core.input.remote import is_url
 from mmfilter.core.input.source import InputOptions
 from mmfilter.core.output.formats import Format
 from mmfilter.core.pipeline.pass_settings import BatchSettings, DeviceSettings
-from mmfilter.core.selection.settings import ChoiceSettings, SelectSettings
+from mmfilter.core.selection.select_settings import ChoiceSettings, SelectSettings
 from mmfilter.core.typed import combined, key_of, setting
 from mmfilter.errors import RecipeError
 from mmfilter.ops.check_settings import CheckSettings

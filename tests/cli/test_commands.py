@@ -16,7 +16,7 @@ import pytest
 
 from mmfilter.cli.app import command_paths, main
 from mmfilter.cli.select_command import check_terminal
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from tests import inputs
 from tests.conftest import good, write_tar
 

@@ -17,7 +17,7 @@ from scipy.stats import mannwhitneyu
 from mmfilter.core.cards.cards import Card
 from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.shards import open_source, open_sources
-from mmfilter.core.model.backbone import Activations, Inputs
+from mmfilter.core.model.backbone import Activations, ModelInputs
 from mmfilter.core.pipeline.pair_sample import PairSample
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.scores.crossmodal import load_weights
@@ -48,7 +48,7 @@ class MadeUpBackbone:
     def n_image_tokens(self, width: int, height: int) -> int:
         return 4
 
-    def prepare(self, images, captions) -> Inputs:
+    def prepare(self, images, captions) -> ModelInputs:
         lengths = [self.n_caption_tokens(caption) for caption in captions]
         side = torch.full((len(images), 4 + max(lengths)), -1, dtype=torch.int8)
         states = torch.zeros(*side.shape, CONCEPTS)
@@ -58,9 +58,9 @@ class MadeUpBackbone:
             states[i, 4:] = self._says(caption)
         if any("broken" in caption for caption in captions):
             states[["broken" in caption for caption in captions]] = torch.nan
-        return Inputs({"states": states, "input_ids": side, "attention_mask": (side >= 0).long()}, side)
+        return ModelInputs({"states": states, "input_ids": side, "attention_mask": (side >= 0).long()}, side)
 
-    def activations(self, inputs: Inputs) -> Activations:
+    def activations(self, inputs: ModelInputs) -> Activations:
         sample, position = (inputs.side >= 0).nonzero(as_tuple=True)
         return Activations(
             inputs.tensors["states"][sample, position],

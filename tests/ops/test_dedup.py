@@ -16,7 +16,7 @@ from mmfilter.core.codes import index as index_module
 from mmfilter.core.codes.duplicate_settings import DuplicateSettings
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.tables import read_table_metadata
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import MissingExtra, MMFilterError, RunError, SelectionError
 from mmfilter.ops.dedup import dedup
 from mmfilter.ops.dedup_settings import DedupSettings
@@ -585,7 +585,7 @@ def test_damaged_pairs_are_named(tmp_path, quiet):
             run_dedup(run, quiet)
     path.write_bytes((run / "dedup.parquet").read_bytes())
     with pytest.raises(
-        RunError, match=r"'.*duplicates\.parquet' is no table of close pairs; move it away and run again"
+        RunError, match=r"'.*duplicates\.parquet' is not a table of close pairs; move it away and run again"
     ):
         run_dedup(run, quiet)
     start = whole.rindex(b"\x28\xb5\x2f\xfd")  # where the last compressed page begins

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import RunError, SelectionError, ShardError
 from mmfilter.ops import check as check_operation
 from mmfilter.ops.score import score

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfilter.core.files import read_json, write_json
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.select import select
 from tests import inputs

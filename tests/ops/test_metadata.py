@@ -14,7 +14,7 @@ import pytest
 
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import select
 from tests import inputs

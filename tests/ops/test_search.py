@@ -35,11 +35,13 @@ def test_the_nearest_are_those_of_brute_force(run, samples, quiet, on):
         hits = search(run, SearchSettings(key=f"{i:05d}", on=on, n=5), quiet)
         others = [j for j in np.argsort(-cosines[i], kind="stable") if scored[j] and j != i]
         close = [cosines[i, j] for j in others[:5] if cosines[i, j] > 0.3]  # what is far from all the index may miss
-        assert [hit.found["cosine"] for hit in hits[: len(close)]] == pytest.approx(close, abs=1e-6) and len(hits) == 5
+        assert [hit.measures["cosine"] for hit in hits[: len(close)]] == pytest.approx(close, abs=1e-6) and len(
+            hits
+        ) == 5
         for hit in hits:
             sample = samples[int(hit.key)]
             assert (hit.shard, hit.row, hit.scores["similarity"]) == (sample.shard, sample.row, sample.score)
-            assert hit.found.keys() == {"cosine", *sides} and hit.scores["saev"] is None
+            assert hit.measures.keys() == {"cosine", *sides} and hit.scores["saev"] is None
 
 
 def test_exact_duplicates_are_found_with_their_first(tmp_path, quiet):
@@ -48,9 +50,9 @@ def test_exact_duplicates_are_found_with_their_first(tmp_path, quiet):
     base[5] = dataclasses.replace(base[5], key="one", score=0.1)
     hits = search(write_run(tmp_path / "run", base + twins), SearchSettings(key="one", n=4), quiet)
     assert [hit.key for hit in hits[:3]] == ["twin0", "twin1", "twin2"] and [
-        hit.found["cosine"] for hit in hits[:3]
+        hit.measures["cosine"] for hit in hits[:3]
     ] == [1, 1, 1]
-    assert hits[3].found["cosine"] < 0.9
+    assert hits[3].measures["cosine"] < 0.9
 
 
 @pytest.mark.parametrize("on", ["both", "image", "text"])
@@ -62,12 +64,12 @@ def test_the_strongest_are_those_of_brute_force(run, samples, quiet, on):
     }
     wanted = sorted((value for value in maxima.values() if value > 0), reverse=True)[:7]
     hits = search(run, SearchSettings(feature=feature, on=on, n=7), quiet)
-    assert [max(hit.found[side] for side in sides) for hit in hits] == pytest.approx(wanted, rel=1e-3) and len(
+    assert [max(hit.measures[side] for side in sides) for hit in hits] == pytest.approx(wanted, rel=1e-3) and len(
         hits
     ) == 7
     for hit in hits:
         sample = samples[int(hit.key)]
-        assert hit.found == {
+        assert hit.measures == {
             side: pytest.approx(2 * getattr(sample, side).get(feature, 0), rel=1e-3) for side in ("image", "text")
         }
 
@@ -99,7 +101,7 @@ def test_what_is_not_there_is_named(run, samples, quiet, tmp_path):
         error(key="00003", shard="s9.tar")
         == f"there is no sample with key '00003' in a shard that ends with 's9.tar' of run {str(run)!r}"
     )
-    assert error(feature=600) == "--feature 600 is none of this run's SAE: its features are 0 to 599"
+    assert error(feature=600) == "--feature 600 is not a feature of this run's SAE, which has features 0 to 599"
     bad = next(sample.key for sample in samples if sample.score is None)
     assert error(key=bad) == f"the sample with key '{bad}' has no codes: it could not be scored"
 

@@ -13,7 +13,7 @@ import pytest
 from mmfilter.core.files import write_json
 from mmfilter.core.run.score_tables import Column
 from mmfilter.core.selection.choice import Decision, choose
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.core.selection.top import Top
 from mmfilter.ops.select import select
 from tests.runs import add_table, error_of, keys_of, make_run, make_shard, samples_of

@@ -12,7 +12,7 @@ import pytest
 
 from mmfilter.core.files import write_json
 from mmfilter.core.run.directory import RunDirectory
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import select
 from tests.runs import add_table, error_of, keys_of, make_run, make_shard

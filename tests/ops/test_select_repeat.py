@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError
 from mmfilter.ops.dedup import dedup
 from mmfilter.ops.dedup_settings import DedupSettings

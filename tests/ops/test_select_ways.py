@@ -18,7 +18,7 @@ from mmfilter.core.files import read_json, write_json
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.selection import matching
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.select import select
 from tests.codes import FEATURES, REFERENCE, SAMPLES, Sample, clustered, write_run
 from tests.runs import kept_keys, listing, make_run, make_shard, refused

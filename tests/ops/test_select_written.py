@@ -19,11 +19,11 @@ from mmfilter.core.input.shards import open_source
 from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.output.repack import _shard_starts
 from mmfilter.core.output.tar_writer import ShardWriter, read_and_write, sendfile
-from mmfilter.core.run.decisions import Outcome, write_decisions
+from mmfilter.core.run.decisions import Decisions, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.members import Members
 from mmfilter.core.run.tables import read_table_metadata
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.select import select
 from tests.runs import add_table, collect, keys_of, make_run, make_shard, samples_of
@@ -212,7 +212,7 @@ def test_a_table_that_cannot_be_written(run, tmp_path):
     with pytest.raises(SelectionError, match=r"/none/x\.parquet' cannot be written: IO Error: Cannot open file"):
         tables = ScoreTables(RunDirectory(run))
         write_decisions(
-            tables, tmp_path / "none/x.parquet", Outcome(tables.column("raw"), nothing, [None, "dropped"]), {}
+            tables, tmp_path / "none/x.parquet", Decisions(tables.column("raw"), nothing, [None, "dropped"]), {}
         )
 
 
@@ -246,7 +246,7 @@ STREAM = """
 import sys
 from pathlib import Path
 from mmfilter.ops.select import select
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 selection = select(Path(sys.argv[1]), SelectSettings(top="100%", format=sys.argv[2]))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(selection.reader_closed, file=sys.stderr)

@@ -17,7 +17,7 @@ from mmfilter.cli.app import main
 from mmfilter.core.input import remote
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError, ShardError
 from mmfilter.ops.score import score
 from mmfilter.ops.score_settings import ScoreSettings

@@ -76,12 +76,12 @@ def to_look_into(
     np.put_along_axis(rank, order, np.arange(len(centroids), dtype=np.int32)[None], axis=1)
     ranks = np.zeros(len(centroids), np.int64)
     for first, vectors, home in pieces:
-        query, found = np.nonzero(queries @ vectors.astype(np.float32).T >= CLOSE)
-        other = chosen[query] != first + found
-        ranks += np.bincount(rank[query[other], home[found[other]]], minlength=len(centroids))
+        query, neighbour = np.nonzero(queries @ vectors.astype(np.float32).T >= CLOSE)
+        other = chosen[query] != first + neighbour
+        ranks += np.bincount(rank[query[other], home[neighbour[other]]], minlength=len(centroids))
     n = int(ranks.sum())
     if not n:
         return {"clusters_searched": min(2 * AT_LEAST, len(centroids)), "true_neighbours": 0, "found": None}
     reached = np.cumsum(ranks) / n
-    searched = int(min(max(AT_LEAST, np.searchsorted(reached, AIM) + 1), len(centroids)))
+    searched = min(max(AT_LEAST, int(np.searchsorted(reached, AIM)) + 1), len(centroids))
     return {"clusters_searched": searched, "true_neighbours": n, "found": float(reached[searched - 1])}

@@ -7,7 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,26 +60,26 @@ class CodeTables:
         The codes count by the size of their table, which stays when a run is copied.
         """
         sizes = [path.stat().st_size for path in self._paths]
-        told = json.dumps(
+        listing = json.dumps(
             sorted(((*about, size) for about, size in zip(self._about, sizes, strict=True)), key=lambda item: item[0])
         ).encode()
-        return hashlib.sha256(told + self.idf.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(listing + self.idf.tobytes()).hexdigest()[:16]
 
-    def read(self, wanted: np.ndarray | None = None) -> Iterator[tuple[Codes, int]]:
-        """All codes, or those of the ascending positions `wanted`: a table at a time with its size in bytes.
+    def read(self, positions: np.ndarray | None = None) -> Iterator[tuple[Codes, int]]:
+        """All codes, or those of ascending `positions`: a table at a time with its size in bytes.
 
         Tables are decoded in threads, a few ahead, and come in order.
         """
         todo = deque(range(len(self._paths)))
-        if wanted is not None:
-            todo = deque(np.unique(np.searchsorted(self._starts, wanted, side="right") - 1).tolist())
-        running: deque = deque()
+        if positions is not None:
+            todo = deque(np.unique(np.searchsorted(self._starts, positions, side="right") - 1).tolist())
+        running: deque[tuple[int, Future[Codes]]] = deque()
         with ThreadPoolExecutor(self._workers) as threads:
             try:
                 while todo or running:
                     while todo and len(running) <= self._workers:
                         number = todo.popleft()
-                        running.append((number, threads.submit(self._table, number, wanted)))
+                        running.append((number, threads.submit(self._table, number, positions)))
                     number, table = running.popleft()
                     yield table.result(), self._paths[number].stat().st_size
             finally:
@@ -95,21 +95,21 @@ class CodeTables:
             )
         return codes
 
-    def _table(self, number: int, wanted: np.ndarray | None) -> Codes:
+    def _table(self, number: int, positions: np.ndarray | None) -> Codes:
         start, stop = self._starts[number : number + 2]
-        rows = (
-            None if wanted is None else wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)] - start
-        )
+        rows = None
+        if positions is not None:
+            rows = positions[np.searchsorted(positions, start) : np.searchsorted(positions, stop)] - start
         columns = [f"{side}_{part}" for side in SIDES for part in ("ids", "mean")]
         parts = []
-        for found, lists in read_codes(self._paths[number], columns, rows):
+        for table_rows, lists in read_codes(self._paths[number], columns, rows):
             sides = [SideCodes.of_lengths(*lists[f"{side}_ids"], lists[f"{side}_mean"][1]) for side in SIDES]
             if any(len(side.ids) and side.ids.max() >= len(self.idf) for side in sides):
                 raise RunError(
                     f"code table {str(self._paths[number])!r} has features that {str(self._run.weights)!r} lacks: it "
                     "belongs to another SAE"
                 )
-            parts.append(Codes(start + found, *sides))
+            parts.append(Codes(start + table_rows, *sides))
         return Codes.concatenate(parts)
 
     def strongest(self, feature: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

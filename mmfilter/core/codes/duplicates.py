@@ -63,8 +63,17 @@ class Pairs:
         """The pairs from a threshold upwards, and the samples that are still crowded there."""
         level = np.float32(threshold)  # similarities are of this type: a stored 0.95 is at least 0.95
         kept, still = self.similarity >= level, self.complete_above >= level
-        columns = (getattr(self, name)[kept] for name in ("first", "second", *SIDES, "similarity"))
-        return Pairs(*columns, threshold, self.crowded[still], self.complete_above[still], self.index)
+        return Pairs(
+            self.first[kept],
+            self.second[kept],
+            self.image[kept],
+            self.text[kept],
+            self.similarity[kept],
+            threshold,
+            self.crowded[still],
+            self.complete_above[still],
+            self.index,
+        )
 
     def borderline(self, threshold: float, n: int) -> np.ndarray:
         """Indices of the n pairs closest to the threshold, on either side; the nearest first."""
@@ -93,10 +102,9 @@ def find_pairs(
         with threads(settings.workers):
             if settings.gpu:
                 check_gpu()
-            wanted = representatives(scores, groups)
             index = open_index(
                 tables,
-                wanted,
+                representatives(scores, groups),
                 IndexSettings(settings.on),
                 scores.run.index,
                 progress,
@@ -125,7 +133,7 @@ def representatives(scores: ScoreTables, groups: np.ndarray) -> np.ndarray:
 def _searched(tables: CodeTables, index: CodeIndex, floor: float, on: On, progress: Progress) -> Pairs:
     level = floor - index.margin(floor)
     progress.start("searching", len(index))
-    found, crowded, above = np.zeros(0, np.int64), [], []
+    candidates, crowded, above = np.zeros(0, np.int64), [], []
     waiting: list[np.ndarray] = []
     n = int(tables.n_rows)
     for position, vectors in index.blocks():
@@ -134,17 +142,26 @@ def _searched(tables: CodeTables, index: CodeIndex, floor: float, on: On, progre
         crowded.append(full)
         above.append(last + np.array([index.margin(x) for x in last.tolist()]))
         if sum(map(len, waiting)) > 1 << 24:
-            found, waiting = np.unique(np.concatenate([found, *waiting])), []
+            candidates, waiting = np.unique(np.concatenate([candidates, *waiting])), []
         progress.advance(len(position), len(position))
-    found = np.unique(np.concatenate([found, *waiting]))
-    first, second = np.divmod(found, max(n, 1))
+    candidates = np.unique(np.concatenate([candidates, *waiting]))
+    first, second = np.divmod(candidates, max(n, 1))
     image, text = _measured(tables, first, second, progress)
     similarity = np.minimum(image, text) if on == "both" else image if on == "image" else text
     kept = similarity >= np.float32(floor)
     full, last = np.concatenate([np.zeros(0, np.int64), *crowded]), np.concatenate([np.zeros(0), *above])
     order = np.argsort(full, kind="stable")
-    columns = (column[kept] for column in (first, second, image, text, similarity))
-    return Pairs(*columns, floor, full[order], np.minimum(last[order], 1).astype(np.float32), index.about)
+    return Pairs(
+        first[kept],
+        second[kept],
+        image[kept],
+        text[kept],
+        similarity[kept],
+        floor,
+        full[order],
+        np.minimum(last[order], 1).astype(np.float32),
+        index.about,
+    )
 
 
 def _candidates(
@@ -223,7 +240,11 @@ def _rows(pairs: Pairs, scores: ScoreTables) -> Iterator[dict[str, Any]]:
     names = scores.names_of(involved)
     for start in range(0, len(pairs), 1 << 20):
         at = slice(start, start + (1 << 20))
-        columns = {name: getattr(pairs, name)[at] for name in (*SIDES, "similarity")}
+        columns: dict[str, Any] = {
+            "image": pairs.image[at],
+            "text": pairs.text[at],
+            "similarity": pairs.similarity[at],
+        }
         for prefix, position in (("", pairs.first[at]), ("other_", pairs.second[at])):
             row = np.searchsorted(involved, position)
             columns |= {f"{prefix}{name}": values[row] for name, values in names.items()}
@@ -268,20 +289,19 @@ def _about(path: Path) -> dict[str, Any]:
             f"{' '.join(str(error).split())}; delete the file and run again"
         ) from error  # pyarrow breaks lines
     if about.get("kind") != "duplicates":
-        raise RunError(f"{str(path)!r} is no table of close pairs; move it away and run again")
+        raise RunError(f"{str(path)!r} is not a table of close pairs; move it away and run again")
     return about
 
 
 def _read(path: Path, about: dict[str, Any], scores: ScoreTables) -> Pairs:
     columns = read_columns(path, [name for name in DUPLICATE_TABLE.names if "key" not in name])
-    one = scores.positions(*columns["shard"], columns["row"].data)
+    paths, shard = columns["shard"]
+    one = scores.positions(paths, shard, columns["row"].data)
     pair = ~columns["other_row"].mask
-    paths, other_shard = columns["other_shard"]
-    other = scores.positions(paths, other_shard[pair], columns["other_row"].data[pair])
-    first, second = (
-        np.minimum(one[pair], other),
-        np.maximum(one[pair], other),
-    )  # the order of the shards may have changed
+    paths, shard = columns["other_shard"]
+    other = scores.positions(paths, shard[pair], columns["other_row"].data[pair])
+    # the order of the shards may have changed
+    first, second = np.minimum(one[pair], other), np.maximum(one[pair], other)
     image, text, similarity = (columns[name].data for name in (*SIDES, "similarity"))
     order = np.argsort(one[~pair], kind="stable")
     crowded, above = one[~pair][order], similarity[~pair][order]

@@ -12,7 +12,7 @@ from typing import Any
 from mmfilter.errors import MissingExtra, MMFilterError
 
 
-def said(error: Exception) -> str:
+def faiss_message(error: Exception) -> str:
     """What FAISS says without where it says it."""
     return (str(error).splitlines() or [type(error).__name__])[0].rpartition("failed: ")[2]
 
@@ -42,9 +42,9 @@ def check_gpu() -> None:
         )
     trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
     if trial.returncode:
-        told = [line for line in trial.stderr.splitlines() if line.strip()] or [f"exit status {trial.returncode}"]
+        lines = [line for line in trial.stderr.splitlines() if line.strip()] or [f"exit status {trial.returncode}"]
         raise MMFilterError(
-            f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here ({told[-1].strip()}); go without --gpu"
+            f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here ({lines[-1].strip()}); go without --gpu"
         )
 
 
@@ -70,7 +70,7 @@ def load_faiss() -> Any:
 def _unusable(error: Exception) -> MMFilterError:
     anew = "pip uninstall faiss-cpu faiss-gpu, then pip install 'mmfilter[cpu]'"
     return MMFilterError(
-        f"FAISS is installed but cannot be loaded ({said(error)}); install what it lacks, or it anew: {anew}"
+        f"FAISS is installed but cannot be loaded ({faiss_message(error)}); install what it lacks, or it anew: {anew}"
     )
 
 

@@ -27,9 +27,10 @@ import numpy as np
 from mmfilter import __version__
 from mmfilter.core import memory
 from mmfilter.core.codes import clusters
+from mmfilter.core.codes.cluster_file import ClusterFile
 from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.duplicate_settings import On, sides_of
-from mmfilter.core.codes.faiss_library import load_faiss, said
+from mmfilter.core.codes.faiss_library import faiss_message, load_faiss
 from mmfilter.core.codes.vector_file import BLOCK, VectorFile
 from mmfilter.core.codes.vectors import Sketch, margin
 from mmfilter.core.files import read_json, write_json
@@ -76,7 +77,7 @@ class CodeIndex:
     """Finds samples with near sketches; positions are those in the run."""
 
     def __init__(
-        self, faiss_index: Any, lists: _Lists | None, positions: np.ndarray, about: dict[str, Any], at_most: int
+        self, faiss_index: Any, lists: ClusterFile | None, positions: np.ndarray, about: dict[str, Any], at_most: int
     ) -> None:
         """`lists` are the sketches by cluster where there are clusters; those in memory take `at_most` bytes."""
         self._index, self._lists, self._positions, self.about = faiss_index, lists, positions, about
@@ -99,19 +100,24 @@ class CodeIndex:
         if self.fits and len(vectors) >= MANY:
             self._read_all()
         look = self._on_gpu if self.gpu is not None else self._index.search if self._in_memory else self._from_disk
-        similarity, found = look(vectors, k)
-        return similarity, np.where(found >= 0, self._positions[found], -1) if len(self) else found
+        similarity, number = look(vectors, k)
+        return similarity, np.where(number >= 0, self._positions[number], -1) if len(self) else number
 
     def _read_all(self) -> None:
         if not self._in_memory:
             self._read(np.arange(self._index.nlist))
             self._in_memory = True
 
+    @property
+    def _file(self) -> ClusterFile:
+        assert self._lists is not None  # an index without clusters is in memory
+        return self._lists
+
     def _read(self, some: np.ndarray) -> None:
         """Let FAISS have these clusters and no others."""
         faiss = load_faiss()
         part = faiss.ArrayInvertedLists(self._index.nlist, self._index.code_size)
-        self._lists.load(part, some)
+        self._file.load(part, some)
         self._index.replace_invlists(part, KEEP)
         self._part = part  # the index holds no reference
 
@@ -120,18 +126,17 @@ class CodeIndex:
         kept."""
         closeness, cluster = self._index.quantizer.search(vectors, self._index.nprobe)
         best = np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
-        for some in self._lists.parts(
-            np.unique(cluster), max(1, self._at_once // 2)
-        ):  # a part goes when the next is there
+        half = max(1, self._at_once // 2)  # a part goes when the next is there
+        for some in self._file.parts(np.unique(cluster), half):
             self._read(some)
-            asked = np.flatnonzero(np.isin(cluster, some).any(1))
-            found = self._index.search_preassigned(
-                vectors[asked], k, np.where(np.isin(cluster[asked], some), cluster[asked], -1), closeness[asked]
+            query = np.flatnonzero(np.isin(cluster, some).any(1))
+            hits = self._index.search_preassigned(
+                vectors[query], k, np.where(np.isin(cluster[query], some), cluster[query], -1), closeness[query]
             )
-            both = [np.concatenate([old[asked], new], axis=1) for old, new in zip(best, found, strict=True)]
+            both = [np.concatenate([old[query], new], axis=1) for old, new in zip(best, hits, strict=True)]
             order = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
             for old, new in zip(best, both, strict=True):
-                old[asked] = np.take_along_axis(new, order, 1)
+                old[query] = np.take_along_axis(new, order, 1)
         return best
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -157,41 +162,15 @@ class CodeIndex:
             self.gpu = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
             self.progress = progress
         except RuntimeError as error:
-            progress.note(f"the GPU cannot take the index ({said(error)}): searching on the CPU")
+            progress.note(f"the GPU cannot take the index ({faiss_message(error)}): searching on the CPU")
 
     def _on_gpu(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self.gpu.search(vectors, k)
         except RuntimeError as error:  # out of its memory, most likely
             self.gpu = None
-            self.progress.note(f"the GPU cannot search on ({said(error)}): searching on the CPU")
+            self.progress.note(f"the GPU cannot search on ({faiss_message(error)}): searching on the CPU")
             return self._index.search(vectors, k)
-
-
-class _Lists:
-    """The sketches in a file, cluster after cluster; their numbers count through it."""
-
-    def __init__(self, vectors: VectorFile, starts: np.ndarray) -> None:
-        self.vectors, self._starts = vectors, starts
-
-    def load(self, into: Any, some: np.ndarray) -> None:
-        """Add these clusters to FAISS's lists."""
-        faiss = load_faiss()
-        for cluster, first, stop in zip(
-            some.tolist(), self._starts[some].tolist(), self._starts[some + 1].tolist(), strict=True
-        ):
-            if first < stop:
-                codes, numbers = self.vectors.read(first, stop).view(np.uint8), np.arange(first, stop)
-                into.add_entries(cluster, stop - first, faiss.swig_ptr(numbers), faiss.swig_ptr(codes))
-
-    def parts(self, some: np.ndarray, at_once: int) -> list[np.ndarray]:
-        """These clusters in parts of at most so many sketches, or of one cluster that has more."""
-        before = np.cumsum(self._starts[some + 1] - self._starts[some])
-        cuts, full = [0], 0
-        while (cut := int(np.searchsorted(before, full + at_once, side="right"))) < len(some):
-            cuts.append(max(cut, cuts[-1] + 1))
-            full = int(before[cuts[-1] - 1])
-        return [part for part in np.split(some, cuts[1:]) if len(part)]
 
 
 def _nbytes(n: int, dims: int) -> int:
@@ -204,7 +183,7 @@ def _nbytes(n: int, dims: int) -> int:
 
 def open_index(
     tables: CodeTables,
-    wanted: np.ndarray,
+    positions: np.ndarray,
     settings: IndexSettings,
     folder: Path,
     progress: Progress,
@@ -215,12 +194,12 @@ def open_index(
     """The index in `folder` if it is one of these samples, made so; else a new one, saved there if it is to be kept and
     can be.
 
-    `wanted` are the ascending positions of the samples to index, `at_most` the bytes of memory that their sketches
+    `positions` are the ascending ones of the samples to index, `at_most` the bytes of memory that their sketches
     may take, half of what is free if None.
     """
     load_faiss()  # before anything is read
     at_most = memory.available() // 2 if at_most is None else at_most
-    expected = {"format": FORMAT, "settings": asdict(settings), "inputs": tables.digest, "samples": len(wanted)}
+    expected = {"format": FORMAT, "settings": asdict(settings), "inputs": tables.digest, "samples": len(positions)}
     index = _stored(folder, expected, at_most)
     if index is not None:
         return index
@@ -228,7 +207,7 @@ def open_index(
         progress.note(f"{str(folder.parent)!r} cannot be written: its index is made now and not kept for the next time")
         keep = False
     with tempfile.TemporaryDirectory(dir=folder.parent if keep else None, prefix=".index.", suffix=".tmp") as name:
-        index, new = _build(tables, wanted, settings, Path(name), expected, progress, at_most)
+        index, new = _build(tables, positions, settings, Path(name), expected, progress, at_most)
         if keep:
             _put(new, folder, Path(name))
     return index
@@ -245,7 +224,7 @@ def _stored(folder: Path, expected: dict[str, Any], at_most: int) -> CodeIndex |
         index = _loaded(folder, about, at_most)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
         raise RunError(
-            f"index {str(folder)!r} cannot be read ({said(error)}); delete the folder and run again"
+            f"index {str(folder)!r} cannot be read ({faiss_message(error)}); delete the folder and run again"
         ) from error
     return index if read_json(manifest) == about else None  # another process may have replaced it meanwhile
 
@@ -255,7 +234,7 @@ def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
     faiss = load_faiss()
     index, positions, lists = faiss.read_index(str(folder / "index.faiss")), np.load(folder / "positions.npy"), None
     if about["clusters"]:
-        lists = _Lists(VectorFile(folder / "vectors.f16", index.d), np.load(folder / "starts.npy"))
+        lists = ClusterFile(VectorFile(folder / "vectors.f16", index.d), np.load(folder / "starts.npy"))
         index.ntotal, index.nprobe = len(lists.vectors), about["clusters_searched"]
     if not index.ntotal == len(positions) == about["samples"]:
         raise ValueError(f"it has {index.ntotal:,} sketches of {about['samples']:,} samples")
@@ -264,7 +243,7 @@ def _loaded(folder: Path, about: dict[str, Any], at_most: int) -> CodeIndex:
 
 def _build(
     tables: CodeTables,
-    wanted: np.ndarray,
+    positions: np.ndarray,
     settings: IndexSettings,
     place: Path,
     expected: dict[str, Any],
@@ -275,13 +254,13 @@ def _build(
     about = {"kind": "code index", "version": __version__, "faiss": load_faiss().__version__} | expected
     new = place / "new"
     new.mkdir()
-    vectors = _sketches(tables, wanted, settings.sketch(tables.idf), place / "vectors.f16", progress)
+    vectors = _sketches(tables, positions, settings.sketch(tables.idf), place / "vectors.f16", progress)
     at_once = max(at_most, LEAST_AT_ONCE) // _nbytes(1, vectors.dims)
-    order, found = _flat(vectors, new) if len(wanted) <= FLAT else _clustered(vectors, new, at_once, progress)
-    np.save(new / "positions.npy", wanted[order])
-    write_json(new / "manifest.json", about | found)
+    order, facts = _flat(vectors, new) if len(positions) <= FLAT else _clustered(vectors, new, at_once, progress)
+    np.save(new / "positions.npy", positions[order])
+    write_json(new / "manifest.json", about | facts)
     vectors.close()
-    return _loaded(new, about | found, at_most), new
+    return _loaded(new, about | facts, at_most), new
 
 
 def _put(new: Path, folder: Path, aside: Path) -> None:
@@ -299,19 +278,20 @@ def _put(new: Path, folder: Path, aside: Path) -> None:
     raise RunError(f"index {str(folder)!r} is replaced by other processes all the time; run one at a time")
 
 
-def _sketches(tables: CodeTables, wanted: np.ndarray, sketch: Sketch, path: Path, progress: Progress) -> VectorFile:
-    """The sketches of all samples, on disk."""
+def _sketches(tables: CodeTables, positions: np.ndarray, sketch: Sketch, path: Path, progress: Progress) -> VectorFile:
+    """The sketches of the samples at `positions`, on disk."""
     vectors = VectorFile(path, sketch.dims, new=True)
-    if not len(wanted):
+    if not len(positions):
         return vectors
     progress.start("reading codes", tables.nbytes)
-    for codes, nbytes in tables.read(wanted):
+    for codes, nbytes in tables.read(positions):
         for first in range(0, len(codes), 2048):
             vectors.add(sketch(codes.take(np.arange(first, min(first + 2048, len(codes))))))
         progress.advance(len(codes), nbytes)
-    if len(vectors) != len(wanted):
+    if len(vectors) != len(positions):
         raise RunError(
-            f"the code tables hold {len(vectors):,} of {len(wanted):,} samples that have scores; score the shards again"
+            f"the code tables hold {len(vectors):,} of {len(positions):,} samples that have scores; score the shards "
+            "again"
         )
     return vectors
 

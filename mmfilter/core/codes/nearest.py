@@ -30,9 +30,9 @@ class Nearest:
 
 def only(codes: Codes, sides: Sequence[str]) -> Codes:
     """The same samples with only these sides."""
-    return Codes(
-        codes.position, *(getattr(codes, side) if side in sides else SideCodes.empty(len(codes)) for side in SIDES)
-    )
+    none = SideCodes.empty(len(codes))
+    image, text = (codes.sides[side] if side in sides else none for side in SIDES)
+    return Codes(codes.position, image, text)
 
 
 def nearest(query: Codes, n: int, index: CodeIndex, tables: CodeTables, groups: np.ndarray) -> Nearest:
@@ -42,13 +42,15 @@ def nearest(query: Codes, n: int, index: CodeIndex, tables: CodeTables, groups: 
     index suggests some hundred candidates, so what is far from everything may be missed.
     """
     settings = IndexSettings(**index.about["settings"])
-    _, found = index.search(settings.sketch(tables.idf)(query), min(len(index), max(LEAST, 10 * n)))
-    candidates = np.unique(found[found >= 0])
+    _, suggested = index.search(settings.sketch(tables.idf)(query), min(len(index), max(LEAST, 10 * n)))
+    candidates = np.unique(suggested[suggested >= 0])
     codes = Codes.concatenate([tables.take(candidates), query]).by_feature()
     query_row, rows = np.full(len(candidates), len(candidates)), np.arange(len(candidates))
     image, text = (cosines(side, tables.idf, query_row, rows) for side in (codes.image, codes.text))
-    there = [cosine for cosine, side in ((image, query.image), (text, query.text)) if len(side.ids)]
-    cosine = np.mean(there, axis=0, dtype=np.float32) if there else np.zeros(len(candidates), np.float32)
+    compared = [cosine for cosine, side in ((image, query.image), (text, query.text)) if len(side.ids)]
+    cosine = np.zeros(len(candidates), np.float32)
+    if compared:
+        cosine = np.asarray(np.mean(compared, axis=0, dtype=np.float32))
     position = np.flatnonzero(np.isin(groups, candidates))
     at = np.searchsorted(candidates, groups[position])
     order = np.lexsort((position, -cosine[at]))[:n]
@@ -63,9 +65,9 @@ def strongest(tables: CodeTables, feature: int, n: int, sides: Sequence[str]) ->
     """
     columns = [SIDES.index(side) for side in sides]
     position, maxima = np.zeros(0, np.int64), np.zeros((0, len(SIDES)), np.float32)
-    for some, found in tables.strongest(feature):
-        has = found[:, columns].max(1) > 0
-        position, maxima = np.concatenate([position, some[has]]), np.concatenate([maxima, found[has]])
+    for some, strengths in tables.strongest(feature):
+        has = strengths[:, columns].max(1) > 0
+        position, maxima = np.concatenate([position, some[has]]), np.concatenate([maxima, strengths[has]])
         order = np.lexsort((position, -maxima[:, columns].max(1)))[:n] if len(position) else np.zeros(0, np.int64)
         position, maxima = position[order], maxima[order]
     return position, maxima

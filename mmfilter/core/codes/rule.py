@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmfilter.core.codes.code_tables import CodeTables
-from mmfilter.core.codes.duplicates import DuplicateSettings, Pairs, find_pairs
+from mmfilter.core.codes.duplicate_settings import DuplicateSettings
+from mmfilter.core.codes.duplicates import Pairs, find_pairs
 from mmfilter.core.codes.index import IndexSettings
 from mmfilter.core.codes.vectors import cosines
 from mmfilter.core.progress import Progress
@@ -66,7 +67,7 @@ class Deduplicator:
         def compare(position: int, others: np.ndarray) -> np.ndarray:
             some = codes.take(np.searchsorted(codes.position, np.append(others, position)))
             one, rest = np.full(len(others), len(others)), np.arange(len(others))
-            return np.min([cosines(getattr(some, side), self._tables.idf, one, rest) for side in sides], axis=0)
+            return np.min([cosines(some.sides[side], self._tables.idf, one, rest) for side in sides], axis=0)
 
         return compare
 
@@ -110,11 +111,11 @@ def apply_rule(
 
 def _in_question(groups: np.ndarray, pairs: Pairs, among: np.ndarray) -> np.ndarray:
     """Rows whose group has a close pair or more than one row in the mask."""
-    asked = np.zeros(len(groups), bool)
-    asked[pairs.first] = asked[pairs.second] = asked[pairs.crowded] = True
+    questionable = np.zeros(len(groups), bool)
+    questionable[pairs.first] = questionable[pairs.second] = questionable[pairs.crowded] = True
     shared = among & (groups != np.arange(len(groups)))
-    asked[groups[shared]] = True
-    return asked[groups]
+    questionable[groups[shared]] = True
+    return questionable[groups]
 
 
 def _greedy(ranked: np.ndarray, pairs: Pairs, compare: Compare) -> tuple[np.ndarray, np.ndarray]:
@@ -135,27 +136,27 @@ def _greedy(ranked: np.ndarray, pairs: Pairs, compare: Compare) -> tuple[np.ndar
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _Neighbours:
     """For each rank its better-ranked neighbours, the closest first, then the best."""
 
     starts: list[int]
     better: list[int]
 
 
-def _better_neighbours(ranked: np.ndarray, pairs: Pairs) -> tuple[_Lists, list[float]]:
+def _better_neighbours(ranked: np.ndarray, pairs: Pairs) -> tuple[_Neighbours, list[float]]:
     by_position = np.argsort(ranked)
     at = [np.searchsorted(ranked, part, sorter=by_position) for part in (pairs.first, pairs.second)]
-    there = np.logical_and(
+    ranked_both = np.logical_and(
         *(
             ranked[by_position[np.minimum(a, len(ranked) - 1)]] == p
             for a, p in zip(at, (pairs.first, pairs.second), strict=True)
         )
     )
-    ranks = [by_position[a[there]] for a in at]
-    better, worse, similarity = np.minimum(*ranks), np.maximum(*ranks), pairs.similarity[there]
+    ranks = [by_position[a[ranked_both]] for a in at]
+    better, worse, similarity = np.minimum(*ranks), np.maximum(*ranks), pairs.similarity[ranked_both]
     order = np.lexsort((better, -similarity, worse))
     starts = np.searchsorted(worse[order], np.arange(len(ranked) + 1))
-    return _Lists(starts.tolist(), better[order].tolist()), similarity[order].tolist()
+    return _Neighbours(starts.tolist(), better[order].tolist()), similarity[order].tolist()
 
 
 def _against_leaders(
@@ -169,10 +170,10 @@ def _against_leaders(
 ) -> None:
     """Hold a crowded group against the kept crowded ones; a kept one joins them."""
     if leaders:
-        found = compare(int(ranked[i]), ranked[leaders])
-        best = int(found.argmax())
-        closer = (float(found[best]), -leaders[best]) > (similarity[i], -dropped_by[i])
-        if found[best] >= np.float32(threshold) and (dropped_by[i] < 0 or closer):
-            dropped_by[i], similarity[i] = leaders[best], float(found[best])
+        closeness = compare(int(ranked[i]), ranked[leaders])
+        best = int(closeness.argmax())
+        closer = (float(closeness[best]), -leaders[best]) > (similarity[i], -dropped_by[i])
+        if closeness[best] >= np.float32(threshold) and (dropped_by[i] < 0 or closer):
+            dropped_by[i], similarity[i] = leaders[best], float(closeness[best])
     if dropped_by[i] < 0:
         leaders.append(i)

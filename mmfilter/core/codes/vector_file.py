@@ -24,21 +24,21 @@ class VectorFile:
     def add(self, vectors: np.ndarray) -> None:
         """Append (n, dims); what half precision cannot hold is rounded."""
         self._file.seek(0, 2)
-        rest = memoryview(np.ascontiguousarray(vectors, np.float16)).cast("B")
+        rest = np.ascontiguousarray(vectors, np.float16).data.cast("B")
         while rest:
             rest = rest[self._file.write(rest) :]
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """(stop − first, dims) float16. Raises `ValueError` where the file is shorter."""
-        found = np.empty((stop - first, self.dims), np.float16)
-        rest = memoryview(found).cast("B") if len(found) else memoryview(b"")
+        vectors = np.empty((stop - first, self.dims), np.float16)
+        rest = vectors.data.cast("B") if len(vectors) else memoryview(b"")
         self._file.seek(2 * self.dims * first)
         while rest:
             n = self._file.readinto(rest)
             if not n:
                 raise ValueError(f"it ends before vector {stop:,}")
             rest = rest[n:]
-        return found
+        return vectors
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """All vectors in pieces: the number of the first, and (n, dims) float16."""
@@ -46,15 +46,15 @@ class VectorFile:
         for first in range(0, n, BLOCK):
             yield first, self.read(first, min(first + BLOCK, n))
 
-    def take(self, wanted: np.ndarray) -> np.ndarray:
-        """The vectors `wanted`, in that order, in one pass over the file."""
-        found = np.empty((len(wanted), self.dims), np.float16)
-        ascending = np.argsort(wanted, kind="stable")
-        numbers = wanted[ascending]
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """The vectors of these numbers, in that order, in one pass over the file."""
+        taken = np.empty((len(numbers), self.dims), np.float16)
+        ascending = np.argsort(numbers, kind="stable")
+        numbers = numbers[ascending]
         for first, vectors in self.blocks():
             at = slice(*np.searchsorted(numbers, (first, first + len(vectors))))
-            found[ascending[at]] = vectors[numbers[at] - first]
-        return found
+            taken[ascending[at]] = vectors[numbers[at] - first]
+        return taken
 
     def rearranged(self, path: Path, order: np.ndarray, at_once: int) -> VectorFile:
         """A new file with vector `order[i]` as its i-th, made with `at_once` vectors in memory, in as many passes as

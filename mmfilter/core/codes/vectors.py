@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIDES = ("image", "text")
+from mmfilter.core.sides import SIDES
+
 _ENTRIES_AT_ONCE = 1 << 22
 
 
@@ -71,14 +72,14 @@ class SideCodes:
 
     def norms(self, idf: np.ndarray) -> np.ndarray:
         """(samples,) float64: length of each vector, summed in the order of the entries."""
-        found = np.empty(len(self))
+        norms = np.empty(len(self))
         for first in range(0, len(self), 16_384):
             starts = self.starts[first : first + 16_385]
             some = SideCodes(starts - starts[0], self.ids[starts[0] : starts[-1]], self.means[starts[0] : starts[-1]])
-            found[first : first + len(some)] = np.sqrt(
+            norms[first : first + len(some)] = np.sqrt(
                 np.bincount(some.rows, some.weights(idf) ** 2, minlength=len(some))
             )
-        return found
+        return norms
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,16 @@ class Codes:
     def __len__(self) -> int:
         return len(self.position)
 
+    @property
+    def sides(self) -> dict[str, SideCodes]:
+        """Both sides by name."""
+        return {"image": self.image, "text": self.text}
+
     @classmethod
     def concatenate(cls, parts: Sequence[Codes]) -> Codes:
         position = np.concatenate([np.zeros(0, np.int64), *(part.position for part in parts)])
-        return cls(position, *(SideCodes.concatenate([getattr(part, side) for part in parts]) for side in SIDES))
+        image, text = (SideCodes.concatenate([part.sides[side] for part in parts]) for side in SIDES)
+        return cls(position, image, text)
 
     def take(self, at: np.ndarray) -> Codes:
         return Codes(self.position[at], self.image.take(at), self.text.take(at))
@@ -125,8 +132,8 @@ def cosines(side: SideCodes, idf: np.ndarray, first: np.ndarray, second: np.ndar
         dots[pairs] = np.bincount(entry, dense[local[entry], right.ids] * right.weights(idf), minlength=len(pairs))
         dense[left.rows, left.ids] = 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = dots / (norms[first] * norms[second])
-    return np.where(np.isfinite(found), found, 0).astype(np.float32)
+        ratio = dots / (norms[first] * norms[second])
+    return np.where(np.isfinite(ratio), ratio, 0).astype(np.float32)
 
 
 def _blocks(rows: np.ndarray, at_most: int) -> list[slice]:
@@ -174,8 +181,7 @@ class Sketch:
     def __call__(self, codes: Codes) -> np.ndarray:
         """(samples, dims) float32, multiples of 1 / `GRID`; zeros where no side has a feature that counts."""
         total = np.zeros(len(codes) * self.dims)
-        for number, name in enumerate(SIDES):
-            side: SideCodes = getattr(codes, name)
+        for number, (name, side) in enumerate(codes.sides.items()):
             if name not in self._sides or not len(side.ids):
                 continue
             weights, rows, norms = side.weights(self._idf), side.rows, side.norms(self._idf)

@@ -78,7 +78,7 @@ def caption_loss(
 ) -> CaptionLoss:
     """Loss of the captions of a batch through a whole model, the states of its tokens as they are or replaced.
 
-    `tensors` and `side` (batch, length) as in `Inputs`, of either of its streams.
+    `tensors` and `side` (batch, length) as in `ModelInputs`, of either of its streams.
     """
     n_tokens = predicted_tokens(side).sum(1)
     total = torch.zeros(len(side), dtype=torch.float64)

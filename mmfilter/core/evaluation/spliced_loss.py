@@ -100,7 +100,7 @@ class LossMeter:
         can tell"""
 
     def add(self, tensors: dict[str, torch.Tensor], side: torch.Tensor) -> None:
-        """A batch of one of the model's streams: `tensors` and `side` (batch, length) as in `Inputs`."""
+        """A batch of one of the model's streams: `tensors` and `side` (batch, length) as in `ModelInputs`."""
         if self.sees_ahead is None:
             self.sees_ahead = sees_ahead(self._stream, tensors, side)
         if self.sees_ahead:

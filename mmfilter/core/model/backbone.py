@@ -22,7 +22,7 @@ TextContext = Literal["image", "none"]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """A batch, ready for the model, on the CPU."""
 
     tensors: dict[str, torch.Tensor]
@@ -101,13 +101,13 @@ class Backbone(Protocol):
     def n_image_tokens(self, width: int, height: int, /) -> int:
         """How many tokens an image will take, to sort batches by; 0 where that is not known or does not matter."""
 
-    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
+    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> ModelInputs:
         """Pre-process and tokenise a batch; safe in any thread."""
 
-    def activations(self, inputs: Inputs) -> Activations:
+    def activations(self, inputs: ModelInputs) -> Activations:
         """States of the image and text tokens of a batch."""
 
-    def boxes(self, inputs: Inputs, i: int) -> Boxes:
+    def boxes(self, inputs: ModelInputs, i: int) -> Boxes:
         """For each image token of pair `i`, in order: the part (x0, y0, x1, y1) of the picture, in units of its
         width and height, that the token's patch covers; None for a token without a place (a class token).
 

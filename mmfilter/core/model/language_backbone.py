@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmfilter.core.model.backbone import Activations, Inputs, OwnProcessor, TextContext
+from mmfilter.core.model.backbone import Activations, ModelInputs, OwnProcessor, TextContext
 from mmfilter.core.model.boxes import Boxes, Picture
 from mmfilter.core.model.families import family_name, family_of
 from mmfilter.core.model.prompts import (
@@ -125,7 +125,7 @@ class LanguageBackbone(OwnProcessor):
         except (ValueError, NotImplementedError):  # a picture that it refuses: `prepare` says why
             return 0
 
-    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
+    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> ModelInputs:
         """Pre-process and tokenise a batch (right padding, no truncation); safe in any thread."""
         captions = [self._escape(caption) for caption in captions]
         texts = [self.prompt.replace(CAPTION, caption) for caption in captions]
@@ -136,10 +136,10 @@ class LanguageBackbone(OwnProcessor):
         side[is_image & ~self._row_ends(tensors, is_image, sizes)] = IMAGE
         if self.text_context == "image":
             side[mask] = TEXT
-            return Inputs(tensors, side, sizes=sizes)
+            return ModelInputs(tensors, side, sizes=sizes)
         alone = [self._text_prompt.replace(CAPTION, caption) for caption in captions]
         text_tensors, text_mask = self._process(alone, captions, self._suffixes["none"])
-        return Inputs(tensors, side, (text_tensors, torch.where(text_mask, TEXT, -1).to(torch.int8)), sizes)
+        return ModelInputs(tensors, side, (text_tensors, torch.where(text_mask, TEXT, -1).to(torch.int8)), sizes)
 
     def _image_mask(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return (tensors["input_ids"] == self.image_token_id) & tensors["attention_mask"].bool()
@@ -156,7 +156,7 @@ class LanguageBackbone(OwnProcessor):
                 mask[i, places] = torch.tensor([box is None for box in placed])
         return mask
 
-    def boxes(self, inputs: Inputs, i: int) -> Boxes:
+    def boxes(self, inputs: ModelInputs, i: int) -> Boxes:
         """For each image token of pair `i`, in order: the part (x0, y0, x1, y1) of the picture, in units of its
         width and height, that the token's patch covers; None for a token without a place (a class token).
 
@@ -221,7 +221,7 @@ class LanguageBackbone(OwnProcessor):
         return text[text.rindex(SENTINEL) + len(SENTINEL) :]
 
     @torch.inference_mode()
-    def activations(self, inputs: Inputs) -> Activations:
+    def activations(self, inputs: ModelInputs) -> Activations:
         """States after the hook layer, of image and text tokens only."""
         parts = [self._collect(inputs.tensors, inputs.side)]
         if inputs.text_only is not None:

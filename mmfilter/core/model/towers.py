@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmfilter.core.model.backbone import Activations, Inputs, OwnProcessor, TextContext
+from mmfilter.core.model.backbone import Activations, ModelInputs, OwnProcessor, TextContext
 from mmfilter.core.model.boxes import Boxes, Picture, cropped, grid
 from mmfilter.core.model.prompts import CAPTION, CaptionEscaper
 from mmfilter.core.sides import IMAGE, TEXT
@@ -85,7 +85,7 @@ class TwoTowers(OwnProcessor):
             raise ModelError(f"{self.model.config.model_type!r} is a dual encoder, whose captions never see an image")
         return self
 
-    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Inputs:
+    def prepare(self, images: Sequence[Image.Image], captions: Sequence[str]) -> ModelInputs:
         """Pre-process and tokenise a batch; `side` has the text tower's positions, then the image tower's."""
         # SigLIP was trained on captions padded to its full length, on the side that its tokenizer says
         padding: dict[str, Any] = (
@@ -96,7 +96,7 @@ class TwoTowers(OwnProcessor):
             self.processor(text=texts, images=list(images), truncation=False, return_tensors="pt", **padding)
         )
         side = torch.cat([self._text_side(tensors), self._image_side(tensors)], 1)
-        return Inputs(tensors, side, sizes=[image.size for image in images])
+        return ModelInputs(tensors, side, sizes=[image.size for image in images])
 
     def _text_side(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         ids = tensors["input_ids"]
@@ -125,7 +125,7 @@ class TwoTowers(OwnProcessor):
         embedding = torch.ones(len(real), 1, dtype=torch.bool)
         return torch.where(torch.cat([embedding, real], 1), IMAGE, -1).to(torch.int8)
 
-    def boxes(self, inputs: Inputs, i: int) -> Boxes:
+    def boxes(self, inputs: ModelInputs, i: int) -> Boxes:
         """As `Backbone.boxes`; the first token is the whole picture's embedding and has no place."""
         n_tokens = int((inputs.side[i] == IMAGE).sum())
         if "spatial_shapes" in inputs.tensors:
@@ -137,7 +137,7 @@ class TwoTowers(OwnProcessor):
         return cropped(Picture(self.model.config, self.processor, *inputs.sizes[i], {}, n_tokens))
 
     @torch.inference_mode()
-    def activations(self, inputs: Inputs) -> Activations:
+    def activations(self, inputs: ModelInputs) -> Activations:
         """Both towers' tokens in the shared space."""
         tensors = {name: self._moved(tensor) for name, tensor in inputs.tensors.items()}
         states = self._clip(tensors) if self._is_clip else self._siglip(tensors)

@@ -13,7 +13,7 @@ from PIL import Image
 from mmfilter.core.files import atomic
 from mmfilter.core.input.decode import picture
 from mmfilter.core.pages.page import Content, Markup, element, page
-from mmfilter.core.run.previews import Look
+from mmfilter.core.run.previews import Preview
 from mmfilter.errors import SelectionError
 
 SIDE = 224
@@ -30,7 +30,7 @@ img{max-width:100%;max-height:224px}figcaption{overflow-wrap:anywhere;margin-top
 class Shown:
     """One sample on the page."""
 
-    look: Look
+    preview: Preview
     about: tuple[str, ...]
     """Lines below the caption"""
 
@@ -59,14 +59,14 @@ def _tile(tile: Tile) -> Markup:
 
 
 def _figure(shown: Shown) -> Markup:
-    look = shown.look
-    small = None if look.image is None else thumbnail(look.image)
+    preview = shown.preview
+    small = None if preview.image is None else thumbnail(preview.image)
     if small is None:
-        frame: Content = "no picture" if look.problem is None else "cannot be read"
+        frame: Content = "no picture" if preview.problem is None else "cannot be read"
     else:
         frame = Markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
-    lines = (*shown.about, *([look.problem] if look.problem else []))
-    caption = element("figcaption", look.caption or "", *(element("small", line) for line in lines))
+    lines = (*shown.about, *([preview.problem] if preview.problem else []))
+    caption = element("figcaption", preview.caption or "", *(element("small", line) for line in lines))
     return element("figure", element("div", frame, class_="frame"), caption)
 
 

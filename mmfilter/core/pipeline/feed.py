@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from mmfilter.core.input.decode import DecodeSettings, Pair, decode
 from mmfilter.core.input.sample import RawSample, problem_kind
-from mmfilter.core.model.backbone import Backbone, Inputs
+from mmfilter.core.model.backbone import Backbone, ModelInputs
 
 WINDOW_BATCHES = 8
 WINDOW_PIXELS = 128_000_000
@@ -34,7 +34,7 @@ class Batch:
     """Pairs that go through the model together, with what the model needs."""
 
     pairs: list[Pair]
-    inputs: Inputs
+    inputs: ModelInputs
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Feed:
             pair.image = None  # the pixels live in `inputs` now
         return [Batch(pairs, inputs)]
 
-    def _without(self, pairs: list[Pair], good: list[bool], inputs: Inputs) -> list[Batch]:
+    def _without(self, pairs: list[Pair], good: list[bool], inputs: ModelInputs) -> list[Batch]:
         """Name what is wrong with single samples, and prepare the others again."""
         lengths = inputs.lengths.tolist()
         kept = []

@@ -17,7 +17,7 @@ import torch
 
 from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.sample import RawSample
-from mmfilter.core.model.backbone import Activations, Backbone, Inputs
+from mmfilter.core.model.backbone import Activations, Backbone, ModelInputs
 from mmfilter.core.pipeline.feed import Batch, Feed, Window
 from mmfilter.core.progress import Progress
 from mmfilter.errors import ModelError
@@ -62,7 +62,7 @@ class ModelPass:
         Raises `ModelError` when the device's memory does not suffice for either of both.
         """
         if self._captions_alone:
-            batch = replace(batch, inputs=Inputs(*batch.inputs.text_only))
+            batch = replace(batch, inputs=ModelInputs(*batch.inputs.text_only))
         with memory_explained(len(batch.pairs)):
             return take(batch, self.backbone.activations(batch.inputs))
 

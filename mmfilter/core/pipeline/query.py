@@ -28,7 +28,7 @@ from mmfilter.core.codes.vectors import Codes, SideCodes
 from mmfilter.core.files import read_json
 from mmfilter.core.input.decode import DecodeSettings
 from mmfilter.core.input.sample import RawSample
-from mmfilter.core.model.backbone import Backbone, Inputs
+from mmfilter.core.model.backbone import Backbone, ModelInputs
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.pipeline.engine import load
 from mmfilter.core.pipeline.feed import Feed
@@ -132,7 +132,7 @@ def _grey() -> bytes:
     return file.getvalue()
 
 
-def _prepared(backbone: Backbone, raw: RawSample) -> Inputs:
+def _prepared(backbone: Backbone, raw: RawSample) -> ModelInputs:
     """The query as the model takes it; raises `SelectionError` saying why it cannot."""
     with closing(Feed(backbone, DecodeSettings("txt"), batch_size=1, workers=1)) as feed:
         for window in feed.windows([raw], "query"):
@@ -143,7 +143,7 @@ def _prepared(backbone: Backbone, raw: RawSample) -> Inputs:
 
 
 @torch.inference_mode()
-def _codes(inputs: Inputs, backbone: Backbone, sae: SAE, wanted: list[str]) -> Codes:
+def _codes(inputs: ModelInputs, backbone: Backbone, sae: SAE, wanted: list[str]) -> Codes:
     with memory_explained(1):
         activations = backbone.activations(inputs)
         if not torch.isfinite(activations.states).all():

@@ -18,7 +18,7 @@ from mmfilter.errors import SelectionError
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Decisions:
     """What became of every row of the score tables; arrays are (rows,)."""
 
     score: Column
@@ -37,21 +37,22 @@ class Outcome:
     """Position of the kept sample that the row is a duplicate of, negative if none, and their similarity"""
 
 
-def write_decisions(tables: ScoreTables, path: Path, outcome: Outcome, metadata: Mapping[str, Any]) -> None:
-    """Write a table with a row for every row of the score tables; raises `SelectionError` where it cannot be written."""
-    score, labels = outcome.score, outcome.labels
+def write_decisions(tables: ScoreTables, path: Path, decisions: Decisions, metadata: Mapping[str, Any]) -> None:
+    """Write a table with a row for every row of the score tables; raises `SelectionError` where it cannot."""
+    score, labels = decisions.score, decisions.labels
     cases = " ".join(f"WHEN {code} THEN {_label(label)}" for code, label in enumerate(labels) if label is not None)
     about = f"{{{METADATA_KEY.decode()}: {literal(json.dumps(dict(metadata)))}}}"
-    given: dict[str, Any] = {"decision": outcome.decision, "score": np.ma.array(score.values, mask=~score.present)}
+    given: dict[str, Any] = {"decision": decisions.decision, "score": np.ma.array(score.values, mask=~score.present)}
     more = ""
-    if outcome.output is not None:
-        given["output"] = outcome.output
-        more += f", CASE WHEN given.output >= 0 THEN printf({literal(outcome.output_name)}, given.output) END AS output_shard"
-    if outcome.copies is not None:
-        given["copies"] = outcome.copies
+    if decisions.output is not None:
+        given["output"] = decisions.output
+        name = f"printf({literal(decisions.output_name)}, given.output)"
+        more += f", CASE WHEN given.output >= 0 THEN {name} END AS output_shard"
+    if decisions.copies is not None:
+        given["copies"] = decisions.copies
         more += ", given.copies AS copies"
-    if outcome.duplicates is not None:
-        given |= _representatives(tables, *outcome.duplicates)
+    if decisions.duplicates is not None:
+        given |= _representatives(tables, *decisions.duplicates)
         more += "".join(f", given.{name} AS {name}" for name in ("duplicate_of", "duplicate_shard", "duplicate_row"))
         more += ", CASE WHEN given.duplicate_of IS NOT NULL THEN given.closeness END AS similarity"
     sql = f"""

@@ -19,7 +19,7 @@ _AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class Look:
+class Preview:
     """A sample as a person sees it."""
 
     caption: str | None = None
@@ -30,7 +30,7 @@ class Look:
     """Why there is neither"""
 
 
-def looks(tables: ScoreTables, positions: Sequence[int] | np.ndarray) -> list[Look]:
+def previews(tables: ScoreTables, positions: Sequence[int] | np.ndarray) -> list[Preview]:
     """What the samples at `positions` look like, in any order and number; one that cannot be read has a `problem`."""
     wanted, place = np.unique(np.asarray(positions, np.int64), return_inverse=True)
     if not len(wanted):
@@ -40,21 +40,21 @@ def looks(tables: ScoreTables, positions: Sequence[int] | np.ndarray) -> list[Lo
     members, settings = tables.members(among), DecodeSettings(tables.options.caption)
     keys = tables.at(wanted, ("key",))["key"].tolist()
     ranges = members.places(0, len(members))
-    found: list[Look] = []
+    found: list[Preview] = []
     with OpenShards() as sources:
         for first in range(0, len(wanted), _AT_ONCE):
             some = slice(first, first + _AT_ONCE)
             contents = _contents(sources, ranges[some])
             found += [
-                _look(content, part[0].path, key, settings)
+                _preview(content, part[0].path, key, settings)
                 for content, part, key in zip(contents, ranges[some], keys[some], strict=True)
             ]
     return [found[i] for i in place.tolist()]
 
 
-def problems(found: Sequence[Look]) -> list[str]:
+def problems(found: Sequence[Preview]) -> list[str]:
     """The different problems."""
-    return list(dict.fromkeys(look.problem for look in found if look.problem is not None))
+    return list(dict.fromkeys(preview.problem for preview in found if preview.problem is not None))
 
 
 def one_line(text: str, at_most: int) -> str:
@@ -67,32 +67,33 @@ def one_line(text: str, at_most: int) -> str:
     return shown if len(shown) <= at_most else shown[: at_most - 1].rstrip() + "…"
 
 
-def _contents(sources: OpenShards, ranges: Sequence[Range]) -> list[bytes | Look]:
+def _contents(sources: OpenShards, ranges: Sequence[Range]) -> list[bytes | Preview]:
     """What each range holds, or why it cannot be read; one that cannot does not keep the others from it."""
     once = {shard for shard, _, _ in ranges if shard.once}
     read = _read(sources, [part for part in ranges if part[0] not in once])
     return [
-        Look(problem=f"{part[0].path!r} could be read only once") if part[0] in once else next(read) for part in ranges
+        Preview(problem=f"{part[0].path!r} could be read only once") if part[0] in once else next(read)
+        for part in ranges
     ]
 
 
-def _read(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes | Look]:
+def _read(sources: OpenShards, ranges: Sequence[Range]) -> Iterator[bytes | Preview]:
     """All together; one by one where that fails, to know which it is."""
     try:
-        found: list[bytes | Look] = list(read_ranges(sources, ranges))
+        found: list[bytes | Preview] = list(read_ranges(sources, ranges))
     except ShardError as error:
         found = (
-            [Look(problem=str(error))]
+            [Preview(problem=str(error))]
             if len(ranges) == 1
             else [content for part in ranges for content in _read(sources, [part])]
         )
     yield from found
 
 
-def _look(content: bytes | Look, shard: str, key: str, settings: DecodeSettings) -> Look:
-    if isinstance(content, Look):
+def _preview(content: bytes | Preview, shard: str, key: str, settings: DecodeSettings) -> Preview:
+    if isinstance(content, Preview):
         return content
     members = sample_members(content, key)
     if members is None:
-        return Look(problem=f"shard {shard!r} does not hold sample {key!r} where it was scored")
-    return Look(caption_of(members, settings), next(iter(images_of(members).values()), None))
+        return Preview(problem=f"shard {shard!r} does not hold sample {key!r} where it was scored")
+    return Preview(caption_of(members, settings), next(iter(images_of(members).values()), None))

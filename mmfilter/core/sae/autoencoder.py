@@ -69,16 +69,21 @@ class SAE:
 
     def __post_init__(self) -> None:
         d, n = self.W_enc.shape
-        wanted = {"b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+        shapes: dict[str, tuple[int, ...]] = {"b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
         if self.activation == "jumprelu":
-            wanted["threshold"] = (n,)
-        for name, shape in wanted.items():
-            tensor = getattr(self, name)
-            if tensor is None or tuple(tensor.shape) != shape:
-                found = "nothing" if tensor is None else str(tuple(tensor.shape))
-                raise SAEError(f"SAE tensor {name!r} has shape {found}; W_enc {(d, n)} asks for {shape}")
+            shapes["threshold"] = (n,)
+        for name, shape in shapes.items():
+            given = tuple(self.tensors[name].shape) if name in self.tensors else "nothing"
+            if given != shape:
+                raise SAEError(f"SAE tensor {name!r} has shape {given}; W_enc {(d, n)} asks for {shape}")
         if self.activation == "topk" and not (self.k and 0 < self.k <= n):
             raise SAEError(f"SAE has activation 'topk' with k={self.k!r}; expected 1 to {n}")
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it has of `TENSORS`, by name."""
+        tensors = zip(TENSORS, (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold), strict=True)
+        return {name: tensor for name, tensor in tensors if tensor is not None}
 
     @property
     def d_model(self) -> int:
@@ -92,18 +97,14 @@ class SAE:
     def hash(self) -> str:
         """Digest of everything that changes a code, for manifests."""
         digest = hashlib.sha256(f"{self.activation} {self.k} {self.subtract_b_dec} {self.normalisation}".encode())
-        for tensor in (getattr(self, name) for name in TENSORS):
-            if tensor is not None:
-                digest.update(tensor.detach().cpu().float().contiguous().numpy())
+        for tensor in self.tensors.values():
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SAE:
         """The same SAE on another device."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
-        moved = {
-            name: tensor.to(device=device, dtype=dtype or tensor.dtype)
-            for name, tensor in tensors.items()
-            if tensor is not None
+        moved: dict[str, Any] = {
+            name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in self.tensors.items()
         }
         return replace(self, **moved)
 
@@ -129,7 +130,7 @@ class SAE:
 
     def _encode_chunk(self, states: torch.Tensor, max_active: int) -> TokenCodes:
         pre = self.preactivations(states)
-        if self.activation == "jumprelu":
+        if self.activation == "jumprelu" and self.threshold is not None:
             return TokenCodes.above(pre, self.threshold, max_active)
         return TokenCodes.strongest(pre, min(self.k or max_active, max_active))
 
@@ -166,10 +167,9 @@ class SAE:
     def save(self, folder: Path) -> None:
         """Write the SAELens 6 layout: `cfg.json` and `sae_weights.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         with atomic(folder / WEIGHTS) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        config = {
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}, temporary)
+        config: dict[str, Any] = {
             "architecture": "standard" if self.activation == "relu" else self.activation,
             "d_in": self.d_model,
             "d_sae": self.n_features,

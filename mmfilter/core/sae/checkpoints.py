@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -142,21 +142,22 @@ def _read_torch(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
         head = file.read(32)
         if head.startswith(b"\x80") and TORCH_MAGIC not in head:
             raise SAEError(
-                f"SAE file {str(path)!r} is a pickle that is no PyTorch file: save its tensors with torch.save or "
+                f"SAE file {str(path)!r} is a pickle but not a PyTorch file: save its tensors with torch.save or "
                 "safetensors"
             )
+        weights: BinaryIO = file
         if head.startswith(b"{"):  # a line of JSON, then the weights
             file.seek(0)
             content[HEADER] = json.loads(file.readline())
-            file = io.BytesIO(file.read())
-        file.seek(0)
+            weights = io.BytesIO(file.read())
+        weights.seek(0)
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = torch.load(weights, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if not allow_pickle:
                 raise SAEError(_wants_code(path, error)) from error
-            file.seek(0)
-            loaded = torch.load(file, map_location="cpu", weights_only=False, pickle_module=INERT)
+            weights.seek(0)
+            loaded = torch.load(weights, map_location="cpu", weights_only=False, pickle_module=INERT)
     if not isinstance(loaded, Mapping):
         raise SAEError(
             f"SAE file {str(path)!r} holds {_kind(loaded)}, expected a dictionary of tensors: save its state_dict() "

@@ -109,9 +109,9 @@ def _keep_largest_of_parts(
     over = allowed < sizes
     decision[left[over[part] & (allowed[part] == 0)]] = Decision.BELOW_CUT
     cut = np.zeros(len(allowed), values.dtype)
-    there = over & (allowed > 0)
-    cut[there] = values[left[(ends - allowed)[there]]]
-    inside = there[part]
+    divided = over & (allowed > 0)
+    cut[divided] = values[left[(ends - allowed)[divided]]]
+    inside = divided[part]
     left, part = left[inside], part[inside]
     decision[left[values[left] < cut[part]]] = Decision.BELOW_CUT
     free = allowed - np.bincount(part[values[left] > cut[part]], minlength=len(allowed))

@@ -78,7 +78,7 @@ class Coverage:
 
     def bounds(self, samples: Amounts) -> np.ndarray:
         """(samples,) no less than each sample's gain, now or later."""
-        found = np.zeros(len(samples))
+        bounds = np.zeros(len(samples))
         step = max(1, _ENTRIES_AT_ONCE * len(samples) // max(1, len(samples.ids)))
         for first in range(0, len(samples), step):
             starts = samples.starts[first : first + step + 1]
@@ -86,8 +86,8 @@ class Coverage:
             ids = samples.ids[at]
             gains = self.target[ids] * np.log1p(samples.amounts[at] / self._filled[ids])
             rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            found[first : first + step] = np.bincount(rows, gains, minlength=len(starts) - 1)
-        return found * _SLACK
+            bounds[first : first + step] = np.bincount(rows, gains, minlength=len(starts) - 1)
+        return bounds * _SLACK
 
 
 def lazy_greedy(samples: Amounts, coverage: Coverage, n: int, *, loss: float = 0.0) -> np.ndarray:
@@ -145,13 +145,13 @@ def choose_in_chunks(
 def _greedi(
     chunks: Sequence[np.ndarray], load: Callable[[np.ndarray], Amounts], coverage: Coverage, n: int
 ) -> np.ndarray:
-    found = []
+    choices = []
     for chunk in chunks:
         alone = coverage.fresh()
-        found.append((chunk[lazy_greedy(load(chunk), alone, n, loss=LOSS)], alone.value))
-    pool = np.sort(np.concatenate([some for some, _ in found]))
+        choices.append((chunk[lazy_greedy(load(chunk), alone, n, loss=LOSS)], alone.value))
+    pool = np.sort(np.concatenate([some for some, _ in choices]))
     together = pool[lazy_greedy(load(pool), coverage, n, loss=LOSS)]
-    best, value = max(found, key=lambda item: item[1])
+    best, value = max(choices, key=lambda item: item[1])
     if value <= coverage.value:
         return together
     return np.concatenate([best, together[~np.isin(together, best)]])[:n]  # a small chunk may have fewer than n

@@ -11,7 +11,7 @@ from mmfilter.core.codes.duplicate_settings import SAME
 from mmfilter.core.files import read_json
 from mmfilter.core.run.score_tables import Column, ScoreTables
 from mmfilter.core.selection.choice import Decision, quotas
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.core.selection.top import Top
 
 

@@ -20,7 +20,6 @@ from mmfilter.core.files import read_json
 from mmfilter.core.progress import Progress
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.selection.coverage import Amounts, Coverage, choose_in_chunks
-from mmfilter.core.sides import SIDES
 from mmfilter.errors import RunError, SelectionError
 
 AT_ONCE = 100_000
@@ -34,11 +33,10 @@ SAME_CODES = ("model_hash", "revision", "layer", "prompt", "text_context", "sae_
 def profiles(codes: Codes, idf: np.ndarray) -> Amounts:
     """The profiles of samples, as amounts."""
     rows, ids, shares = (
-        np.concatenate(parts) for parts in zip(*(_shares(getattr(codes, side), idf) for side in SIDES), strict=True)
+        np.concatenate(parts) for parts in zip(*(_shares(side, idf) for side in codes.sides.values()), strict=True)
     )
-    order = np.argsort(
-        (rows << 32) | ids
-    )  # at most two of a kind, and a + b is b + a: no need for a stable one, which is slower
+    # at most two of a kind, and a + b is b + a: no need for a stable one, which is slower
+    order = np.argsort((rows << 32) | ids)
     rows, ids, shares = rows[order], ids[order], shares[order]
     first = np.flatnonzero(np.r_[len(rows) > 0, (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])])
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows[first], minlength=len(codes)))])
@@ -63,9 +61,9 @@ def target_of(target: ScoreTables, candidates: ScoreTables, idf: np.ndarray) -> 
     mine, theirs = (_settings(tables) for tables in (candidates, target))
     differing = [name for name in SAME_CODES if mine.get(name) != theirs.get(name)]
     if differing:
-        said = ", ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in differing[:2])
+        which = ", ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in differing[:2])
         raise SelectionError(
-            f"--match {str(target.run.path)!r} was scored otherwise ({said}): score it with the settings of "
+            f"--match {str(target.run.path)!r} was scored otherwise ({which}): score it with the settings of "
             f"{str(candidates.run.path)!r}"
         )
     total = np.zeros(len(idf))
@@ -75,8 +73,8 @@ def target_of(target: ScoreTables, candidates: ScoreTables, idf: np.ndarray) -> 
                 f"--match {str(target.run.path)!r} has features that {str(candidates.run.path)!r} lacks: it belongs to "
                 "another SAE"
             )
-        found = profiles(codes, idf)
-        total += np.bincount(found.ids, found.amounts, minlength=len(idf))
+        amounts = profiles(codes, idf)
+        total += np.bincount(amounts.ids, amounts.amounts, minlength=len(idf))
     if not total.sum():
         raise SelectionError(f"--match {str(target.run.path)!r} has no sample with features: there is nothing to match")
     return total / total.sum()
@@ -104,9 +102,8 @@ class Covering:
         """Positions of `n` of the rows of a mask; raises `SelectionError` when none of them has a feature of the
         target."""
         order = self._scores.first_by_key(among, int(among.sum()))
-        order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][
-            ::-1
-        ]  # the best first, ties stay by key
+        # the best first, ties stay by key
+        order = order[::-1][np.argsort(self._values[order[::-1]], kind="stable")][::-1]
         sizes = np.sort(self._values[order])
         ranks = np.searchsorted(sizes, self._values[order], side="right") / len(order)
         self._progress.start("choosing", None)
@@ -158,7 +155,7 @@ class Covering:
             if not parts:
                 return Amounts(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
             lengths, ids, amounts = (np.concatenate(column) for column in zip(*parts, strict=True))
-            found = Amounts(np.concatenate([[0], np.cumsum(lengths)]), ids, amounts)
-            return found.take(np.argsort(by_position))
+            read = Amounts(np.concatenate([[0], np.cumsum(lengths)]), ids, amounts)
+            return read.take(np.argsort(by_position))
 
         return load

@@ -30,6 +30,7 @@ class Top:
 
     def of(self, candidates: int) -> int:
         """Rows to keep: floor(n·fraction + 1/2), or the count."""
-        if self.fraction is None:
+        if self.count is not None:
             return self.count
+        assert self.fraction is not None  # one of both is given
         return int(candidates * self.fraction + Fraction(1, 2))

@@ -10,9 +10,10 @@ import pytest
 
 from mmfilter.core.codes import clusters
 from mmfilter.core.codes import index as index_module
+from mmfilter.core.codes.cluster_file import ClusterFile
 from mmfilter.core.codes.code_tables import CodeTables
 from mmfilter.core.codes.faiss_library import load_faiss, threads
-from mmfilter.core.codes.index import IndexSettings, _Lists, open_index
+from mmfilter.core.codes.index import IndexSettings, open_index
 from mmfilter.core.codes.vector_file import VectorFile
 from mmfilter.core.codes.vectors import GRID, on_grid
 from mmfilter.core.run.directory import RunDirectory
@@ -89,7 +90,7 @@ def test_a_file_of_vectors_is_read_in_any_part_and_order(tmp_path, monkeypatch):
 
 
 def test_parts_hold_so_many_or_one_cluster():
-    lists = _Lists(None, np.cumsum([0, 3, 0, 5, 20, 1, 1, 9]))
+    lists = ClusterFile(None, np.cumsum([0, 3, 0, 5, 20, 1, 1, 9]))
     parts = lists.parts(np.array([0, 1, 2, 3, 4, 5, 6]), 8)
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3], [4, 5], [6]]
     assert [part.tolist() for part in lists.parts(np.array([3, 6]), 8)] == [[3], [6]]
@@ -158,13 +159,13 @@ def test_on_disk_it_finds_what_it_finds_in_memory(run, tmp_path, quiet, small, a
 
 def test_no_more_is_in_memory_than_was_asked_for(run, tmp_path, quiet, small, monkeypatch):
     loaded: list[int] = []
-    load = _Lists.load
+    load = ClusterFile.load
 
     def counted(self, into, some):
-        loaded.append(sum(self._starts[c + 1] - self._starts[c] for c in some.tolist()))
+        loaded.append(sum(self.starts[c + 1] - self.starts[c] for c in some.tolist()))
         load(self, into, some)
 
-    monkeypatch.setattr(_Lists, "load", counted)
+    monkeypatch.setattr(ClusterFile, "load", counted)
     index = opened(run, tmp_path / "index", quiet, 300 * 520)
     assert not index.fits and loaded == []
     _, vectors = next(index.blocks())
@@ -174,8 +175,8 @@ def test_no_more_is_in_memory_than_was_asked_for(run, tmp_path, quiet, small, mo
 
 def test_few_queries_read_their_clusters_and_many_read_all_once(run, tmp_path, quiet, small, monkeypatch):
     read: list[int] = []
-    load = _Lists.load
-    monkeypatch.setattr(_Lists, "load", lambda self, into, some: (read.append(len(some)), load(self, into, some)))
+    load = ClusterFile.load
+    monkeypatch.setattr(ClusterFile, "load", lambda self, into, some: (read.append(len(some)), load(self, into, some)))
     index = opened(run, tmp_path / "index", quiet, 1 << 30)
     _, vectors = next(index.blocks())
     few = index.search(vectors[:2], 5)

@@ -17,7 +17,7 @@ from mmfilter.core.input.ranges import OpenShards, coalesce, read_ranges, stream
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
 from mmfilter.core.run.directory import RunDirectory
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import select
 from tests.conftest import good, write_tar

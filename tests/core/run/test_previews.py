@@ -17,7 +17,7 @@ from mmfilter.core.input.source import InputOptions
 from mmfilter.core.pages.gallery import Shown, Tile, thumbnail, write_page
 from mmfilter.core.pages.place import check_page
 from mmfilter.core.run.directory import RunDirectory
-from mmfilter.core.run.previews import Look, looks, one_line, problems
+from mmfilter.core.run.previews import Preview, one_line, previews, problems
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import TableWriter, score_table
 from mmfilter.core.scores.registry import SCORES
@@ -54,8 +54,8 @@ def test_any_input_shows_its_captions_and_image_files(make, name, tmp_path):
     wanted = pairs(N)
     tables = scored(tmp_path / "run", make(tmp_path / "in" / name, wanted), images=tmp_path / "in" / "images")
     at = [7, 0, 7, 3]
-    assert looks(tables, at) == [Look(wanted[i][2], wanted[i][1]) for i in at]
-    assert looks(tables, np.array([], np.int64)) == []
+    assert previews(tables, at) == [Preview(wanted[i][2], wanted[i][1]) for i in at]
+    assert previews(tables, np.array([], np.int64)) == []
 
 
 def test_one_that_cannot_be_read_leaves_the_others(tmp_path):
@@ -64,9 +64,9 @@ def test_one_that_cannot_be_read_leaves_the_others(tmp_path):
     tables = scored(tmp_path / "run", *shards)
     shards[0].unlink()
     as_tar(shards[1], pairs(N, seed=50)[::-1])
-    found = looks(tables, [0, N + 1, 2 * N, 1])
-    assert found[2] == Look(wanted[2 * N][2], wanted[2 * N][1])
-    assert [look.image is None for look in found] == [True, True, False, True]
+    found = previews(tables, [0, N + 1, 2 * N, 1])
+    assert found[2] == Preview(wanted[2 * N][2], wanted[2 * N][1])
+    assert [preview.image is None for preview in found] == [True, True, False, True]
     assert (
         str(shards[0]) in found[0].problem
         and found[1].problem == f"shard {str(shards[1])!r} does not hold sample '{N + 1:09d}' where it was scored"
@@ -91,8 +91,8 @@ def test_a_thumbnail_is_the_picture_made_small():
 def test_the_page_holds_what_it_is_given_and_escapes_it(tmp_path):
     page = tmp_path / "page.html"
     image = picture(1, size=(64, 48), kind="PNG", mode="RGBA")
-    shown = Shown(Look("<script>alert(1)</script> & more", image), ("key 'a'",))
-    write_page(page, "Title <b>", "about", [Tile("0.95", (shown, Shown(Look(problem="shard <gone>"), ())))])
+    shown = Shown(Preview("<script>alert(1)</script> & more", image), ("key 'a'",))
+    write_page(page, "Title <b>", "about", [Tile("0.95", (shown, Shown(Preview(problem="shard <gone>"), ())))])
     text = page.read_text("utf-8")
     assert (
         "<script>" not in text
@@ -118,4 +118,4 @@ def test_a_page_gets_no_name_of_another_kind(tmp_path):
 def test_a_sample_with_several_images_shows_the_first(tmp_path):
     first, second = picture(1), picture(2, kind="PNG")
     shard = write_tar(tmp_path / "a.tar", [("k.jpg", first), ("k.png", second), ("k.txt", b"two pictures")])
-    assert looks(scored(tmp_path / "run", shard), [0]) == [Look("two pictures", first)]
+    assert previews(scored(tmp_path / "run", shard), [0]) == [Preview("two pictures", first)]

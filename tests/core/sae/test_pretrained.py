@@ -440,7 +440,7 @@ def test_a_whole_module_is_told(tmp_path):
 def test_a_pickle_that_is_no_pytorch_file(options, tmp_path):
     (tmp_path / "sae.pkl").write_bytes(pickle.dumps({"a": Danger(tmp_path / "made")}))
     with pytest.raises(
-        SAEError, match=r"sae.pkl' is a pickle that is no PyTorch file: save its tensors with torch.save or safetensors"
+        SAEError, match=r"sae.pkl' is a pickle but not a PyTorch file: save its tensors with torch.save or safetensors"
     ) as error:
         load_sae(tmp_path / "sae.pkl", options, convert=True)
     assert not (tmp_path / "made").exists() and "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import PurePath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypedDict
 
 import torch
 
@@ -23,6 +23,13 @@ from mmfilter.errors import SAEError
 Orientation = Literal["features_last", "features_first"]
 SAELENS_NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 LINEAR_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+
+
+class Orientations(TypedDict):
+    """How a layout's two matrices lie."""
+
+    encoder: Orientation
+    decoder: Orientation
 
 
 @dataclass
@@ -104,8 +111,8 @@ def refuse(checkpoint: Checkpoint, reason: str) -> NoReturn:
 
 def number_in(pattern: str, text: str) -> int | None:
     """The first group of `pattern` in `text` as a number."""
-    found = re.search(pattern, text)
-    return int(found[1]) if found else None
+    match = re.search(pattern, text)
+    return int(match[1]) if match else None
 
 
 def residual_hook(layer: int | None) -> dict[str, Any]:

@@ -12,67 +12,102 @@ Every fold leaves the reconstructions as they are and is listed in the SAE's met
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, get_args
 
 import torch
 
 from mmfilter.core.cards.sae_options import SAEOptions
-from mmfilter.core.sae.autoencoder import SAE
+from mmfilter.core.sae.autoencoder import SAE, Activation, Normalisation
 from mmfilter.core.sae.checkpoints import Checkpoint
 from mmfilter.core.sae.layouts.base import Layout, Reading, refuse
+
+T = TypeVar("T")
 
 
 def build(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> SAE:
     """The SAE that these files hold; raises `SAEError` where they leave a doubt that no option settles."""
-    reading = _settle(checkpoint, layout, options)
-    parts = _fetch(checkpoint, layout, reading, options)
+    settled = _settled(checkpoint, layout, options)
+    reading = settled.reading
+    parts = _fetched(checkpoint, layout, reading, options)
     _check_widths(checkpoint, parts, reading)
-    folded = _fold(parts, reading)
-    threshold = parts.get("threshold") if reading.activation == "jumprelu" else None
+    folded = _fold_in_place(parts, reading, settled.scale)
+    threshold = parts.get("threshold") if settled.activation == "jumprelu" else None
     tensors = {name: parts.pop(name).contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     for name, tensor in {**tensors, "threshold": threshold}.items():
         if tensor is not None and not tensor.isfinite().all():
             refuse(checkpoint, f"has values that are not finite in {name!r}: the file is damaged, or training failed")
     return SAE(
         **tensors,
-        activation=reading.activation,
+        activation=settled.activation,
         threshold=threshold,
-        k=reading.k if reading.activation == "topk" else None,
-        subtract_b_dec=reading.subtract_b_dec,
-        normalisation=reading.normalisation,
+        k=reading.k if settled.activation == "topk" else None,
+        subtract_b_dec=settled.subtract_b_dec,
+        normalisation=settled.normalisation,
         metadata=_metadata(reading, folded),
     )
 
 
-def _settle(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Reading:
+CANONICAL: Mapping[str, Activation] = {
+    "relu": "relu",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "jumprelu",
+}
+"""What each published activation is once it is folded"""
+NORMALISATIONS: Mapping[str, Normalisation] = {name: name for name in get_args(Normalisation)}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A reading, and of it what has to be known, in the terms of the canonical form."""
+
+    reading: Reading
+    activation: Activation
+    """Once it is folded"""
+    subtract_b_dec: bool
+    normalisation: Normalisation
+    scale: float
+
+
+def _settled(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Settled:
     """What the layout reads, with the user's statements in it; refuses what is still open."""
-    said = {
+    reading = _stated(checkpoint, layout, options)
+    activation = _sure(checkpoint, reading, "activation", reading.activation)
+    subtract_b_dec = _sure(checkpoint, reading, "subtract_b_dec", reading.subtract_b_dec)
+    normalisation = _sure(checkpoint, reading, "normalisation", reading.normalisation)
+    scale = _sure(checkpoint, reading, "scale", reading.scale)
+    if activation == "topk":
+        _sure(checkpoint, reading, "k", reading.k)
+    if activation in ("jumprelu", "batchtopk") and "threshold" not in {**layout.tensors, **reading.tensors}:
+        _sure(checkpoint, reading, "threshold", reading.threshold)
+    for option, value, known in (
+        ("activation", activation, CANONICAL),
+        ("normalisation", normalisation, NORMALISATIONS),
+    ):
+        if value not in known:
+            refuse(checkpoint, f"has the {option} {value!r}; expected one of {', '.join(known)}")
+    return Settled(reading, CANONICAL[activation], subtract_b_dec, NORMALISATIONS[normalisation], scale)
+
+
+def _stated(checkpoint: Checkpoint, layout: Layout, options: SAEOptions) -> Reading:
+    """What the layout reads, with the user's statements in it."""
+    stated: dict[str, Any] = {
         name: value
         for name, value in options.stated().items()
         if name in ("activation", "k", "threshold", "scale", "normalisation", "subtract_b_dec")
     }
     if options.unit_decoder is not None:
-        said["unit_decoder"] = options.unit_decoder
+        stated["unit_decoder"] = options.unit_decoder
     try:
-        reading = replace(layout.read(checkpoint, options), **said)
+        return replace(layout.read(checkpoint, options), **stated)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the publisher's own code writes none of these
         refuse(
             checkpoint,
             f"has a configuration that is not as layout {layout.name} has it ({type(error).__name__}: {error})",
         )
-    for name in ("activation", "subtract_b_dec", "normalisation", "scale"):
-        if getattr(reading, name) is None:
-            _doubt(checkpoint, reading, name)
-    if reading.activation == "topk" and reading.k is None:
-        _doubt(checkpoint, reading, "k")
-    if (
-        reading.activation in ("jumprelu", "batchtopk")
-        and reading.threshold is None
-        and "threshold" not in {**layout.tensors, **reading.tensors}
-    ):
-        _doubt(checkpoint, reading, "threshold")
-    return reading
 
 
 WORDS = {
@@ -82,12 +117,15 @@ WORDS = {
 }
 
 
-def _doubt(checkpoint: Checkpoint, reading: Reading, option: str) -> None:
-    why = reading.doubts.get(option, f"does not say its {option}")
-    refuse(checkpoint, f"{why}; settle it with --sae-option {option}={WORDS.get(option, 'NUMBER')}")
+def _sure(checkpoint: Checkpoint, reading: Reading, option: str, value: T | None) -> T:
+    """The value of an option; refuses the SAE where neither its files nor the user say it."""
+    if value is None:
+        why = reading.doubts.get(option, f"does not say its {option}")
+        refuse(checkpoint, f"{why}; settle it with --sae-option {option}={WORDS.get(option, 'NUMBER')}")
+    return value
 
 
-def _fetch(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SAEOptions) -> dict[str, torch.Tensor]:
+def _fetched(checkpoint: Checkpoint, layout: Layout, reading: Reading, options: SAEOptions) -> dict[str, torch.Tensor]:
     """The tensors in float32 under our names, W_enc as (d_model, features), W_dec as (features, d_model)."""
     names = {**layout.tensors, **reading.tensors}
     if reading.activation == "gated":
@@ -139,10 +177,11 @@ def _features_last(
 
 def _check_widths(checkpoint: Checkpoint, parts: dict[str, torch.Tensor], reading: Reading) -> None:
     d, n = parts["W_enc"].shape
-    for what, told, found in (("d_model", reading.d_model, d), ("features", reading.n_features, n)):
-        if told is not None and told != found:
+    for what, stated, width in (("d_model", reading.d_model, d), ("features", reading.n_features, n)):
+        if stated is not None and stated != width:
             refuse(
-                checkpoint, f"states {told} {what}, its encoder has {found}: the file belongs to another configuration"
+                checkpoint,
+                f"states {stated} {what}, its encoder has {width}: the file belongs to another configuration",
             )
     for name, shape in (("W_dec", (n, d)), ("b_enc", (n,)), ("b_dec", (d,))):
         if tuple(parts[name].shape) != shape:
@@ -151,8 +190,8 @@ def _check_widths(checkpoint: Checkpoint, parts: dict[str, torch.Tensor], readin
             )
 
 
-def _fold(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
-    """Fold in place; says what was folded."""
+def _fold_in_place(parts: dict[str, torch.Tensor], reading: Reading, scale: float) -> list[str]:
+    """Fold what is stated into the tensors; says what was folded."""
     folded = []
     if reading.activation == "gated":
         gain = parts["r_mag"].exp()
@@ -163,20 +202,18 @@ def _fold(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
         _spread_threshold(parts, reading)
         if reading.activation == "batchtopk":
             folded.append(f"batchtopk as its frozen threshold {float(parts['threshold'][0]):.6g}")
-    if reading.activation in ("gated", "batchtopk"):
-        reading.activation = "jumprelu"
     if reading.decoder_gain is not None:
         parts["W_dec"] = parts["W_dec"] * reading.decoder_gain.float()[:, None]
         folded.append("factor on the activations before decoding")
     if reading.bias_factor != 1:
         parts["b_enc"], parts["b_dec"] = parts["b_enc"] * reading.bias_factor, parts["b_dec"] * reading.bias_factor
         folded.append(f"activation scale {1 / reading.bias_factor:.6g} into the biases")
-    if reading.scale != 1:
-        parts["W_enc"] = parts["W_enc"] * reading.scale
-        parts["W_dec"], parts["b_dec"] = parts["W_dec"] / reading.scale, parts["b_dec"] / reading.scale
+    if scale != 1:
+        parts["W_enc"] = parts["W_enc"] * scale
+        parts["W_dec"], parts["b_dec"] = parts["W_dec"] / scale, parts["b_dec"] / scale
         if reading.threshold_on_unit_decoder and "threshold" in parts:
-            parts["threshold"] = parts["threshold"] / reading.scale
-        folded.append(f"activation scale {reading.scale:.6g}")
+            parts["threshold"] = parts["threshold"] / scale
+        folded.append(f"activation scale {scale:.6g}")
     folded += _fold_norms(parts, reading)
     return folded
 
@@ -203,14 +240,14 @@ def _fold_norms(parts: dict[str, torch.Tensor], reading: Reading) -> list[str]:
 
 
 def _metadata(reading: Reading, folded: list[str]) -> dict[str, Any]:
-    said = {
+    stated = {
         name: value
         for name, value in reading.metadata.items()
         if isinstance(value, (str, int, float, bool, list, dict))
     }
-    layer = said.get("layer", _layer_of(said.get("hook_name")))
+    layer = stated.get("layer", _layer_of(stated.get("hook_name")))
     extra = {"layer": layer, "folded": folded, "notes": reading.notes}
-    return said | {name: value for name, value in extra.items() if value not in (None, [])}
+    return stated | {name: value for name, value in extra.items() if value not in (None, [])}
 
 
 def _layer_of(hook: Any) -> int | None:

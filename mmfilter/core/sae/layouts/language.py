@@ -12,6 +12,7 @@ from mmfilter.core.sae.layouts.base import (
     LINEAR_NAMES,
     SAELENS_NAMES,
     Layout,
+    Orientations,
     Reading,
     number_in,
     refuse,
@@ -20,7 +21,7 @@ from mmfilter.core.sae.layouts.base import (
 )
 
 TORCH = ("*.pt", "*.pth")
-LINEAR = {"encoder": "features_first", "decoder": "features_last"}
+LINEAR: Orientations = {"encoder": "features_first", "decoder": "features_last"}
 """nn.Linear keeps (outputs, inputs)"""
 
 
@@ -296,7 +297,7 @@ def _scope_norm(checkpoint: Checkpoint, reading: Reading, norm: str, hook: str |
     elif norm == "dataset-wise":
         names = [f"dataset_average_activation_norm.{place}" for place in (hook, "in")]
         average = next((float(checkpoint.tensors[name]) for name in names if name in checkpoint.tensors), None)
-        reading.scale = math.sqrt(reading.d_model) / average if average else None
+        reading.scale = math.sqrt(checkpoint.config["d_model"]) / average if average else None
         reading.doubts = {
             **reading.doubts,
             "scale": "normalises 'dataset-wise' and its weights do not hold the mean norm of the training activations",

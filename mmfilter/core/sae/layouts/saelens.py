@@ -136,8 +136,8 @@ def _normalised(checkpoint: Checkpoint, reading: Reading, stated_as: Any) -> Rea
             "reconstructions may be shifted"
         )
     reading.doubts = {
-        "scale": "states normalize_activations 'expected_average_only_in', a factor √d_model / mean norm of the training "
-        "activations that must be in the weights, and nothing says whether it is (scale=1 when it is)"
+        "scale": "states normalize_activations 'expected_average_only_in', a factor √d_model / mean norm of the "
+        "training activations that must be in the weights, and nothing says whether it is (scale=1 when it is)"
     }
     return reading
 

@@ -14,7 +14,7 @@ import pytest
 
 from mmfilter.core.files import read_json, write_json
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.select import select
 from tests.conftest import picture
 from tests.runs import add_table, make_run

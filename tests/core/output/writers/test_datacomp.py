@@ -18,7 +18,7 @@ from mmfilter.core.output.writers.datacomp import subset
 from mmfilter.core.output.writers.kept import Kept
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import select
 from tests.conftest import good, write_tar

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mmfilter.core.output.repack import new_folder
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import SelectionError
 from mmfilter.ops.select import select
 from tests.conftest import picture, write_tar

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.select import select
 from tests.conftest import caption, picture, write_tar
 from tests.runs import make_run

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.errors import ShardError
 from mmfilter.ops.select import select
 from tests.core.output.writers.conftest import HARD

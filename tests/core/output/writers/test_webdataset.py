@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from mmfilter.core.selection.settings import SelectSettings
+from mmfilter.core.selection.select_settings import SelectSettings
 from mmfilter.ops.select import select
 from tests.conftest import picture, write_tar
 from tests.runs import make_run
