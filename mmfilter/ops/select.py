@@ -20,7 +20,7 @@ from mmfilter.core.codes.duplicate_settings import DuplicateSettings
 from mmfilter.core.codes.rule import Deduplicator
 from mmfilter.core.files import write_json
 from mmfilter.core.input.remote import is_url
-from mmfilter.core.output.destination import check_output, explained, stream
+from mmfilter.core.output.destination import check_output, output_errors, stream
 from mmfilter.core.output.repack import new_folder, write_tar
 from mmfilter.core.output.source_check import check_sources
 from mmfilter.core.output.tar_writer import write_all
@@ -225,7 +225,7 @@ def _order(n: int, seed: int | None) -> np.ndarray:
 def _write_folder(choice: Chosen, kept: Kept) -> Selection:
     selection, settings, decision = choice.selection, choice.selection.settings, choice.decision
     place = Path(str(settings.output))
-    with explained(place), new_folder(place) as folder:
+    with output_errors(place), new_folder(place) as folder:
         written = FOLDER_WRITERS[settings.form](folder, kept)
         output = None
         if written.number is not None:

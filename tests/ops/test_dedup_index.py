@@ -187,7 +187,8 @@ def test_a_run_that_cannot_be_written_is_searched_and_nothing_is_kept(tmp_path, 
         run_dedup(run, quiet, 0.9)
     assert (
         str(caught.value)
-        == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter select --dedup"
+        == f"run {str(run)!r} cannot be written, and its decisions belong there; copy it, or use mmfilter "
+        f"select --dedup"
     )
     kept = [sample.key for sample in samples if greedy(samples, "both", 0.9).get((sample.shard, sample.row), 0) is None]
     assert sorted(keys_of(run, tmp_path, top="100%", dedup=0.9)) == kept
@@ -218,7 +219,8 @@ def test_a_run_without_codes_is_one_line(tmp_path, quiet):
         run_dedup(run, quiet)
     assert (
         str(caught.value)
-        == f"run {str(run)!r} has no codes of shard '/data/s1.tar': delete scores/s1.parquet in it and run mmfilter score again"
+        == f"run {str(run)!r} has no codes of shard '/data/s1.tar': delete scores/s1.parquet in it and run "
+        f"mmfilter score again"
     )
 
 
@@ -312,7 +314,10 @@ def test_no_gpu_is_one_line(tmp_path, quiet):
 
     run = write_run(tmp_path / "run", clustered(30))
     if not hasattr(faiss, "StandardGpuResources"):
-        said = f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install 'mmfilter[gpu]'"
+        said = (
+            f"--gpu: this FAISS ({faiss.__version__}) is for CPUs: pip uninstall faiss-cpu, then pip install "
+            f"'mmfilter[gpu]'"
+        )
     elif not faiss.get_num_gpus():
         said = f"--gpu: FAISS ({faiss.__version__}) cannot use a GPU here (it sees none); go without --gpu"
     else:

@@ -101,6 +101,7 @@ def test_what_is_not_there_is_named(run, samples, quiet, tmp_path):
         error(key="00003", shard="s9.tar")
         == f"there is no sample with key '00003' in a shard that ends with 's9.tar' of run {str(run)!r}"
     )
+    assert error(text="x") == "an image or words need a model that turns them into codes, and none was given"
     assert error(feature=600) == "--feature 600 is not a feature of this run's SAE, which has features 0 to 599"
     bad = next(sample.key for sample in samples if sample.score is None)
     assert error(key=bad) == f"the sample with key '{bad}' has no codes: it could not be scored"

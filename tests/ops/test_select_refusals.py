@@ -24,7 +24,8 @@ from tests.runs import add_table, error_of, keys_of, make_run, make_shard
         ({}, "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3"),
         (
             {"where": "ok"},
-            "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3; to keep all that pass --where add --top 100%",
+            "nothing says what to keep: give --top 20%, --top 5000 or --min 0.3; to keep all that pass "
+            "--where add --top 100%",
         ),
         ({"top": "0.2"}, "--top '0.2' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
         ({"top": "101%"}, "--top '101%' is neither a percentage up to 100% nor a count from 1; write 20% or 5000"),
@@ -68,7 +69,8 @@ def test_a_folder_cannot_go_to_stdout(run, form):
 
 
 RANKS = (
-    "to rank by it has row, offset, nbytes, width, height, caption_chars, n_image_tokens, n_text_tokens, saev, cooccurrence, "
+    "to rank by it has row, offset, nbytes, width, height, caption_chars, n_image_tokens, n_text_tokens, "
+    "saev, cooccurrence, "
     "l0, l0_image, l0_text, l1, l1_image, l1_text, similarity, support, raw, random"
 )
 
@@ -93,7 +95,8 @@ def test_a_column_that_cannot_rank(run):
         ("width >", 'is not possible: syntax error at or near ")"'),
         (
             "beauty > 1",
-            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason, uid, image_hash,",
+            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, "
+            "nbytes, ok, reason, uid, image_hash,",
         ),
         ("scores.beauty > 1", "names a column 'beauty' that the score table does not have; it has key, shard, row"),
         ("avg(width) > 1", "is not possible: Binder Error: WHERE clause cannot contain aggregates!"),

@@ -168,7 +168,8 @@ def test_a_count_larger_than_what_is_there(repeated, tmp_path):
     )
     where = "similarity > 0.55"
     assert refused(repeated, top="5", where=where) == (
-        f"--top 5 is more than there is: 4 samples have a score 'similarity' and pass --where {where!r}; give a smaller number, or --top 100%"
+        f"--top 5 is more than there is: 4 samples have a score 'similarity' and pass --where {where!r}; "
+        f"give a smaller number, or --top 100%"
     )
     assert (
         refused(repeated, top="1", where="similarity > 2")

@@ -1,4 +1,4 @@
-"""Selecting other than the best: coverage, matching, groups, formulas, repetitions, dry runs; each against a plain loop."""
+"""Selecting other than the best: coverage, matching, groups, formulas, repetitions, dry runs; against plain loops."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def test_a_target_that_was_scored_otherwise(tmp_path):
     run, target = (write_run(tmp_path / name, with_own_keys(clustered(30, seed=7))) for name in ("run", "good"))
     write_json(target / "manifest.json", read_json(target / "manifest.json") | {"settings": {"layer": 3}})
     assert refused(run, top="5", match=target) == (
-        f"--match {str(target)!r} was scored otherwise (layer is 3 there and None here): score it with the settings of {str(run)!r}"
+        f"--match {str(target)!r} was scored otherwise (layer is 3 there and None here): score it with "
+        f"the settings of {str(run)!r}"
     )
     empty = write_run(tmp_path / "empty", [Sample("a", "/data/s0.tar", 0, {}, {}, 0.5)])
     assert (
@@ -133,12 +134,24 @@ def test_a_target_that_was_scored_otherwise(tmp_path):
 def test_a_target_with_nothing_in_common_is_refused(tmp_path):
     samples = with_own_keys(clustered(30, seed=7))
     halves = [
-        [dataclasses.replace(sample, **{name: {j: value for j, value in getattr(sample, name).items() if j % 2 == odd} for name in ("image", "text")}) for sample in samples]
+        [
+            dataclasses.replace(
+                sample,
+                **{
+                    name: {j: value for j, value in getattr(sample, name).items() if j % 2 == odd}
+                    for name in ("image", "text")
+                },
+            )
+            for sample in samples
+        ]
         for odd in (0, 1)
-    ]  # fmt: skip
+    ]
     run, target = (write_run(tmp_path / f"half{odd}", half) for odd, half in enumerate(halves))
     blank = write_run(tmp_path / "blank", [dataclasses.replace(sample, image={}, text={}) for sample in samples])
-    said = "no candidate has a feature that {} asks for, so none is better than another; leave it out for the best by score"
+    said = (
+        "no candidate has a feature that {} asks for, so none is better than another; leave it out for the "
+        "best by score"
+    )
     assert refused(run, top="5", match=target) == said.format(f"--match {str(target)!r}")
     assert refused(blank, top="5", diverse=True) == said.format("--diverse")
     assert len(kept_keys(blank, top="100%", diverse=True)) == sum(sample.score is not None for sample in samples), (
@@ -233,7 +246,8 @@ def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
         ("similarity +", 'is not possible: syntax error at or near ")"'),
         (
             "beauty + 1",
-            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, nbytes, ok, reason",
+            "names a column 'beauty' that the score table does not have; it has key, shard, row, offset, "
+            "nbytes, ok, reason",
         ),
         ("avg(similarity) + 1", "is not possible: Binder Error: a formula over one row cannot contain aggregates!"),
         ("rank(similarity) + rank() OVER ()", "is not possible: Binder Error:"),

@@ -17,7 +17,7 @@ import webdataset
 from mmfilter.core.input.ranges import OpenShards
 from mmfilter.core.input.shards import open_source
 from mmfilter.core.input.sources.webdataset_tar import WebdatasetTar
-from mmfilter.core.output.repack import _shard_starts
+from mmfilter.core.output.repack import shard_starts
 from mmfilter.core.output.tar_writer import ShardWriter, read_and_write, sendfile
 from mmfilter.core.run.decisions import Decisions, write_decisions
 from mmfilter.core.run.directory import RunDirectory
@@ -162,7 +162,8 @@ def test_keys_are_unique_in_an_output_shard(twins, tmp_path):
 def test_a_stream_with_one_key_twice_in_a_row_warns(twins, tmp_path):
     selection = select(twins, SelectSettings(min=0.5, format="tar", output=tmp_path / "best.tar"))
     assert selection.warnings == (
-        "input shards share keys: in 1 places two neighbours have one key, and readers merge them or stop; select into shards instead, which keeps them apart",
+        "input shards share keys: in 1 places two neighbours have one key, and readers merge them or "
+        "stop; select into shards instead, which keeps them apart",
     )
 
 
@@ -177,7 +178,7 @@ def test_shards_end_at_their_size_or_before_a_key_they_have():
                 expected.append([])
             expected[-1].append(key)
         zeros = np.zeros(len(keys), int)
-        starts, n_early = _shard_starts(
+        starts, n_early = shard_starts(
             Members([], zeros, zeros, zeros, np.array(keys, np.uint64)).previous_with_key(), size
         )
         assert [keys[a:b] for a, b in zip(starts, [*starts, len(keys)][1:], strict=True)] == expected

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
-from mmfilter.core.input.remote_errors import explained, is_transient, knows_no_ranges, status_of
+from mmfilter.core.input.remote_errors import is_transient, knows_no_ranges, status_of, url_error
 from mmfilter.errors import MissingExtra, ShardError
 
 _Item = TypeVar("_Item")
@@ -73,7 +73,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
             raise ShardError(
                 url, f"has a protocol that fsspec does not know, {protocol!r}; it knows s3, gs, https, hf and others"
             ) from error
-        raise explained(url, error) from error
+        raise url_error(url, error) from error
 
 
 def _web_options(protocol: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def ask(url: str, call: Callable[..., _Result], *args: Any, **settings: Any) -> 
             raise
         except Exception as error:  # remote file systems raise what they like
             if pause is None or not is_web(url) or not is_transient(error):
-                raise explained(url, error) from error
+                raise url_error(url, error) from error
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 

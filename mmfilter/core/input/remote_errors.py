@@ -27,7 +27,7 @@ _BROKEN = {"ClientConnectionError", "ClientPayloadError", "TimeoutError", "Conne
 _LONGEST = 200
 
 
-def explained(url: str, error: BaseException) -> ShardError:
+def url_error(url: str, error: BaseException) -> ShardError:
     """Why a URL cannot be read."""
     names = _names(error)
     status = status_of(error)

@@ -18,7 +18,7 @@ from mmfilter.errors import SelectionError
 def check_output(output: Path, run: Path, sources: Iterable[Source], *, folder: bool) -> None:
     """Raise `SelectionError` for an output that is in the way, in the run directory, among the input's shards, or where
     nothing can be written."""
-    with explained(output):
+    with output_errors(output):
         _check(output, run, sources, folder=folder)
 
 
@@ -50,17 +50,17 @@ def _check(output: Path, run: Path, sources: Iterable[Source], *, folder: bool) 
 def stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
     """The file descriptor to write to. A reader of stdout that goes away ends the block, quietly."""
     if output is not None:
-        with explained(output), atomic(Path(output)) as temporary, open(temporary, "wb") as file:
+        with output_errors(output), atomic(Path(output)) as temporary, open(temporary, "wb") as file:
             yield file.fileno()
         return
     file = sys.stdout.buffer if stdout is None else stdout
-    with explained("stdout"), suppress(BrokenPipeError):
+    with output_errors("stdout"), suppress(BrokenPipeError):
         file.flush()
         yield file.fileno()
 
 
 @contextmanager
-def explained(output: Path | str) -> Iterator[None]:
+def output_errors(output: Path | str) -> Iterator[None]:
     """What the system says against writing, as a `SelectionError`."""
     try:
         yield

@@ -53,7 +53,7 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
     A shard ends after `shard_size` samples, or before a key that it has already: keys are unique in a
     shard, as readers expect, also where the input's shards share keys.
     """
-    starts, n_early = _shard_starts(members.previous_with_key(), shard_size)
+    starts, n_early = shard_starts(members.previous_with_key(), shard_size)
     sizes: dict[str, int] = {}
     nbytes = 0
     with OpenShards() as sources:
@@ -94,7 +94,7 @@ def _write_copies(writer: ShardWriter, sources: OpenShards, parts: Iterator[tupl
             writer.write_as(content, f"-{copy + 1}")
 
 
-def _shard_starts(previous_with_key: np.ndarray, shard_size: int) -> tuple[list[int], int]:
+def shard_starts(previous_with_key: np.ndarray, shard_size: int) -> tuple[list[int], int]:
     """Position of the first sample of each shard, and how many shards ended early."""
     n = len(previous_with_key)
     starts = [0] if n else []

@@ -63,7 +63,7 @@ class ModelPass:
         """
         if self._captions_alone:
             batch = replace(batch, inputs=ModelInputs(*batch.inputs.text_only))
-        with memory_explained(len(batch.pairs)):
+        with memory_errors(len(batch.pairs)):
             return take(batch, self.backbone.activations(batch.inputs))
 
     def over(
@@ -84,7 +84,7 @@ class ModelPass:
 
 
 @contextmanager
-def memory_explained(n_pairs: int) -> Iterator[None]:
+def memory_errors(n_pairs: int) -> Iterator[None]:
     """Turn the device's running out of memory on a batch of `n_pairs` into a `ModelError` that names the way out."""
     try:
         yield

@@ -32,7 +32,7 @@ from mmfilter.core.model.backbone import Backbone, ModelInputs
 from mmfilter.core.model.loading import model_hash
 from mmfilter.core.pipeline.engine import load
 from mmfilter.core.pipeline.feed import Feed
-from mmfilter.core.pipeline.model_pass import memory_explained
+from mmfilter.core.pipeline.model_pass import memory_errors
 from mmfilter.core.pipeline.pass_settings import EncodeSettings
 from mmfilter.core.pipeline.scorer import strongest
 from mmfilter.core.run.directory import RunDirectory
@@ -144,7 +144,7 @@ def _prepared(backbone: Backbone, raw: RawSample) -> ModelInputs:
 
 @torch.inference_mode()
 def _codes(inputs: ModelInputs, backbone: Backbone, sae: SAE, wanted: list[str]) -> Codes:
-    with memory_explained(1):
+    with memory_errors(1):
         activations = backbone.activations(inputs)
         if not torch.isfinite(activations.states).all():
             raise ModelError("the model's states of the query are not finite; try --dtype float32")

@@ -36,7 +36,7 @@ class ShardTables:
 
     def write(self, rows: list[dict[str, Any]], codes: list[dict[str, Any]]) -> None:
         """Append rows of both tables, in the order of the shard; raises `RunError` when the disk is full."""
-        with self._explained():
+        with self._writing_errors():
             self._scores.write(rows)
             self._codes.write(codes)
         self.rows += len(rows)
@@ -56,12 +56,12 @@ class ShardTables:
             "ok": self.ok,
             "reasons": dict(self.reasons),
         }
-        with self._explained():
+        with self._writing_errors():
             self._codes.finish({"kind": "codes"} | about)
             self._scores.finish({"kind": "scores"} | about)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _writing_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

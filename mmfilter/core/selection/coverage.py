@@ -133,7 +133,7 @@ def choose_in_chunks(
         return chunks[0][lazy_greedy(load(chunks[0]), coverage, n)]
     if n * len(chunks) <= at_once:
         return _greedi(chunks, load, coverage, n)
-    shares = _shares([len(chunk) for chunk in chunks], n)
+    shares = proportional_shares([len(chunk) for chunk in chunks], n)
     return np.concatenate(
         [
             chunk[lazy_greedy(load(chunk), coverage, share, loss=LOSS)]
@@ -157,7 +157,7 @@ def _greedi(
     return np.concatenate([best, together[~np.isin(together, best)]])[:n]  # a small chunk may have fewer than n
 
 
-def _shares(sizes: Sequence[int], n: int) -> list[int]:
+def proportional_shares(sizes: Sequence[int], n: int) -> list[int]:
     """`n` split in proportion to sizes, by largest remainders."""
     total = max(1, sum(sizes))
     shares = [size * n // total for size in sizes]

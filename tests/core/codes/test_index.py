@@ -1,4 +1,4 @@
-"""The index in memory and on disk: the same answers, those of brute force, whatever the order and the number of threads."""
+"""The index in memory and on disk: the same answers, those of brute force, whatever the order and the threads."""
 
 from __future__ import annotations
 
@@ -261,7 +261,8 @@ class Broken:
 
     def search(self, vectors, k):
         raise RuntimeError(
-            "Error in virtual void* x() at y.cpp:67: Error: 'err == cudaSuccess' failed: StandardGpuResources: alloc fail"
+            "Error in virtual void* x() at y.cpp:67: Error: 'err == cudaSuccess' failed: "
+            "StandardGpuResources: alloc fail"
         )
 
 

@@ -99,7 +99,10 @@ def test_a_model_without_card_uses_its_chat_template(tiny, tmp_path):
 
     processor = AutoProcessor.from_pretrained(card.model, local_files_only=True)
     assert load_backbone(card.model, card.layer).prompt == "<image>\n{caption}"
-    template = "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}!{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>{% "
+        "else %}{{ c.text }}{% endif %}{% endfor %}!{% endfor %}"
+    )
     processor.chat_template = template
     model = AutoModelForImageTextToText.from_pretrained(card.model, local_files_only=True)
     assert LanguageBackbone(model, processor, 1).prompt == "user:<image>{caption}!"

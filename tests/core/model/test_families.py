@@ -168,7 +168,8 @@ class Unchanged(torch.nn.Module):
 
 
 def without_mixing(specimen: Specimen) -> Specimen:
-    """Take out of the vision tower what carries a place's content to another: attention; norms and wide kernels of VQ encoders."""
+    """Take out of the vision tower what carries a place's content to another: attention; in VQ encoders norms and wide
+    kernels."""
     with torch.no_grad():
         for name, weight in specimen.model.named_parameters():
             if "vqmodel.encoder" in name and weight.dim() >= 4 and weight.shape[-1] == 3:

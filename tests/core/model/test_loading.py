@@ -108,7 +108,8 @@ def test_a_half_downloaded_folder(folder, tmp_path, missing, said):
     (tmp_path / "half" / missing).unlink()
     with pytest.raises(
         ModelError,
-        match=rf"cannot be loaded \(.*{said}.*\); it must hold config.json, \*.safetensors, tokenizer and processor files",
+        match=rf"cannot be loaded \(.*{said}.*\); it must hold config.json, \*.safetensors, tokenizer and "
+        rf"processor files",
     ):
         load_backbone(str(tmp_path / "half"), 1)
 
@@ -137,7 +138,10 @@ def test_foreign_code_runs_on_request_only(folder, tmp_path):
         "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"},
     }
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
-    code = "from transformers import LlavaConfig, LlavaForConditionalGeneration\n\n\nclass Config(LlavaConfig):\n    model_type = 'theirs'\n\n\n"
+    code = (
+        "from transformers import LlavaConfig, LlavaForConditionalGeneration\n\n\nclass "
+        "Config(LlavaConfig):\n    model_type = 'theirs'\n\n\n"
+    )
     code += "class Model(LlavaForConditionalGeneration):\n    config_class = Config\n"
     (tmp_path / "foreign" / "theirs.py").write_text(code)
     weights = {name: tensor.contiguous() for name, tensor in build("llava").model.state_dict().items()}

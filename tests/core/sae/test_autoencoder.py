@@ -1,4 +1,4 @@
-"""SAE: every activation against the formula in float64, sparse against dense, saved against loaded here and by SAELens."""
+"""SAE: every activation against the formula in float64, sparse against dense, saved against loaded, SAELens' too."""
 
 from __future__ import annotations
 

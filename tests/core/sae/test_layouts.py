@@ -1,4 +1,4 @@
-"""Every layout: small files written the publisher's way, opened here, held against the publisher's own code or its formula."""
+"""Every layout: small files written the publisher's way, opened here, against the publisher's code or its formula."""
 
 from __future__ import annotations
 

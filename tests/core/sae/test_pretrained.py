@@ -111,13 +111,15 @@ def test_the_hub_cache_without_a_network(hub):
 def test_what_the_cache_lacks_says_how_to_get_it(hub):
     with pytest.raises(
         SAEError,
-        match=r"^SAE 'hf:a/b/c' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch hf:a/b/c where",
+        match=r"^SAE 'hf:a/b/c' is not in the hub's cache and cannot be downloaded now: mmfilter sae fetch "
+        r"hf:a/b/c where",
     ):
         load_sae("hf:a/b/c")
     hub("me/sae")
     with pytest.raises(
         SAEError,
-        match=r"^SAE 'hf:me/sae/c' is not in the hub's cache, which has other parts of me/sae: mmfilter sae fetch hf:me/sae/c$",
+        match=r"^SAE 'hf:me/sae/c' is not in the hub's cache, which has other parts of me/sae: mmfilter sae "
+        r"fetch hf:me/sae/c$",
     ):
         load_sae("hf:me/sae/c")
 
@@ -152,7 +154,8 @@ def test_which_of_several(tmp_path):
         make(activation="topk", k=layer).save(tmp_path / f"blocks.{layer}.hook_resid_post")
     with pytest.raises(
         SAEError,
-        match=r"is no SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, blocks.12.*--sae-option layer=N",
+        match=r"is no SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, "
+        r"blocks.12.*--sae-option layer=N",
     ):
         load_sae(tmp_path)
     assert load_sae(tmp_path, SAEOptions(layer=12)).k == 12
@@ -194,8 +197,16 @@ def test_saelens_opens_what_its_registry_knows(hub):
     }
     (folder / "checkpoints").mkdir(parents=True)
     save_file(weights, folder / "checkpoints" / "final.safetensors")
-    config = {"d_model": D, "d_sae": N, "act_fn": "jumprelu", "jump_relu_threshold": 0.3, "norm_activation": "dataset-wise", "hook_point_in": "blocks.15.hook_resid_post",
-              "dataset_average_activation_norm": {"in": D**0.5 / scale, "out": D**0.5 / scale}, "apply_decoder_bias_to_pre_encoder": False}  # fmt: skip
+    config = {
+        "d_model": D,
+        "d_sae": N,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.3,
+        "norm_activation": "dataset-wise",
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "dataset_average_activation_norm": {"in": D**0.5 / scale, "out": D**0.5 / scale},
+        "apply_decoder_bias_to_pre_encoder": False,
+    }
     (folder / "hyperparams.json").write_text(json.dumps(config))
     theirs, ours = (
         load_sae("saelens:llama_scope_lxr_8x/l15r_8x"),
@@ -363,8 +374,18 @@ class VisionModelSAERunnerConfig:
     """Like ViT-Prisma's, whose legacy files hold the object."""
 
     def __init__(self) -> None:
-        self.__dict__.update(architecture="standard", activation_fn_str="relu", activation_fn_kwargs={}, normalize_activations="none", d_in=D, expansion_factor=N // D,
-                             hook_point_layer=9, layer_subtype="hook_resid_post", model_name="clip", is_transcoder=False)  # fmt: skip
+        self.__dict__.update(
+            architecture="standard",
+            activation_fn_str="relu",
+            activation_fn_kwargs={},
+            normalize_activations="none",
+            d_in=D,
+            expansion_factor=N // D,
+            hook_point_layer=9,
+            layer_subtype="hook_resid_post",
+            model_name="clip",
+            is_transcoder=False,
+        )
 
 
 def legacy(path: Path, *, danger: Path | None = None) -> Path:
@@ -385,10 +406,14 @@ def test_a_pickle_with_more_than_tensors_is_refused_with_the_way_to_convert_it(t
     path = legacy(tmp_path / "sae.pt")
     with pytest.raises(SAEError) as error:
         load_sae(path)
-    said = f"SAE file '{path}' is a pickle that holds more than tensors (unsupported global: tests.core.sae.test_pretrained.VisionModelSAERunnerConfig)"
+    said = (
+        f"SAE file '{path}' is a pickle that holds more than tensors (unsupported global: "
+        f"tests.core.sae.test_pretrained.VisionModelSAERunnerConfig)"
+    )
     assert (
         str(error.value)
-        == f"{said} and could run code: mmfilter sae convert {path} DST --sae-option allow_pickle=true makes a safe folder of it"
+        == f"{said} and could run code: mmfilter sae convert {path} DST --sae-option allow_pickle=true "
+        f"makes a safe folder of it"
     )
 
 
@@ -405,7 +430,8 @@ def test_a_pickle_opens_for_conversion_and_even_then_runs_nothing(tmp_path):
 def test_a_pickle_is_for_conversion_only(tmp_path):
     with pytest.raises(
         SAEError,
-        match=r"^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option allow_pickle=true, then use DST$",
+        match=r"^SAE option allow_pickle is for conversion only: mmfilter sae convert SRC DST --sae-option "
+        r"allow_pickle=true, then use DST$",
     ):
         load_sae(legacy(tmp_path / "sae.pt"), SAEOptions(allow_pickle=True))
 

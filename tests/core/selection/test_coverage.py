@@ -8,7 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from mmfilter.core.selection.coverage import LOSS, SMOOTHING, Amounts, Coverage, _shares, choose_in_chunks, lazy_greedy
+from mmfilter.core.selection.coverage import (
+    LOSS,
+    SMOOTHING,
+    Amounts,
+    Coverage,
+    choose_in_chunks,
+    lazy_greedy,
+    proportional_shares,
+)
 
 GOOD = 1 - 1 / math.e
 
@@ -93,7 +101,7 @@ def test_chunks_are_within_their_bounds(seed):
     together = choose_in_chunks(chunks, samples.take, Coverage(target, k), k, at_once=100)
     assert len(set(together.tolist())) == k
     assert value(dense, target, k, together) >= (1 - math.exp(LOSS - 1)) / min(m, k) * best - 1e-9
-    shares = _shares([len(chunk) for chunk in chunks], k)
+    shares = proportional_shares([len(chunk) for chunk in chunks], k)
     in_turn = choose_in_chunks(chunks, samples.take, Coverage(target, k), k, at_once=1)
     assert [int(np.isin(in_turn, chunk).sum()) for chunk in chunks] == shares
     sets = itertools.product(
@@ -115,10 +123,14 @@ def test_chunks_whose_samples_are_all_wanted():
 def test_what_f_asks_for_is_the_target():
     """Of all ways to spread a total over features the target has the largest f (Jensen)."""
     rng = np.random.default_rng(1)
+
+    def value_of(mass: np.ndarray, target: np.ndarray) -> float:
+        return float((target * np.log(1 + mass / (SMOOTHING * 50 * target))).sum())
+
     for total in (0.1, 5.0, 1000.0):
         target = rng.dirichlet(np.ones(8))
-        of = lambda mass, target=target: float((target * np.log(1 + mass / (SMOOTHING * 50 * target))).sum())  # noqa: E731
-        assert all(of(total * target) >= of(total * rng.dirichlet(np.ones(8))) for _ in range(500))
+        best = value_of(total * target, target)
+        assert all(best >= value_of(total * rng.dirichlet(np.ones(8)), target) for _ in range(500))
 
 
 def test_shares_add_up_and_are_in_proportion():
@@ -126,7 +138,7 @@ def test_shares_add_up_and_are_in_proportion():
     for _ in range(300):
         sizes = rng.integers(1, 50, rng.integers(1, 8)).tolist()
         n = int(rng.integers(0, sum(sizes) + 1))
-        shares = _shares(sizes, n)
+        shares = proportional_shares(sizes, n)
         assert sum(shares) == n
         assert all(
             abs(share - n * size / sum(sizes)) < 1 and share <= size for share, size in zip(shares, sizes, strict=True)

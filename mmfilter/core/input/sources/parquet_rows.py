@@ -91,7 +91,7 @@ class ParquetRows(RowSource):
         if self._file is not None:
             return
         file = self._open.enter_context(open_file(self.path))
-        with self._explained():
+        with self._reading_errors():
             self._file = pq.ParquetFile(file)
             schema = self._file.schema_arrow
             self._image = self._image_column(schema)
@@ -148,7 +148,7 @@ class ParquetRows(RowSource):
         """Batches of rows from the beginning of a row group on, each with the number of its first row."""
         groups = list(range(group, self._file.num_row_groups))
         start = self._starts[group] if groups else 0
-        with self._explained():
+        with self._reading_errors():
             for batch in self._file.iter_batches(
                 _BATCH, row_groups=groups, columns=[self._image, *self._others], use_threads=False
             ):
@@ -156,7 +156,7 @@ class ParquetRows(RowSource):
                 start += batch.num_rows
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _reading_errors(self) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, OSError) as error:

@@ -55,7 +55,7 @@ def _sparsify_square(folder: Path) -> Published:
 
 
 def dictionary_learning() -> Any:
-    """The package without its front page, which imports what asks for a torchvision that fits; its classes need none of it."""
+    """The package without its front page, which imports what asks for a torchvision that fits."""
     found = importlib.util.find_spec("dictionary_learning")
     if found is None:
         pytest.skip("dictionary_learning is not installed")
@@ -103,8 +103,11 @@ def dictionary(
 def topk_classes(package: Any) -> Any:
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
-    return {"AutoEncoderTopK": top_k.AutoEncoderTopK, "BatchTopKSAE": batch_top_k.BatchTopKSAE,
-            "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKSAE}  # fmt: skip
+    return {
+        "AutoEncoderTopK": top_k.AutoEncoderTopK,
+        "BatchTopKSAE": batch_top_k.BatchTopKSAE,
+        "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKSAE,
+    }
 
 
 for _layout, _cls in (

@@ -48,8 +48,19 @@ def gemma_scope_2(folder: Path) -> Published:
     w["threshold"] = w["threshold"].abs()
     path = folder / "resid_post" / "layer_17_width_16k_l0_medium"
     tensors(path / "params.safetensors", {name.replace("W_", "w_"): value for name, value in w.items()})
-    dump(path / "config.json", {"hf_hook_point_in": "model.layers.17.output", "hf_hook_point_out": "model.layers.17.output", "width": N, "model_name": "gemma-3-4b-it",
-                                "architecture": "jump_relu", "l0": 60, "affine_connection": False, "type": "sae"})  # fmt: skip
+    dump(
+        path / "config.json",
+        {
+            "hf_hook_point_in": "model.layers.17.output",
+            "hf_hook_point_out": "model.layers.17.output",
+            "width": N,
+            "model_name": "gemma-3-4b-it",
+            "architecture": "jump_relu",
+            "l0": 60,
+            "affine_connection": False,
+            "type": "sae",
+        },
+    )
     return Published(path, *run(w, lambda h: jumprelu(h, f64(w["threshold"])), subtract=False))
 
 
@@ -72,10 +83,25 @@ def llama_scope(folder: Path) -> Published:
     w, theta = parts(), 0.8
     path = folder / "Llama3_1-8B-Base-L15R-8x"
     tensors(path / "checkpoints" / "final.safetensors", linear(w))
-    dump(path / "hyperparams.json", {"d_model": D, "d_sae": N, "expansion_factor": 4, "hook_point_in": "blocks.15.hook_resid_post",
-         "hook_point_out": "blocks.15.hook_resid_post", "act_fn": "jumprelu", "jump_relu_threshold": theta, "top_k": 50, "norm_activation": "dataset-wise",
-         "dataset_average_activation_norm": {"in": D**0.5 / S, "out": D**0.5 / S}, "sparsity_include_decoder_norm": True,
-         "use_decoder_bias": True, "apply_decoder_bias_to_pre_encoder": False, "use_glu_encoder": False})  # fmt: skip
+    dump(
+        path / "hyperparams.json",
+        {
+            "d_model": D,
+            "d_sae": N,
+            "expansion_factor": 4,
+            "hook_point_in": "blocks.15.hook_resid_post",
+            "hook_point_out": "blocks.15.hook_resid_post",
+            "act_fn": "jumprelu",
+            "jump_relu_threshold": theta,
+            "top_k": 50,
+            "norm_activation": "dataset-wise",
+            "dataset_average_activation_norm": {"in": D**0.5 / S, "out": D**0.5 / S},
+            "sparsity_include_decoder_norm": True,
+            "use_decoder_bias": True,
+            "apply_decoder_bias_to_pre_encoder": False,
+            "use_glu_encoder": False,
+        },
+    )
     norms = np.linalg.norm(f64(w["W_dec"]), axis=1)
     h = (f64(states()) @ f64(w["W_enc"]) + f64(w["b_enc"]) / S) * norms
     codes = jumprelu(h, theta)
@@ -83,8 +109,18 @@ def llama_scope(folder: Path) -> Published:
 
 
 def scope_config(**more: Any) -> dict[str, Any]:
-    return {"sae_type": "sae", "d_model": D, "expansion_factor": N / D, "hook_point_in": "blocks.15.hook_resid_post", "hook_point_out": "blocks.15.hook_resid_post",
-            "use_glu_encoder": False, "use_decoder_bias": True, "top_k": K, "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True} | more  # fmt: skip
+    return {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": N / D,
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "hook_point_out": "blocks.15.hook_resid_post",
+        "use_glu_encoder": False,
+        "use_decoder_bias": True,
+        "top_k": K,
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": True,
+    } | more
 
 
 def scope(
@@ -160,8 +196,15 @@ def qwen_scope(folder: Path) -> Published:
 @case("openai", "TopK: layer norm and its undoing")
 def _openai_topk(folder: Path) -> Published:
     w = parts()
-    content = {"encoder.weight": w["W_enc"].T, "latent_bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "pre_bias": w["b_dec"],
-               "stats_last_nonzero": torch.zeros(N, dtype=torch.long), "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}  # fmt: skip
+    content = {
+        "encoder.weight": w["W_enc"].T,
+        "latent_bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        "pre_bias": w["b_dec"],
+        "stats_last_nonzero": torch.zeros(N, dtype=torch.long),
+        "activation": "TopK",
+        "activation_state_dict": {"k": K, "postact_fn": "ReLU"},
+    }
     torch.save(content, folder / "8.pt")
     x, mean, std = layer_norm(f64(states()))
     codes, out = run(w, lambda h: topk(h, K), subtract=True, x=x)

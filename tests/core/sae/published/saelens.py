@@ -103,9 +103,21 @@ def _scaler(folder: Path) -> Published:
 
 def old_folder(folder: Path, w: dict[str, torch.Tensor], **config: Any) -> Path:
     """What SAELens 3 to 5 wrote."""
-    base = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_name": "blocks.16.hook_resid_post", "hook_layer": 16, "model_name": "mistral-7b",
-            "architecture": "standard", "activation_fn_str": "relu", "activation_fn_kwargs": {}, "apply_b_dec_to_input": True,
-            "normalize_activations": "none", "finetuning_scaling_factor": False, "sae_lens_training_version": "3.20.0"}  # fmt: skip
+    base = {
+        "d_in": D,
+        "d_sae": N,
+        "dtype": "torch.float32",
+        "hook_name": "blocks.16.hook_resid_post",
+        "hook_layer": 16,
+        "model_name": "mistral-7b",
+        "architecture": "standard",
+        "activation_fn_str": "relu",
+        "activation_fn_kwargs": {},
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "finetuning_scaling_factor": False,
+        "sae_lens_training_version": "3.20.0",
+    }
     tensors(folder / "sae_weights.safetensors", w)
     dump(folder / "cfg.json", base | config)
     return folder

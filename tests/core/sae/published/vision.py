@@ -30,8 +30,18 @@ from tests.core.sae.published.base import (
 
 
 def prisma_config(**more: Any) -> dict[str, Any]:
-    return {"architecture": "standard", "activation_fn_str": "relu", "activation_fn_kwargs": {}, "normalize_activations": "none", "d_in": D, "expansion_factor": N // D,
-            "hook_point_layer": 9, "layer_subtype": "hook_resid_post", "model_name": "open-clip:laion/CLIP-ViT-B-32", "is_transcoder": False} | more  # fmt: skip
+    return {
+        "architecture": "standard",
+        "activation_fn_str": "relu",
+        "activation_fn_kwargs": {},
+        "normalize_activations": "none",
+        "d_in": D,
+        "expansion_factor": N // D,
+        "hook_point_layer": 9,
+        "layer_subtype": "hook_resid_post",
+        "model_name": "open-clip:laion/CLIP-ViT-B-32",
+        "is_transcoder": False,
+    } | more
 
 
 @case("vit_prisma", "topk with layer norm")
@@ -66,8 +76,13 @@ def _prisma_gated(folder: Path) -> Published:
 
 def overcomplete(folder: Path, rows: torch.Tensor, **more: torch.Tensor) -> tuple[dict[str, torch.Tensor], Path]:
     w = parts() | {"W_dec": rows}
-    content = {"encoder.final_block.0.weight": w["W_enc"].T, "encoder.final_block.0.bias": w["b_enc"], "dictionary._weights": rows,
-               "dictionary.multiplier": torch.tensor(0.4), **more}  # fmt: skip
+    content = {
+        "encoder.final_block.0.weight": w["W_enc"].T,
+        "encoder.final_block.0.bias": w["b_enc"],
+        "dictionary._weights": rows,
+        "dictionary.multiplier": torch.tensor(0.4),
+        **more,
+    }
     tensors(folder / "sae.pt", content)
     return w, folder / "sae.pt"
 
