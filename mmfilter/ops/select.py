@@ -117,7 +117,7 @@ def select(
     `recipe`, where the selection follows one, is told in the manifest of a folder. `stdout` is a binary
     file with a descriptor, by default the process's own. A reader that closes it early is a normal end
     (`reader_closed`). Raises `SelectionError` before anything is written when the selection cannot be
-    made: an unknown column, an expression that is none, more asked for than there is, an output in the
+    made: an unknown column, an expression that is not one, more asked for than there is, an output in the
     way, a source shard that is missing or has changed since it was scored.
     """
     if settings.misdirected:
@@ -142,7 +142,7 @@ def select(
 def check_request(settings: SelectSettings) -> None:
     """Raise `SelectionError` or `RunError` for what can be seen before there are scores to select by.
 
-    That is the form of the expressions, files that are not there, and a run to match that is none; which
+    That is the form of the expressions, files that are not there, and a run to match that is not one; which
     columns there are is seen later.
     """
     if settings.match is not None:

@@ -339,7 +339,7 @@ def _clustered(
 
 
 def _write(index: Any, folder: Path) -> None:
-    """Not by `faiss.write_index`: on a full disk that raises what is no `OSError`."""
+    """Not by `faiss.write_index`: on a full disk that raises what is not an `OSError`."""
     faiss = load_faiss()
     (folder / "index.faiss").write_bytes(memoryview(faiss.serialize_index(index)))
 

@@ -59,8 +59,8 @@ def load_sae(source: str | Path, options: SAEOptions = NO_OPTIONS, *, convert: b
     file = find_weights(path, source, options)
     trail = origin if file == path else f"{origin}/{file.relative_to(path)}"
     layout, sae = interpret(open_checkpoint(file, source, trail, options), options)
-    said = {"layout": layout.name, "source": origin} | ({"options": options.stated()} if options.stated() else {})
-    return replace(sae, metadata=sae.metadata | said)
+    opened = {"layout": layout.name, "source": origin} | ({"options": options.stated()} if options.stated() else {})
+    return replace(sae, metadata=sae.metadata | opened)
 
 
 def _located(source: str) -> tuple[Path, str]:
@@ -83,18 +83,18 @@ def find_weights(path: Path, source: str, options: SAEOptions = NO_OPTIONS) -> P
             )
         check_whole(path)
         return path
-    found = [path / name for name in WEIGHTS if (path / name).exists()][:1] or list(_other_weights(path))
+    files = [path / name for name in WEIGHTS if (path / name).exists()][:1] or list(_other_weights(path))
     if options.layer is not None:
-        found = [file for file in _all_weights(path) if _layer(file.relative_to(path)) == options.layer]
-        if not found:
+        files = [file for file in _all_weights(path) if _layer(file.relative_to(path)) == options.layer]
+        if not files:
             raise SAEError(
                 f"SAE {source!r} has no file of layer {options.layer}; it has {_some(path, list(_all_weights(path)))}"
             )
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    if len(files) == 1:
+        return files[0]
+    if not files:
         raise SAEError(f"SAE {source!r} {_why_none(path)}")
-    several = f"holds several SAEs: {_some(path, found)}"
+    several = f"holds several SAEs: {_some(path, files)}"
     raise SAEError(f"SAE {source!r} {several}; name one, or its layer with --sae-option layer=N")
 
 
@@ -111,10 +111,10 @@ def _all_weights(folder: Path) -> Iterator[Path]:
 
 
 def _layer(path: Path) -> int | None:
-    found = re.findall(
+    numbers = re.findall(
         r"(?:layers?|blocks?|trainer)[._-]?(\d+)|(?:^|[/_-])L(\d+)(?=[RAM_/-])", str(path), re.IGNORECASE
     )
-    return int(next(filter(None, found[-1]))) if found else None
+    return int(next(filter(None, numbers[-1]))) if numbers else None
 
 
 def _some(folder: Path, files: list[Path]) -> str:
@@ -129,7 +129,7 @@ def _why_none(folder: Path) -> str:
         return f"has no weights, but {stopped[0]!r}, a download that stopped: {FETCH}"
     if below:
         return (
-            f"is no SAE itself but holds some below: {_some(folder, below)}; name one of these folders, or "
+            f"is not an SAE itself but holds some below: {_some(folder, below)}; name one of these folders, or "
             "--sae-option layer=N"
         )
     if any((folder / name).exists() for name in ("cfg.json", "config.json", "hyperparams.json")):
@@ -158,10 +158,10 @@ class HubPlace:
 
 def parse_hub(source: str) -> HubPlace:
     """`hf:OWNER/REPO[@REVISION][/path]`; raises `SAEError` when it is not that."""
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", source)
-    if not found or ".." in (found[3] or "").split("/"):
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", source)
+    if not match or ".." in (match[3] or "").split("/"):
         raise SAEError(f"SAE {source!r} is not hf:OWNER/REPO[@REVISION]/folder-or-file")
-    return HubPlace(found[1], found[2], (found[3] or "").strip("/"))
+    return HubPlace(match[1], match[2], (match[3] or "").strip("/"))
 
 
 def hub_snapshot(place: HubPlace) -> Path:

@@ -24,13 +24,13 @@ def load_registered(source: str) -> SAE:
     release, slash, name = source.removeprefix("saelens:").partition("/")
     if not slash:
         raise SAEError(f"SAE {source!r} is not saelens:RELEASE/ID")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             theirs = sae_lens.SAE.from_pretrained(release, name)
         except Exception as error:  # whatever a loader of SAELens or the hub raises, it is the user who can act
             raise SAEError(f"SAELens cannot open {source!r}: {' '.join(str(error).split())[:300]}") from error
-    if any("norm_scaling_factor" in str(warning.message) for warning in said):
+    if any("norm_scaling_factor" in str(warning.message) for warning in caught):
         raise SAEError(
             f"SAELens opens {source!r} without the activation scale that it was trained with: use its files, hf:…, "
             "with --sae-option scale=NUMBER"

@@ -154,7 +154,7 @@ def test_which_of_several(tmp_path):
         make(activation="topk", k=layer).save(tmp_path / f"blocks.{layer}.hook_resid_post")
     with pytest.raises(
         SAEError,
-        match=r"is no SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, "
+        match=r"is not an SAE itself but holds some below: blocks.1.hook_resid_post/sae_weights.safetensors, "
         r"blocks.12.*--sae-option layer=N",
     ):
         load_sae(tmp_path)
