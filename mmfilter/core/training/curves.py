@@ -38,7 +38,8 @@ NAMES = {
     "dead": "dead",
     "loss": "loss",
 }
-STYLE = """main+h2{margin-top:1.5rem}main{grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1.5rem}svg{width:100%;height:auto}
+STYLE = """main+h2{margin-top:1.5rem}
+main{grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1.5rem}svg{width:100%;height:auto}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}td{padding:.1rem 1rem .1rem 0}
 td+td{font-variant-numeric:tabular-nums}
 text{font-size:11px;fill:#555}.key{font-size:.85rem;color:#555}.key b{font-weight:400;margin-right:1rem}"""
