@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from mmfilter.core.sae.product import EncoderProduct, linear
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.topk import strongest_of_each
 from mmfilter.core.training.weights import Weights
 
@@ -27,7 +27,7 @@ def add_auxiliary(
     error: torch.Tensor,
     weights: Weights,
     dead: torch.Tensor,
-    settings: TrainSettings,
+    settings: ResolvedTrainSettings,
     batch_tokens: int,
 ) -> torch.Tensor:
     """Add the derivatives of L_aux by W_enc, b_enc and W_dec to `gradients`; returns L_aux.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.weights import Weights
 
 BETAS = (0.9, 0.999)
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimiser:
     """Changes weights in place."""
 
-    def __init__(self, weights: Weights, settings: TrainSettings) -> None:
+    def __init__(self, weights: Weights, settings: ResolvedTrainSettings) -> None:
         self._weights, self._settings = weights, settings
         self._unit_rows = settings.architecture != "relu"
         self._adam = torch.optim.Adam(

@@ -22,7 +22,7 @@ from mmfilter.core.sae.product import EncoderProduct
 from mmfilter.core.training.auxiliary import add_auxiliary
 from mmfilter.core.training.entries import Entries
 from mmfilter.core.training.outcome import Firing, Outcome
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.topk import BatchTopK, strongest_of_each
 from mmfilter.core.training.weights import Weights
 
@@ -34,7 +34,7 @@ def sparse_step(
     x: torch.Tensor,
     side: torch.Tensor,
     weights: Weights,
-    settings: TrainSettings,
+    settings: ResolvedTrainSettings,
     *,
     dead: torch.Tensor,
     batch_tokens: int,
@@ -68,7 +68,7 @@ def sparse_step(
 
 
 def active_entries(
-    inputs: torch.Tensor, weights: Weights, settings: TrainSettings, batch_topk: BatchTopK
+    inputs: torch.Tensor, weights: Weights, settings: ResolvedTrainSettings, batch_topk: BatchTopK
 ) -> tuple[Entries, torch.Tensor | None]:
     """The features that the encoder's input (tokens, d_model) makes active, and the threshold of `batchtopk`."""
     rounded = settings.dtype == "bfloat16"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 
 RELU_DECODER_NORM = 0.1
 """Norm of a decoder row of `relu` at the start, as in SAE-V's recipe"""
@@ -38,7 +38,7 @@ class Weights:
         return Weights(**{name: torch.zeros_like(tensor) for name, tensor in self.named().items()})
 
 
-def initial_weights(settings: TrainSettings, d_model: int, mean: torch.Tensor, device: torch.device) -> Weights:
+def initial_weights(settings: ResolvedTrainSettings, d_model: int, mean: torch.Tensor, device: torch.device) -> Weights:
     """Random decoder rows, the encoder their transpose, b_dec the mean (scaled); the same on every device."""
     generator = torch.Generator().manual_seed(settings.seed)
     rows = F.normalize(torch.randn(settings.n_features, d_model, generator=generator), dim=1)

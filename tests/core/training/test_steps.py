@@ -9,7 +9,7 @@ from mmfilter.core.sae import product
 from mmfilter.core.training import auxiliary
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.outcome import Outcome
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings, TrainSettings
 from mmfilter.core.training.sparse_step import sparse_step
 from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import Weights
@@ -35,7 +35,7 @@ def states() -> torch.Tensor:
 SIDE = torch.arange(TOKENS) % 3 % 2
 
 
-def outcome(settings: TrainSettings, w: Weights, dead: torch.Tensor, sparsity: float = 0.7) -> Outcome:
+def outcome(settings: ResolvedTrainSettings, w: Weights, dead: torch.Tensor, sparsity: float = 0.7) -> Outcome:
     if settings.sparse:
         return sparse_step(states(), SIDE, w, settings, dead=dead, batch_tokens=TOKENS, batch_topk=BatchTopK())
     return dense_step(states(), SIDE, w, settings, sparsity=sparsity, batch_tokens=TOKENS)

@@ -248,7 +248,7 @@ def test_bfloat16_only_chooses():
             active_entries(
                 x,
                 trainer.weights,
-                TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype),
+                TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype).resolved(D),
                 BatchTopK(),
             )[0]
             for dtype in ("float32", "bfloat16")
