@@ -12,11 +12,12 @@ from mmfilter import __version__
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sides import IMAGE
 from mmfilter.core.training import collective
+from mmfilter.core.training.code_products import decode
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.optimiser import Optimiser
 from mmfilter.core.training.outcome import Outcome
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.sparse_step import active_entries, sparse_step
+from mmfilter.core.training.sparse_step import active_codes, sparse_step
 from mmfilter.core.training.statistics import FeatureStatistics, StepStats, Sums
 from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import initial_weights
@@ -169,8 +170,8 @@ class Trainer:
         """
         inputs = x - self.weights.b_dec if self.settings.subtract_b_dec else x
         kind = self.settings if self.settings.sparse else replace(self.settings, architecture="batchtopk")
-        entries, threshold = active_entries(inputs, self.weights, kind, BatchTopK())
-        parts = entries.decode(self.weights.W_dec)
+        codes, threshold = active_codes(inputs, self.weights, kind, BatchTopK())
+        parts = decode(codes, self.weights.W_dec)
         products = torch.stack([(parts * (x - self.weights.b_dec)).sum(), parts.square().sum()])
         collective.sum_(products)
         if not products.isfinite().all():

@@ -24,7 +24,7 @@ def test_each_token_keeps_its_strongest(n, k):
     pre = dense(n)
     found = strongest_of_each(in_chunks(pre), k, TOKENS, n)
     wanted = pre.topk(k, dim=1)
-    assert torch.equal(found.row, torch.arange(TOKENS).repeat_interleave(k))
+    assert torch.equal(found.token, torch.arange(TOKENS).repeat_interleave(k))
     assert torch.equal(found.value.view(TOKENS, k).sort(1).values, wanted.values.sort(1).values)
     assert torch.equal(found.feature.view(TOKENS, k).sort(1).values, wanted.indices.sort(1).values)
 
@@ -43,9 +43,9 @@ def test_a_batch_keeps_its_strongest_whatever_came_before(n, k, shifts):
         wanted = torch.zeros_like(pre)
         wanted[pre >= positive[-1]] = pre[pre >= positive[-1]]
         got = torch.zeros_like(pre)
-        got[found.row, found.feature] = found.value
+        got[found.token, found.feature] = found.value
         assert len(found) == len(positive) and torch.equal(got, wanted)
-        assert (found.row.diff() >= 0).all()
+        assert (found.token.diff() >= 0).all()
         assert threshold == (positive[-1] if len(positive) == k * TOKENS else 0)
 
 
