@@ -33,9 +33,9 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
         try:
             return prepared(run).train()
         except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
-            said = getattr(error, "strerror", None) or error
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise SAEError(
-                f"{str(settings.output)!r} could not be written ({said}); checkpoints are kept: free space, and give "
+                f"{str(settings.output)!r} could not be written ({reason}); checkpoints are kept: free space, and give "
                 "the same command again"
             ) from error
 

@@ -168,7 +168,7 @@ def _top(rows: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.topk(n, dim=1)
     whole = GROUP * stride
     # a group is every stride-th column, so that its maximum is one of whole slices of the row
-    group = _top(rows[:, :whole].unflatten(1, (GROUP, stride)).amax(1), n)[1]
+    group = _top(rows[:, :whole].view(len(rows), GROUP, stride).amax(1), n)[1]
     columns = (group[:, :, None] + torch.arange(0, whole, stride, device=rows.device)).flatten(1)
     if whole < rows.shape[1]:
         columns = torch.cat([columns, torch.arange(whole, rows.shape[1], device=rows.device).expand(len(rows), -1)], 1)

@@ -48,8 +48,9 @@ def add_auxiliary(
     for start, pre in EncoderProduct(few.W_enc, few.b_enc, inputs.dtype).chunks(inputs):
         part = slice(start, start + len(pre))
         loss = loss + add(sums, inputs[part], error[part], pre, few, k, scale)
-    for name in ("W_enc", "b_enc", "W_dec"):
-        getattr(gradients, name).index_add_(0, columns, getattr(sums, name))
+    gradients.W_enc.index_add_(0, columns, sums.W_enc)
+    gradients.b_enc.index_add_(0, columns, sums.b_enc)
+    gradients.W_dec.index_add_(0, columns, sums.W_dec)
     return loss
 
 

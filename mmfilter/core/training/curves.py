@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from mmfilter.core.pages.page import Markup, element, page
 from mmfilter.core.training.settings import ResolvedTrainSettings
@@ -58,7 +59,7 @@ def curves_page(log: Path, settings: ResolvedTrainSettings) -> str:
     return page("SAE training", about, element("main", *panels), element("h2", "Settings"), table, style=STYLE)
 
 
-def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> Markup:
+def panel(title: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> Markup:
     """One chart with the curves that the log has."""
     curves = {
         name: thinned(

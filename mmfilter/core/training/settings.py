@@ -103,21 +103,21 @@ class TrainSettings:
     float32."""
 
     def __post_init__(self) -> None:
+        values = vars(self)
         for name, allowed in CHOICES.items():
-            _check(self, name, f"one of {', '.join(allowed)}", fine=getattr(self, name) in allowed)
+            _check(name, values[name], f"one of {', '.join(allowed)}", fine=values[name] in allowed)
         for name in COUNTS:
-            _check(self, name, "a whole number from 1", fine=_is_count(getattr(self, name)))
+            _check(name, values[name], "a whole number from 1", fine=_is_count(values[name]))
         for name in POSITIVE:
-            value = getattr(self, name)
-            _check(self, name, "a number above 0", fine=value is None or (_is_number(value) and value > 0))
+            value = values[name]
+            _check(name, value, "a number above 0", fine=value is None or (_is_number(value) and value > 0))
         for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            _check(self, name, "a number from 0", fine=_is_number(value) and value >= 0)
+            _check(name, values[name], "a number from 0", fine=_is_number(values[name]) and values[name] >= 0)
         for name in FRACTIONS:
-            value = getattr(self, name)
-            _check(self, name, "a fraction from 0 to below 1", fine=_is_number(value) and 0 <= value < 1)
-        _check(self, "seed", "a whole number", fine=isinstance(self.seed, int) and not isinstance(self.seed, bool))
-        _check(self, "subtract_b_dec", "true or false", fine=isinstance(self.subtract_b_dec, bool))
+            value = values[name]
+            _check(name, value, "a fraction from 0 to below 1", fine=_is_number(value) and 0 <= value < 1)
+        _check("seed", self.seed, "a whole number", fine=isinstance(self.seed, int) and not isinstance(self.seed, bool))
+        _check("subtract_b_dec", self.subtract_b_dec, "true or false", fine=isinstance(self.subtract_b_dec, bool))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -147,10 +147,10 @@ class TrainSettings:
         for key in values:
             if key not in known:
                 raise SAEError(f"training has no setting {key!r}; the nearest is {nearest(str(key), known)!r}")
-        given = dict(values)
-        if isinstance(given.get("groups"), list):
-            given["groups"] = tuple(given["groups"])
-        return cls(**given)
+        options = dict(values)
+        if isinstance(options.get("groups"), list):
+            options["groups"] = tuple(options["groups"])
+        return cls(**options)
 
     def to_mapping(self) -> dict[str, Any]:
         """What `from_mapping` takes, ready for JSON."""
@@ -209,6 +209,6 @@ def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
-def _check(settings: TrainSettings, name: str, expected: str, *, fine: bool) -> None:
+def _check(name: str, value: Any, expected: str, *, fine: bool) -> None:
     if not fine:
-        raise SAEError(f"training has {name} {getattr(settings, name)!r}; expected {expected}")
+        raise SAEError(f"training has {name} {value!r}; expected {expected}")

@@ -106,8 +106,13 @@ def _above_all(chunks: Iterable[tuple[int, torch.Tensor]], bound: float, wanted:
         if sum(len(value) for *_, value in parts) > SURPLUS * wanted:
             values = torch.cat([value for *_, value in parts])
             bound = float(values.kthvalue(len(values) - wanted + 1).values)
-            parts = [tuple(part[triple[2] >= bound] for part in triple) for triple in parts]
+            parts = [_at_least(bound, *part) for part in parts]
     return parts
+
+
+def _at_least(bound: float, token: torch.Tensor, feature: torch.Tensor, value: torch.Tensor) -> Triples:
+    inside = value >= bound
+    return token[inside], feature[inside], value[inside]
 
 
 def _above(start: int, pre: torch.Tensor, bound: float) -> Triples:
@@ -135,7 +140,7 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     bits = values.view(torch.int32 if width == 32 else torch.int64)
     if collective.total(len(values), values.device) < k:
         return values.new_zeros(())
-    found = 0
+    prefix = 0
     for shift in range(width - 16, -1, -16):
         digit = (bits >> shift) & 0xFFFF
         counts = torch.bincount(digit, minlength=1 << 16)
@@ -145,6 +150,6 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
         if place:
             k -= int(at_least[place - 1])
         best = 0xFFFF - place
-        found = found << 16 | best
+        prefix = prefix << 16 | best
         bits = bits[digit == best]
-    return torch.tensor(found, dtype=bits.dtype, device=values.device).view(values.dtype)
+    return torch.tensor(prefix, dtype=bits.dtype, device=values.device).view(values.dtype)

@@ -116,15 +116,15 @@ class Trainer:
         rate = self.settings.rate(self.tokens)
         norm = self._optimiser.update(outcome.gradients, rate)
         self._count(outcome, [image.tokens, text.tokens])
-        told = side is not None
+        by_side = side is not None
         return StepStats(
             step=self.step_count,
             tokens=self.tokens,
             loss=loss,
             auxiliary=auxiliary,
             all=quality,
-            image=image if told else None,
-            text=text if told else None,
+            image=image if by_side else None,
+            text=text if by_side else None,
             dead=float(self.dead.float().mean()),
             rate=rate,
             gradient_norm=float(norm),
@@ -178,7 +178,7 @@ class Trainer:
             return  # the step will say so
         factor = float(products[0] / products[1]) if min(products) > 0 else 1.0
         self.weights.W_enc *= factor
-        if self.weights.log_threshold is not None:
+        if self.weights.log_threshold is not None and threshold is not None:
             self.weights.log_threshold.fill_(math.log(max(factor * float(threshold), 1e-3)))
 
     def export(self) -> SAE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ class Weights:
 
     def named(self) -> dict[str, torch.Tensor]:
         """Those there are, by name."""
-        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        return tensors if self.log_threshold is None else tensors | {"log_threshold": self.log_threshold}
 
     def zeros(self) -> Weights:
         """As many zeros: where gradients are summed."""

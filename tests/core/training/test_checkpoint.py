@@ -129,7 +129,7 @@ def test_another_width_or_buffer_is_named(tmp_path):
 
 
 def test_what_is_no_checkpoint_or_damaged(tmp_path):
-    with pytest.raises(SAEError, match=r"is no checkpoint: it has no checkpoint\.json"):
+    with pytest.raises(SAEError, match=r"is not a checkpoint: it has no checkpoint\.json"):
         load_checkpoint(tmp_path, make())
     path = save_checkpoint(tmp_path, make())
     weights = path / "trainer.safetensors"
