@@ -1,21 +1,25 @@
-"""Which copies does `dedup` find, and what does it take for a copy that is none? Beside a perceptual hash and SemDeDup's rule.
+"""Which copies does `dedup` find, and what does it take for a copy that is not one? Beside a perceptual hash and
+SemDeDup's rule.
 
     python benchmarks/dedup_quality.py [--originals 1000] [--plot benchmarks/dedup_quality.png]
 
-The originals are the 1,000 example pairs; drawing and concept were kept out of the embedded model's training. Each comes with
-five copies: re-encoded (JPEG quality 40), cropped (5 to 10 % of either side cut off), recoloured (hue and brightness), rescaled
-(to 50 to 200 %), and one with only its caption put otherwise (and quality 75, so that its bytes differ). In every second original
-the captions of the first four are paraphrases too: the same words in another of the templates. Two versions of one original are
-a true pair, everything else is none, also two vendors' drawings of one concept, and two clocks that show 3 and 4.
+The originals are the 1,000 example pairs; drawing and concept were kept out of the embedded model's training. Each
+comes with five copies: re-encoded (JPEG quality 40), cropped (5 to 10 % of either side cut off), recoloured (hue and
+brightness), rescaled (to 50 to 200 %), and one with only its caption put otherwise (and quality 75, so that its bytes
+differ). In every second original the captions of the first four are paraphrases too: the same words in another of the
+templates. Two versions of one original are a true pair, nothing else is, not even two vendors' drawings of one concept,
+or two clocks that show 3 and 4.
 
-- ours: pairs as `dedup` stores them, by the codes of both sides or of the image alone; its rule decides what is dropped.
-- pHash: imagehash's 64-bit DCT hash; similarity is 1 − bits that differ / 64, so a row of the table is not comparable with ours,
-  only the curves are.
-- SemDeDup (Abbas et al., arXiv 2303.09540) on our image codes: k-means into √n clusters; in a cluster, from the farthest to the
-  nearest of its centre, a sample is dropped when any one before it is as close as the threshold, even one that was dropped.
+- ours: pairs as `dedup` stores them, by the codes of both sides or of the image alone; its rule decides what is
+  dropped.
+- pHash: imagehash's 64-bit DCT hash; similarity is 1 − bits that differ / 64, so a row of the table is not comparable
+  with ours, only the curves are.
+- SemDeDup (Abbas et al., arXiv 2303.09540) on our image codes: k-means into √n clusters; in a cluster, from the
+  farthest to the nearest of its centre, a sample is dropped when any one before it is as close as the threshold, even
+  one that was dropped.
 
-The embedded model knows icons and nothing else: these figures say how the method behaves, not what it does to photographs.
-Needs `pip install imagehash matplotlib` and FAISS.
+The embedded model knows icons and nothing else: these figures say how the method behaves, not what it does to
+photographs. Needs `pip install imagehash matplotlib` and FAISS.
 """
 
 from __future__ import annotations
@@ -320,14 +324,27 @@ def report(results: Results) -> str:
     ]
     parts.append(table(["threshold", *pairs], quality))
     parts.append(
-        f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); dropped without a kept one as close:\n"
+        f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); "
+        "dropped without a kept one as close:\n"
     )
-    rows = [[f"{t:.2f}", *(f"{d[i].n_dropped:,}; {d[i].copies_left:,}; {d[i].originals_lost}; {d[i].without}" for d in results.dropped.values())]
-            for i, t in enumerate(THRESHOLDS)]  # fmt: skip
+    rows = [
+        [
+            f"{t:.2f}",
+            *(
+                f"{d[i].n_dropped:,}; {d[i].copies_left:,}; {d[i].originals_lost}; {d[i].without}"
+                for d in results.dropped.values()
+            ),
+        ]
+        for i, t in enumerate(THRESHOLDS)
+    ]
     parts.append(table(["threshold", *results.dropped], rows))
     parts.append("\nCopies found close to their original, with the same caption / with another wording:\n")
-    rows = [[name, f"{t:.2f}", *(told(found, which, t, n) for found in pairs.values())]
-            for which, name in enumerate(VERSIONS) if which for t in SHOWN]  # fmt: skip
+    rows = [
+        [name, f"{t:.2f}", *(told(found, which, t, n) for found in pairs.values())]
+        for which, name in enumerate(VERSIONS)
+        if which
+        for t in SHOWN
+    ]
     parts.append(table(["copy", "threshold", *pairs], rows))
     parts.append("\n" + "; ".join(f"{name}: {count} crowded samples" for name, count in results.crowded.items()))
     return "\n".join(parts)

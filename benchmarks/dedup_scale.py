@@ -73,7 +73,8 @@ class Side:
         return cls(codes, (counts / len(codes)).astype(np.float32), centre, spread)
 
     def draw(self, rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
-        """(samples, features): half to all of the features of each real sample in `like`, the rest by how often they come."""
+        """(samples, features): half to all of the features of each real sample in `like`, the rest by how often they
+        come."""
         values = np.zeros((len(like), len(self.often)), np.float32)
         share = rng.uniform(0.5, 1, len(like)).astype(np.float32)
         row, feature = np.nonzero(rng.random(values.shape, np.float32) < self.often * (1 - share[:, None]))
@@ -316,10 +317,13 @@ def main() -> None:
             maker.write(run, n)
             if not results:
                 print(
-                    f"\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}"
+                    "\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n"
+                    f"    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}"
                 )
                 print(
-                    "\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n|---|---|---|---|---|---|---|---|"
+                    "\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n"
+                    + "|---" * 8
+                    + "|"
                 )
             results[n] = measure(run)
             if n in options.recall:

@@ -1,4 +1,5 @@
-"""Does a change of the code change what the commands write? Hashes every file that they leave, and compares two such records.
+"""Does a change of the code change what the commands write? Hashes every file that they leave, and compares two such
+records.
 
     python benchmarks/same_bytes.py record before.json            # at one commit
     python benchmarks/same_bytes.py record after.json             # at another

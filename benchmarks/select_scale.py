@@ -168,9 +168,8 @@ def main() -> None:
         return
     print(f"| `--top {args.top}` of {args.rows:,} rows with | s | CPU s | peak GiB |\n|---|---|---|---|")
     for one in found:
-        print(
-            f"| `{' '.join(WAYS[one['way']])}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |"
-        )
+        way = " ".join(WAYS[one["way"]])
+        print(f"| `{way}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |")
     print(f"\n{machine()}")
 
 

@@ -261,13 +261,14 @@ def report(results: dict) -> str:
         lines += [
             "| copying 20 % into shards | GB | ranges | select GB/s | bare copy_file_range GB/s | ratio |",
             "|---|---|---|---|---|---|",
-            f"| median of {copy['rounds']} | {copy['bytes'] / 1e9:.2f} | {copy['ranges']:,} | {copy['select_bytes_per_s'] / 1e9:.2f} "
-            f"| {copy['bare_bytes_per_s'] / 1e9:.2f} | {copy['ratio']:.2f} |",
+            f"| median of {copy['rounds']} | {copy['bytes'] / 1e9:.2f} | {copy['ranges']:,} "
+            f"| {copy['select_bytes_per_s'] / 1e9:.2f} | {copy['bare_bytes_per_s'] / 1e9:.2f} | {copy['ratio']:.2f} |",
             "",
         ]
     if choice := results.get("choose"):
         lines += [
-            f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables | s | CPU s, with start | peak MB |",
+            f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables "
+            "| s | CPU s, with start | peak MB |",
             "|---|---|---|---|",
         ]
         for task, label in (
@@ -275,13 +276,14 @@ def report(results: dict) -> str:
             ("keys", "with a key list"),
             ("decisions", "with byte ranges and selection.parquet"),
         ):
-            lines.append(
-                f"| {label} | {choice[task]['seconds']:.2f} | {choice[task]['cpu_seconds']:.2f} | {choice[task]['peak_mb']:,.0f} |"
-            )
+            part = choice[task]
+            lines.append(f"| {label} | {part['seconds']:.2f} | {part['cpu_seconds']:.2f} | {part['peak_mb']:,.0f} |")
         lines.append("")
     machine = results["machine"]
+    before, after = machine["load"]
     lines.append(
-        f"{machine['cpus']} CPUs, {machine['system']}, Python {machine['python']}, load {machine['load'][0]:.1f} before and {machine['load'][1]:.1f} after"
+        f"{machine['cpus']} CPUs, {machine['system']}, Python {machine['python']}, "
+        f"load {before:.1f} before and {after:.1f} after"
     )
     return "\n".join(lines)
 

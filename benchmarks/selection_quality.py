@@ -1,11 +1,12 @@
-"""Does a set chosen by --match look more like the target, and does one chosen by --diverse show more, than the best by score?
+"""Does a set chosen by --match look more like the target, and does one chosen by --diverse show more, than the best by
+score?
 
     python benchmarks/selection_quality.py [--samples 2000] [--draws 3] [--top 200] [--json]
 
-The example pairs are split in two halves by drawing. From one half a pool is drawn as the web would: concepts by Zipf's
-law, so a few come often and most hardly ever, each time moved, re-encoded and with its own or another caption of the
-concept; 15 % of the captions belong to another pair. `mmfilter` scores the pool with the embedded model, and the ways to
-choose the same number of pairs are compared:
+The example pairs are split in two halves by drawing. From one half a pool is drawn as the web would: concepts by
+Zipf's law, so a few come often and most hardly ever, each time moved, re-encoded and with its own or another caption of
+the concept; 15 % of the captions belong to another pair. `mmfilter` scores the pool with the embedded model, and the
+ways to choose the same number of pairs are compared:
 
 match    the target is a run over the pairs of the *other* half that show a theme (flags, people, faces). How many of the
          chosen pairs show the theme, and how many of the pool's concepts of the theme are among them
@@ -196,9 +197,8 @@ def main() -> None:
     print("| question | way | share of the theme | concepts covered | mean similarity |\n|---|---|---|---|---|")
     for row in rows:
         share = "" if row["question"] == "diverse" else shown(row, "share", 3)
-        print(
-            f"| {row['question']} | {row['way']} | {share} | {shown(row, 'covered', 3)} | {shown(row, 'similarity', 3)} |"
-        )
+        covered, similarity = shown(row, "covered", 3), shown(row, "similarity", 3)
+        print(f"| {row['question']} | {row['way']} | {share} | {covered} | {similarity} |")
 
 
 if __name__ == "__main__":

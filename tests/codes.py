@@ -156,7 +156,8 @@ def similarities(samples: list[Sample], on: str) -> np.ndarray:
 def greedy(
     samples: list[Sample], on: str, threshold: float, among=lambda sample: True
 ) -> dict[tuple[str, int], tuple[str, int, float] | None]:
-    """The rule, straight: (shard, row) -> None for a kept sample, or the kept one that it is dropped for and their similarity.
+    """The rule, straight: (shard, row) -> None for a kept sample, or the kept one that it is dropped for and their
+    similarity.
 
     That is the closest, then the best; samples with the same hashes are dropped for the same one.
     """

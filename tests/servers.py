@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Fault = Callable[["Request"], int | None]
-"""What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for nothing"""
+"""What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for
+nothing"""
 CUT = -1
 
 

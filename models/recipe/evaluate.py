@@ -168,14 +168,14 @@ def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[flo
 
 
 def sweep(build: Path, model: Path, widths: list[int], tokens: list[int]) -> None:
-    """Train SAEs of every width and k for several numbers of tokens; one line each with what it does on the choice split."""
+    """Train SAEs of every width and k for several numbers of tokens; one line each with what it does on the choice
+    split."""
     backbone = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT)
     split = states_of(make_tar(build / "eval" / "choice.tar", "choice"), backbone)
     reference = states_of(reference_tar(build), backbone)
     print(
-        "| features | k | tokens | FVU image | FVU text | L0 image | L0 text | weighted | similarity | support | saev | τ |\n"
-        + "|---" * 12
-        + "|"
+        "| features | k | tokens | FVU image | FVU text | L0 image | L0 text "
+        "| weighted | similarity | support | saev | τ |\n" + "|---" * 12 + "|"
     )
     for n_tokens in tokens:
         folder = build / "sweep" / str(n_tokens)
@@ -263,11 +263,16 @@ def reference_scores(
         means = [codes[which].mean(0) * idf for which in (IMAGE, TEXT)]
         raw = [states[(sample == s) & (side == which)].mean(0) for which in (IMAGE, TEXT)]
         active = sum((codes[which] > 0).sum() for which in (IMAGE, TEXT))
-        rows.append({
-            "saev": np.nansum(np.where(both, omega, 0.0)), "cooccurrence": both.sum(), "similarity": cosine(*means),
-            "support": np.minimum(u, v).sum() / max(v.sum(), 1e-12), "raw": cosine(*raw),
-            "l0": active / sum(len(codes[which]) for which in (IMAGE, TEXT)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "saev": np.nansum(np.where(both, omega, 0.0)),
+                "cooccurrence": both.sum(),
+                "similarity": cosine(*means),
+                "support": np.minimum(u, v).sum() / max(v.sum(), 1e-12),
+                "raw": cosine(*raw),
+                "l0": active / sum(len(codes[which]) for which in (IMAGE, TEXT)),
+            }
+        )
     return rows
 
 

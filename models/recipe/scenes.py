@@ -127,8 +127,9 @@ def shift_colours(rgb: torch.Tensor, tinted: torch.Tensor, generator: torch.Gene
     saturation = torch.where(tinted, torch.ones(n), saturation)
     value = _rand(n, 0.8, 1.2, generator)
     cos, sin, zero = hue.cos() * saturation, hue.sin() * saturation, torch.zeros(n)
-    rotate = torch.stack([torch.stack([value, zero, zero], 1), torch.stack([zero, cos, -sin], 1),
-                          torch.stack([zero, sin, cos], 1)], 1)  # fmt: skip
+    rotate = torch.stack(
+        [torch.stack([value, zero, zero], 1), torch.stack([zero, cos, -sin], 1), torch.stack([zero, sin, cos], 1)], 1
+    )
     matrix = FROM_YIQ @ rotate @ TO_YIQ
     mixed = torch.bmm(matrix, rgb.flatten(2)).view_as(rgb)
     contrast = (_rand(n, 0.75, 1.3, generator) * free + (1 - free))[:, None, None, None]
@@ -161,8 +162,10 @@ def place(rgba: torch.Tensor, items: list[Item], *, disguise: bool, generator: t
         angle = torch.randn(n, generator=generator) * 0.15
         aspect, shear = _rand(n, 0.86, 1.16, generator), torch.randn(n, generator=generator) * 0.08
     cos, sin = angle.cos(), angle.sin()
-    inverse = torch.stack([torch.stack([cos, -sin + shear], 1) / (scale * aspect)[:, None],
-                           torch.stack([sin, cos], 1) / scale[:, None]], 1)  # fmt: skip
+    inverse = torch.stack(
+        [torch.stack([cos, -sin + shear], 1) / (scale * aspect)[:, None], torch.stack([sin, cos], 1) / scale[:, None]],
+        1,
+    )
     theta = torch.cat([inverse, -(inverse @ centre[:, :, None])], 2)
     grid = F.affine_grid(theta, (n, 4, IMAGE_SIZE, IMAGE_SIZE), align_corners=False)
     return F.grid_sample(rgba, grid, mode="bilinear", align_corners=False)

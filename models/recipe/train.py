@@ -64,10 +64,15 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint under a temporary name, then rename it."""
         state = {
-            "model": self.model.state_dict(), "average": self.average, "step": self.step, "settings": vars(self.settings),
-            "optimisers": [o.state_dict() for o in self.optimisers], "rng": self.rng.getstate(),
-            "numbers": self.numbers.bit_generator.state, "generator": self.generator.get_state(),
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "settings": vars(self.settings),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "rng": self.rng.getstate(),
+            "numbers": self.numbers.bit_generator.state,
+            "generator": self.generator.get_state(),
+        }
         torch.save(state, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
 

@@ -107,7 +107,8 @@ def test_other_settings_are_named(tmp_path):
     with pytest.raises(SAEError) as error:
         load_checkpoint(path, make(k=5, lr=0.5))
     assert str(error.value).endswith(
-        "step-00000000' was made with other settings (k was 3, is now 5; lr was 0.004525483399593904, is now 0.5; target_l0 was 3.0, is now 5.0): "
+        "step-00000000' was made with other settings (k was 3, is now 5; "
+        "lr was 0.004525483399593904, is now 0.5; target_l0 was 3.0, is now 5.0): "
         "use another folder, or the old settings"
     )
 
@@ -155,7 +156,8 @@ def test_no_room_leaves_the_old_one(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value) == (
-        f"checkpoint {str(tmp_path / 'step-00000003')!r} could not be written (File too large); 'step-00000002' is kept: free space or use another folder"
+        f"checkpoint {str(tmp_path / 'step-00000003')!r} could not be written (File too large); "
+        "'step-00000002' is kept: free space or use another folder"
     )
     assert list(tmp_path.iterdir()) == [old]
     again = make()

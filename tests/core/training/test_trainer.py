@@ -283,9 +283,8 @@ def test_a_batch_that_is_not_finite_changes_nothing(architecture, steps):
     states[3, 5] = float("nan")
     with pytest.raises(SAEError) as error:
         trainer.step(states)
-    assert (
-        str(error.value)
-        == f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
+    assert str(error.value) == (
+        f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
     )
     after, _ = trainer.state()
     assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
