@@ -97,6 +97,11 @@ def strongest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (found > 0).sum(1), ids[found > 0].astype(np.uint32), found[found > 0]
 
 
+def sides_of(codes: Codes) -> dict[str, SideCodes]:
+    """Both sides by name."""
+    return {"image": codes.image, "text": codes.text}
+
+
 class Maker:
     """Writes runs of made-up codes."""
 
@@ -104,7 +109,7 @@ class Maker:
         tables = CodeTables(ScoreTables(RunDirectory(real)))
         codes = Codes.concatenate([part for part, _ in tables.read()])
         self.weights, self.idf = RunDirectory(real).weights, tables.idf
-        self.sides = {side: Side.of(getattr(codes, side), len(tables.idf)) for side in SIDES}
+        self.sides = {side: Side.of(part, len(tables.idf)) for side, part in sides_of(codes).items()}
 
     def write(self, path: Path, n: int, seed: int = 0) -> None:
         """A run of `n` samples in shards of 10,000."""
@@ -202,10 +207,10 @@ def all_pairs(run: Path) -> dict[tuple[int, int], float]:
     starts = range(0, len(codes), block)
     blocks = [codes.take(np.arange(start, min(start + block, len(codes)))) for start in starts]
     for i, one in enumerate(blocks):
-        mine = [unit(getattr(one, side), tables.idf) for side in SIDES]
+        mine = [unit(side, tables.idf) for side in sides_of(one).values()]
         for j in range(i, len(blocks)):
             smaller = np.minimum(
-                *(a @ unit(getattr(blocks[j], side), tables.idf).T for a, side in zip(mine, SIDES, strict=True))
+                *(a @ unit(side, tables.idf).T for a, side in zip(mine, sides_of(blocks[j]).values(), strict=True))
             )
             for a, b in np.argwhere(smaller >= THRESHOLD).tolist():
                 if i < j or a < b:
@@ -226,14 +231,14 @@ def quantiles(run: Path, n: int = 1000) -> str:
     tables = CodeTables(ScoreTables(RunDirectory(run)))
     codes = next(iter(tables.read()))[0]
     codes = codes.take(np.arange(min(n, len(codes))))
-    said = []
-    for side in SIDES:
-        vectors = unit(getattr(codes, side), tables.idf)
+    lines = []
+    for name, side in sides_of(codes).items():
+        vectors = unit(side, tables.idf)
         values = (vectors @ vectors.T)[np.triu_indices(len(codes), 1)]
-        said.append(
-            f"{side} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999)))
+        lines.append(
+            f"{name} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999)))
         )
-    return ", ".join(said)
+    return ", ".join(lines)
 
 
 # --- measuring -------------------------------------------------------------------------------

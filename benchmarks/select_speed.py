@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 
 from mmfilter.core.files import write_json
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.decisions import Outcome, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
@@ -123,11 +124,12 @@ def bare_copy(ranges: list[tuple[str, int, int]], target: Path) -> int:
     return total
 
 
-def timed(work, *args) -> tuple[float, int]:
+def timed(work: Callable[[], int]) -> tuple[float, int]:
+    """Seconds, and the bytes that were written."""
     os.sync()
     started = time.perf_counter()
-    result = work(*args)
-    return time.perf_counter() - started, getattr(result, "nbytes_written", result)
+    nbytes = work()
+    return time.perf_counter() - started, nbytes
 
 
 def measure_copy(folder: Path, gib: float, rounds: int) -> dict:
@@ -142,10 +144,10 @@ def measure_copy(folder: Path, gib: float, rounds: int) -> dict:
     for i in range(rounds + 1):  # the first round warms up
         for which in (ours, bare) if i % 2 else (bare, ours):
             if which is ours:
-                seconds, nbytes = timed(select, folder / "run", settings)
+                seconds, nbytes = timed(lambda: select(folder / "run", settings).nbytes_written)
                 shutil.rmtree(folder / "best")
             else:
-                seconds, nbytes = timed(bare_copy, ranges, folder / "bare.tar")
+                seconds, nbytes = timed(lambda: bare_copy(ranges, folder / "bare.tar"))
                 (folder / "bare.tar").unlink()
             which.append(nbytes / seconds)
     ours_median, bare_median = statistics.median(ours[1:]), statistics.median(bare[1:])
@@ -218,15 +220,8 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            write_decisions(
-                tables,
-                run.parent / "selection.parquet",
-                tables.column("similarity"),
-                decision,
-                labels=labels,
-                metadata={},
-                output=output,
-            )
+            outcome = Outcome(tables.column("similarity"), decision, labels, output)
+            write_decisions(tables, run.parent / "selection.parquet", outcome, {})
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -8,8 +8,8 @@ Zipf's law, so a few come often and most hardly ever, each time moved, re-encode
 the concept; 15 % of the captions belong to another pair. `mmfilter` scores the pool with the embedded model, and the
 ways to choose the same number of pairs are compared:
 
-match    the target is a run over the pairs of the *other* half that show a theme (flags, people, faces). How many of the
-         chosen pairs show the theme, and how many of the pool's concepts of the theme are among them
+match    the target is a run over the pairs of the *other* half that show a theme (flags, people, faces). How many of
+         the chosen pairs show the theme, and how many of the pool's concepts of the theme are among them
 diverse  how many of the pool's concepts are among the chosen
 
 Mean and standard deviation over draws. CPU only; 15 s a draw.

@@ -251,7 +251,7 @@ def reference_scores(
     batch: Activations, sae: SAE, omega: np.ndarray, idf: np.ndarray, threshold: float
 ) -> list[dict[str, float]]:
     """The definitions again, one pair at a time, in float64 NumPy, from the residual states onwards."""
-    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    W, b, mean, cut = (tensor.double().numpy() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold))
     states, sample, side = batch.states.double().numpy(), batch.sample.numpy(), batch.side.numpy()
     rows = []
     for s in range(batch.n_samples):
@@ -290,7 +290,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def reference_omega(states: States, sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     """(omega, idf) by their definitions: the 30 strongest tokens, and all 25 cosines of 5 text and 5 image tokens."""
-    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    W, b, mean, cut = (tensor.double().numpy() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold))
     x = torch.cat([batch.states for batch in states.batches]).double().numpy()
     side = torch.cat([batch.side for batch in states.batches]).numpy()
     first = np.cumsum([0, *(batch.n_samples for batch in states.batches)])[:-1]
