@@ -81,20 +81,20 @@ def paraphrase(caption: str, rng: random.Random) -> str:
     """The same name and keywords by another template with as many keywords."""
     for template in (*KEYWORD_TEMPLATES, *NAME_TEMPLATES):  # those with keywords first: "{n}" alone would swallow them
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(template))
-        if found := re.fullmatch(pattern, caption):
-            said = found.groupdict()
+        if match := re.fullmatch(pattern, caption):
+            parts = match.groupdict()
             break
     else:
         raise SystemExit(f"caption {caption!r} is by none of the templates of examples/make_shards.py")
-    name = next(said[key] for key in "nNaA" if key in said)
+    name = next(parts[key] for key in "nNaA" if key in parts)
     if name[:1].isupper():
         name = name[0].lower() + name[1:]
-    name = re.sub(r"^(an?|the) ", "", name) if said.keys() & {"a", "A"} else name
+    name = re.sub(r"^(an?|the) ", "", name) if parts.keys() & {"a", "A"} else name
     phrase = with_article(name)
-    said |= {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
+    parts |= {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
     fields = keywords(template)
     others = [t for t in (*KEYWORD_TEMPLATES, *NAME_TEMPLATES) if t != template and keywords(t) == fields]
-    return rng.choice(others).format(**said)
+    return rng.choice(others).format(**parts)
 
 
 def keywords(template: str) -> tuple[str, ...]:
@@ -302,10 +302,10 @@ def ours(scores: ScoreTables, on: str) -> tuple[Found, list[Dropped], int]:
         )  # from the second on with the stored pairs
         decisions.append(rule(column.values, column.present).of >= 0)
     stored = rule.pairs.at_least(THRESHOLDS[0])
-    found = Found(stored.first, stored.second, stored.similarity)
+    stored_pairs = Found(stored.first, stored.second, stored.similarity)
     return (
-        found,
-        [Dropped.of(some, found.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)],
+        stored_pairs,
+        [Dropped.of(some, stored_pairs.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)],
         len(stored.crowded),
     )
 
@@ -320,7 +320,7 @@ def report(results: Results) -> str:
         f"{machine()}\n\nRecall / precision of pairs ({n:,} samples, {n * (len(VERSIONS) - 1) // 2:,} true pairs):\n"
     ]
     quality = [
-        [f"{t:.2f}", *("{:.3f} / {:.3f}".format(*found.quality(t, n)) for found in pairs.values())] for t in THRESHOLDS
+        [f"{t:.2f}", *("{:.3f} / {:.3f}".format(*arm.quality(t, n)) for arm in pairs.values())] for t in THRESHOLDS
     ]
     parts.append(table(["threshold", *pairs], quality))
     parts.append(
@@ -340,7 +340,7 @@ def report(results: Results) -> str:
     parts.append(table(["threshold", *results.dropped], rows))
     parts.append("\nCopies found close to their original, with the same caption / with another wording:\n")
     rows = [
-        [name, f"{t:.2f}", *(told(found, which, t, n) for found in pairs.values())]
+        [name, f"{t:.2f}", *(told(arm, which, t, n) for arm in pairs.values())]
         for which, name in enumerate(VERSIONS)
         if which
         for t in SHOWN
@@ -350,8 +350,8 @@ def report(results: Results) -> str:
     return "\n".join(parts)
 
 
-def told(found: Found, which: int, threshold: float, n: int) -> str:
-    same, other = (found.recall_of(which, threshold, n, reworded=reworded) for reworded in (False, True))
+def told(arm: Found, which: int, threshold: float, n: int) -> str:
+    same, other = (arm.recall_of(which, threshold, n, reworded=reworded) for reworded in (False, True))
     return f"– / {(same + other) / 2:.2f}" if VERSIONS[which] == "caption only" else f"{same:.2f} / {other:.2f}"
 
 
@@ -362,8 +362,8 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    for name, found in results.pairs.items():
-        points = np.array([found.quality(t, results.n) for t in THRESHOLDS])
+    for name, arm in results.pairs.items():
+        points = np.array([arm.quality(t, results.n) for t in THRESHOLDS])
         axes.plot(*points.T, "o-", markersize=3, label=name)
         axes.annotate(f"{THRESHOLDS[0]:.2f}", points[0], fontsize=7)
     axes.set(
@@ -390,8 +390,8 @@ def main() -> None:
         plot(results, options.plot)
     if options.json:
         figures = {
-            name: [(t, *map(float, found.quality(t, results.n))) for t in THRESHOLDS]
-            for name, found in results.pairs.items()
+            name: [(t, *map(float, arm.quality(t, results.n))) for t in THRESHOLDS]
+            for name, arm in results.pairs.items()
         }
         options.json.write_text(json.dumps({"machine": machine(), "samples": results.n, "pairs": figures}, indent=1))
 

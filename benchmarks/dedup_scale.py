@@ -91,10 +91,10 @@ def strongest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lengths, ids, means) of the stored features of each row, strongest first."""
     k = min(STORED, values.shape[1])
     ids = np.argpartition(-values, k - 1, axis=1)[:, :k]
-    found = np.take_along_axis(values, ids, 1)
-    order = np.argsort(-found, axis=1, kind="stable")
-    ids, found = np.take_along_axis(ids, order, 1), np.take_along_axis(found, order, 1).astype(np.float16)
-    return (found > 0).sum(1), ids[found > 0].astype(np.uint32), found[found > 0]
+    largest = np.take_along_axis(values, ids, 1)
+    order = np.argsort(-largest, axis=1, kind="stable")
+    ids, largest = np.take_along_axis(ids, order, 1), np.take_along_axis(largest, order, 1).astype(np.float16)
+    return (largest > 0).sum(1), ids[largest > 0].astype(np.uint32), largest[largest > 0]
 
 
 def sides_of(codes: Codes) -> dict[str, SideCodes]:
@@ -202,7 +202,7 @@ def all_pairs(run: Path) -> dict[tuple[int, int], float]:
     """Every pair at or above the threshold on both sides: positions -> the smaller cosine."""
     tables = CodeTables(ScoreTables(RunDirectory(run)))
     codes = Codes.concatenate([part for part, _ in tables.read()])
-    found = {}
+    close = {}
     block = 5_000
     starts = range(0, len(codes), block)
     blocks = [codes.take(np.arange(start, min(start + block, len(codes)))) for start in starts]
@@ -214,8 +214,8 @@ def all_pairs(run: Path) -> dict[tuple[int, int], float]:
             )
             for a, b in np.argwhere(smaller >= THRESHOLD).tolist():
                 if i < j or a < b:
-                    found[i * block + a, j * block + b] = float(smaller[a, b])
-    return found
+                    close[i * block + a, j * block + b] = float(smaller[a, b])
+    return close
 
 
 def recall(run: Path) -> tuple[int, float]:
@@ -264,10 +264,10 @@ def measure(run: Path) -> dict:
 def row(n: int, result: dict) -> str:
     index = result["index"]
     looked = f"{index['clusters_searched']} of {index['clusters']:,}" if index["clusters"] else "all pairs"
-    found = f"{result['recall']:.4f} of {result['truth']:,}" if "recall" in result else ""
+    recalled = f"{result['recall']:.4f} of {result['truth']:,}" if "recall" in result else ""
     return (
         f"| {n:,} | {result['seconds']:.1f} | {result['cpu_seconds']:.1f} | {result['peak_mib']:,.0f} "
-        f"| {result['near_duplicates']:,} | {result['pairs']:,} | {looked} | {found} |"
+        f"| {result['near_duplicates']:,} | {result['pairs']:,} | {looked} | {recalled} |"
     )
 
 

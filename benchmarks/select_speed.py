@@ -232,19 +232,19 @@ def child(run: Path, task: str) -> None:
 
 def measure_choice(folder: Path, rows: int, rounds: int) -> dict:
     make_tables(folder / "run", rows)
-    found = {}
+    figures = {}
     for task in ("choice", "keys", "decisions"):
         runs = []
         for _ in range(rounds):
             command = [sys.executable, __file__, "--child", task, "--run", str(folder / "run")]
             runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        found[task] = {
+        figures[task] = {
             "seconds": statistics.median(run["seconds"] for run in runs),
             "seconds_spread": [min(run["seconds"] for run in runs), max(run["seconds"] for run in runs)],
             "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
             "peak_mb": max(run["peak_mb"] for run in runs),
         }
-    return {"rows": rows, "tables": N_TABLES, "rounds": rounds} | found
+    return {"rows": rows, "tables": N_TABLES, "rounds": rounds} | figures
 
 
 # --- report ----------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ NAMES = {
 
 def findings(*tests: str) -> dict[str, dict[str, str]]:
     """Parameter of a test -> what its tests recorded; `failed` where one of them failed."""
-    found: dict[str, dict[str, str]] = defaultdict(dict)
+    verified: dict[str, dict[str, str]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
@@ -62,17 +62,17 @@ def findings(*tests: str) -> dict[str, dict[str, str]]:
         for case in ElementTree.parse(report).iter("testcase"):
             name = case.get("name", "").partition("[")[2].rstrip("]")
             for item in case.iter("property"):
-                found[name][item.get("name", "")] = item.get("value", "")
+                verified[name][item.get("name", "")] = item.get("value", "")
             if case.find("failure") is not None or case.find("error") is not None:
-                found[name]["failed"] = case.get("name", "")
-    return found
+                verified[name]["failed"] = case.get("name", "")
+    return verified
 
 
-def families_table(found: dict[str, dict[str, str]]) -> str:
+def families_table(verified: dict[str, dict[str, str]]) -> str:
     """One row a family."""
     lines = ["| family | class | truncated − whole | roles | places | batched − alone |", "|---|---|---|---|---|---|"]
     for name, human in NAMES.items():
-        row = found[name]
+        row = verified[name]
         if "failed" in row:
             lines.append(f"| {human} | `{row.get('class', '?')}` | **{row['failed']} fails** | | | |")
             continue
@@ -85,10 +85,10 @@ def families_table(found: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines).replace("0e+00", "0")
 
 
-def layouts_table(found: dict[str, dict[str, str]]) -> str:
+def layouts_table(verified: dict[str, dict[str, str]]) -> str:
     """One row a case of a layout."""
     lines = ["| layout | publisher | case | verified by | result |", "|---|---|---|---|---|"]
-    for row in found.values():
+    for row in verified.values():
         if "layout" in row:
             result = f"**{row['failed']} fails**" if "failed" in row else "codes and reconstructions equal to 1e-5"
             lines.append(

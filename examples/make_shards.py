@@ -109,12 +109,12 @@ def caption_of(words: Words, colour: str | None, rng: random.Random) -> str:
     """One caption by one of the templates."""
     name = f"{colour} {words.name}" if colour else words.name
     phrase = with_article(name)
-    said = {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
+    forms = {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
     keywords = [k for k in words.keywords if k not in name]
     if len(keywords) < 2 or rng.random() < 0.55:
-        return rng.choice(NAME_TEMPLATES).format(**said)
+        return rng.choice(NAME_TEMPLATES).format(**forms)
     first, second = rng.sample(keywords, 2)
-    return rng.choice(KEYWORD_TEMPLATES).format(**said, k1=first, k2=second)
+    return rng.choice(KEYWORD_TEMPLATES).format(**forms, k1=first, k2=second)
 
 
 def make_pairs(rng: random.Random) -> list[Pair]:

@@ -126,12 +126,12 @@ def scores_of(states: States, sae: SAE, weights: FeatureWeights, thresholds: lis
         for i, threshold in enumerate(thresholds):
             pairs = pool_pairs(batch, codes, weights, threshold)
             names = list(formulas()) if i == 0 else []
-            found = {name: formulas()[name](pairs) for name in names} | {
+            scores = {name: formulas()[name](pairs) for name in names} | {
                 f"{n}@{i}": formulas()[n](pairs) for n in ("saev", "cooccurrence")
             }
             if i == 0:
-                found["similarity, idf of each side"] = similarity_each_side(pairs)
-            for name, values in found.items():
+                scores["similarity, idf of each side"] = similarity_each_side(pairs)
+            for name, values in scores.items():
                 columns.setdefault(name, []).append(values)
     return {name: torch.cat(parts).numpy() for name, parts in columns.items()} | {
         "caption length": states.caption_chars
@@ -146,12 +146,12 @@ def aucs(scores: dict[str, np.ndarray], shuffled: np.ndarray) -> dict[str, float
 def interval(values: np.ndarray, shuffled: np.ndarray, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of the AUC, resampling pairs."""
     rng, n = np.random.default_rng(seed), len(values)
-    found = []
+    areas = []
     for _ in range(draws):
         rows = rng.integers(0, n, n)
         v, s = values[rows], shuffled[rows]
-        found.append(auc(v[~s], v[s]))
-    return tuple(np.quantile(found, (0.025, 0.975)).tolist())
+        areas.append(auc(v[~s], v[s]))
+    return tuple(np.quantile(areas, (0.025, 0.975)).tolist())
 
 
 def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[float]:
@@ -204,8 +204,8 @@ def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> st
     """A line of a Markdown table: fidelity on the split's pairs, AUCs, and the threshold at which `saev` is best."""
     weights = weights_of(reference, sae)
     thresholds = thresholds_of(reference, sae, weights)
-    found = aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
-    best = max(range(len(thresholds)), key=lambda i: found[f"saev@{i}"])
+    by_score = aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
+    best = max(range(len(thresholds)), key=lambda i: by_score[f"saev@{i}"])
     meter = FidelityMeter(sae)
     for batch in split.batches:
         meter.add(batch.states, batch.side)
@@ -218,7 +218,8 @@ def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> st
         f"{image.l0:.1f}",
         f"{text.l0:.1f}",
     ]
-    cells = [*facts, weights.n_weighted, found["similarity"], found["support"], found[f"saev@{best}"], thresholds[best]]
+    chosen = (by_score["similarity"], by_score["support"], by_score[f"saev@{best}"], thresholds[best])
+    cells = [*facts, weights.n_weighted, *chosen]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -96,8 +96,9 @@ def train_scene(icons: Icons, icon: int, partner: int, rng: random.Random, *, pa
         wide = rng.random() < 0.5
         centres = ((-0.5, 0.0), (0.5, 0.0)) if wide else ((0.0, -0.5), (0.0, 0.5))
         items = [Item(icon, tint, centres[0], 0.5), Item(partner, other, centres[1], 0.5)]
-        said = [f"{t} {icons.words[i].name}" if t else icons.words[i].name for i, t in ((icon, tint), (partner, other))]
-        caption = pair_caption(*said, rng, side_by_side=wide, background=mentioned)
+        sides = ((icons.words[icon].name, tint), (icons.words[partner].name, other))
+        phrases = [f"{colour} {name}" if colour else name for name, colour in sides]
+        caption = pair_caption(*phrases, rng, side_by_side=wide, background=mentioned)
         return Scene(f"{concept}+{icons.names[partner]}", caption, rgb, items)
     caption = train_caption(icons.words[icon], rng, tint=tint, background=mentioned)
     return Scene(concept, caption, rgb, [Item(icon, tint, (0.0, 0.0), rng.uniform(0.6, 1.05))])

@@ -39,10 +39,12 @@ def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path):
                     process.kill()
         assert process.returncode == -9 and not (cut / "end.safetensors").exists()
     subprocess.run(command(cut, architecture), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    wanted, found = load_file(whole / "end.safetensors"), load_file(cut / "end.safetensors")
-    assert wanted.keys() == found.keys() and {"weights.W_enc", "adam.exp_avg_sq.W_dec", "since_fired"} <= wanted.keys()
+    wanted, resumed = load_file(whole / "end.safetensors"), load_file(cut / "end.safetensors")
+    assert (
+        wanted.keys() == resumed.keys() and {"weights.W_enc", "adam.exp_avg_sq.W_dec", "since_fired"} <= wanted.keys()
+    )
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), (name, architecture, stops)
+        assert torch.equal(resumed[name], tensor), (name, architecture, stops)
     assert not list(cut.glob(".*"))
 
 

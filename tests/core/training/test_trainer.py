@@ -132,8 +132,8 @@ def test_known_features_are_found(architecture, options, least):
     trainer = Trainer.fitted(settings, data.states(4000))
     while not trainer.done:
         stats = trainer.step(data.states(1024))
-    found = mean_max_cosine(data.directions, trainer.weights.W_dec)
-    assert found > least and stats.fvu < 0.15, (found, stats)
+    closeness = mean_max_cosine(data.directions, trainer.weights.W_dec)
+    assert closeness > least and stats.fvu < 0.15, (closeness, stats)
     if architecture != "relu":
         assert stats.l0 == pytest.approx(4, rel=0.15)
 
