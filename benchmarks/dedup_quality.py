@@ -1,21 +1,25 @@
-"""Which copies does `dedup` find, and what does it take for a copy that is none? Beside a perceptual hash and SemDeDup's rule.
+"""Which copies does `dedup` find, and what does it take for a copy that is not one? Beside a perceptual hash and
+SemDeDup's rule.
 
     python benchmarks/dedup_quality.py [--originals 1000] [--plot benchmarks/dedup_quality.png]
 
-The originals are the 1,000 example pairs; drawing and concept were kept out of the embedded model's training. Each comes with
-five copies: re-encoded (JPEG quality 40), cropped (5 to 10 % of either side cut off), recoloured (hue and brightness), rescaled
-(to 50 to 200 %), and one with only its caption put otherwise (and quality 75, so that its bytes differ). In every second original
-the captions of the first four are paraphrases too: the same words in another of the templates. Two versions of one original are
-a true pair, everything else is none, also two vendors' drawings of one concept, and two clocks that show 3 and 4.
+The originals are the 1,000 example pairs; drawing and concept were kept out of the embedded model's training. Each
+comes with five copies: re-encoded (JPEG quality 40), cropped (5 to 10 % of either side cut off), recoloured (hue and
+brightness), rescaled (to 50 to 200 %), and one with only its caption put otherwise (and quality 75, so that its bytes
+differ). In every second original the captions of the first four are paraphrases too: the same words in another of the
+templates. Two versions of one original are a true pair, nothing else is, not even two vendors' drawings of one concept,
+or two clocks that show 3 and 4.
 
-- ours: pairs as `dedup` stores them, by the codes of both sides or of the image alone; its rule decides what is dropped.
-- pHash: imagehash's 64-bit DCT hash; similarity is 1 − bits that differ / 64, so a row of the table is not comparable with ours,
-  only the curves are.
-- SemDeDup (Abbas et al., arXiv 2303.09540) on our image codes: k-means into √n clusters; in a cluster, from the farthest to the
-  nearest of its centre, a sample is dropped when any one before it is as close as the threshold, even one that was dropped.
+- ours: pairs as `dedup` stores them, by the codes of both sides or of the image alone; its rule decides what is
+  dropped.
+- pHash: imagehash's 64-bit DCT hash; similarity is 1 − bits that differ / 64, so a row of the table is not comparable
+  with ours, only the curves are.
+- SemDeDup (Abbas et al., arXiv 2303.09540) on our image codes: k-means into √n clusters; in a cluster, from the
+  farthest to the nearest of its centre, a sample is dropped when any one before it is as close as the threshold, even
+  one that was dropped.
 
-The embedded model knows icons and nothing else: these figures say how the method behaves, not what it does to photographs.
-Needs `pip install imagehash matplotlib` and FAISS.
+The embedded model knows icons and nothing else: these figures say how the method behaves, not what it does to
+photographs. Needs `pip install imagehash matplotlib` and FAISS.
 """
 
 from __future__ import annotations
@@ -77,20 +81,20 @@ def paraphrase(caption: str, rng: random.Random) -> str:
     """The same name and keywords by another template with as many keywords."""
     for template in (*KEYWORD_TEMPLATES, *NAME_TEMPLATES):  # those with keywords first: "{n}" alone would swallow them
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(template))
-        if found := re.fullmatch(pattern, caption):
-            said = found.groupdict()
+        if match := re.fullmatch(pattern, caption):
+            parts = match.groupdict()
             break
     else:
         raise SystemExit(f"caption {caption!r} is by none of the templates of examples/make_shards.py")
-    name = next(said[key] for key in "nNaA" if key in said)
+    name = next(parts[key] for key in "nNaA" if key in parts)
     if name[:1].isupper():
         name = name[0].lower() + name[1:]
-    name = re.sub(r"^(an?|the) ", "", name) if said.keys() & {"a", "A"} else name
+    name = re.sub(r"^(an?|the) ", "", name) if parts.keys() & {"a", "A"} else name
     phrase = with_article(name)
-    said |= {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
+    parts |= {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
     fields = keywords(template)
     others = [t for t in (*KEYWORD_TEMPLATES, *NAME_TEMPLATES) if t != template and keywords(t) == fields]
-    return rng.choice(others).format(**said)
+    return rng.choice(others).format(**parts)
 
 
 def keywords(template: str) -> tuple[str, ...]:
@@ -298,10 +302,10 @@ def ours(scores: ScoreTables, on: str) -> tuple[Found, list[Dropped], int]:
         )  # from the second on with the stored pairs
         decisions.append(rule(column.values, column.present).of >= 0)
     stored = rule.pairs.at_least(THRESHOLDS[0])
-    found = Found(stored.first, stored.second, stored.similarity)
+    stored_pairs = Found(stored.first, stored.second, stored.similarity)
     return (
-        found,
-        [Dropped.of(some, found.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)],
+        stored_pairs,
+        [Dropped.of(some, stored_pairs.at_least(t)) for t, some in zip(THRESHOLDS, decisions, strict=True)],
         len(stored.crowded),
     )
 
@@ -316,25 +320,38 @@ def report(results: Results) -> str:
         f"{machine()}\n\nRecall / precision of pairs ({n:,} samples, {n * (len(VERSIONS) - 1) // 2:,} true pairs):\n"
     ]
     quality = [
-        [f"{t:.2f}", *("{:.3f} / {:.3f}".format(*found.quality(t, n)) for found in pairs.values())] for t in THRESHOLDS
+        [f"{t:.2f}", *("{:.3f} / {:.3f}".format(*arm.quality(t, n)) for arm in pairs.values())] for t in THRESHOLDS
     ]
     parts.append(table(["threshold", *pairs], quality))
     parts.append(
-        f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); dropped without a kept one as close:\n"
+        f"\nDropped; copies left (of {n * 5 // 6:,}); originals lost (of {n // 6:,}); "
+        "dropped without a kept one as close:\n"
     )
-    rows = [[f"{t:.2f}", *(f"{d[i].n_dropped:,}; {d[i].copies_left:,}; {d[i].originals_lost}; {d[i].without}" for d in results.dropped.values())]
-            for i, t in enumerate(THRESHOLDS)]  # fmt: skip
+    rows = [
+        [
+            f"{t:.2f}",
+            *(
+                f"{d[i].n_dropped:,}; {d[i].copies_left:,}; {d[i].originals_lost}; {d[i].without}"
+                for d in results.dropped.values()
+            ),
+        ]
+        for i, t in enumerate(THRESHOLDS)
+    ]
     parts.append(table(["threshold", *results.dropped], rows))
     parts.append("\nCopies found close to their original, with the same caption / with another wording:\n")
-    rows = [[name, f"{t:.2f}", *(told(found, which, t, n) for found in pairs.values())]
-            for which, name in enumerate(VERSIONS) if which for t in SHOWN]  # fmt: skip
+    rows = [
+        [name, f"{t:.2f}", *(told(arm, which, t, n) for arm in pairs.values())]
+        for which, name in enumerate(VERSIONS)
+        if which
+        for t in SHOWN
+    ]
     parts.append(table(["copy", "threshold", *pairs], rows))
     parts.append("\n" + "; ".join(f"{name}: {count} crowded samples" for name, count in results.crowded.items()))
     return "\n".join(parts)
 
 
-def told(found: Found, which: int, threshold: float, n: int) -> str:
-    same, other = (found.recall_of(which, threshold, n, reworded=reworded) for reworded in (False, True))
+def told(arm: Found, which: int, threshold: float, n: int) -> str:
+    same, other = (arm.recall_of(which, threshold, n, reworded=reworded) for reworded in (False, True))
     return f"– / {(same + other) / 2:.2f}" if VERSIONS[which] == "caption only" else f"{same:.2f} / {other:.2f}"
 
 
@@ -345,8 +362,8 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    for name, found in results.pairs.items():
-        points = np.array([found.quality(t, results.n) for t in THRESHOLDS])
+    for name, arm in results.pairs.items():
+        points = np.array([arm.quality(t, results.n) for t in THRESHOLDS])
         axes.plot(*points.T, "o-", markersize=3, label=name)
         axes.annotate(f"{THRESHOLDS[0]:.2f}", points[0], fontsize=7)
     axes.set(
@@ -373,8 +390,8 @@ def main() -> None:
         plot(results, options.plot)
     if options.json:
         figures = {
-            name: [(t, *map(float, found.quality(t, results.n))) for t in THRESHOLDS]
-            for name, found in results.pairs.items()
+            name: [(t, *map(float, arm.quality(t, results.n))) for t in THRESHOLDS]
+            for name, arm in results.pairs.items()
         }
         options.json.write_text(json.dumps({"machine": machine(), "samples": results.n, "pairs": figures}, indent=1))
 

@@ -73,7 +73,8 @@ class Side:
         return cls(codes, (counts / len(codes)).astype(np.float32), centre, spread)
 
     def draw(self, rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
-        """(samples, features): half to all of the features of each real sample in `like`, the rest by how often they come."""
+        """(samples, features): half to all of the features of each real sample in `like`, the rest by how often they
+        come."""
         values = np.zeros((len(like), len(self.often)), np.float32)
         share = rng.uniform(0.5, 1, len(like)).astype(np.float32)
         row, feature = np.nonzero(rng.random(values.shape, np.float32) < self.often * (1 - share[:, None]))
@@ -90,10 +91,15 @@ def strongest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lengths, ids, means) of the stored features of each row, strongest first."""
     k = min(STORED, values.shape[1])
     ids = np.argpartition(-values, k - 1, axis=1)[:, :k]
-    found = np.take_along_axis(values, ids, 1)
-    order = np.argsort(-found, axis=1, kind="stable")
-    ids, found = np.take_along_axis(ids, order, 1), np.take_along_axis(found, order, 1).astype(np.float16)
-    return (found > 0).sum(1), ids[found > 0].astype(np.uint32), found[found > 0]
+    largest = np.take_along_axis(values, ids, 1)
+    order = np.argsort(-largest, axis=1, kind="stable")
+    ids, largest = np.take_along_axis(ids, order, 1), np.take_along_axis(largest, order, 1).astype(np.float16)
+    return (largest > 0).sum(1), ids[largest > 0].astype(np.uint32), largest[largest > 0]
+
+
+def sides_of(codes: Codes) -> dict[str, SideCodes]:
+    """Both sides by name."""
+    return {"image": codes.image, "text": codes.text}
 
 
 class Maker:
@@ -103,7 +109,7 @@ class Maker:
         tables = CodeTables(ScoreTables(RunDirectory(real)))
         codes = Codes.concatenate([part for part, _ in tables.read()])
         self.weights, self.idf = RunDirectory(real).weights, tables.idf
-        self.sides = {side: Side.of(getattr(codes, side), len(tables.idf)) for side in SIDES}
+        self.sides = {side: Side.of(part, len(tables.idf)) for side, part in sides_of(codes).items()}
 
     def write(self, path: Path, n: int, seed: int = 0) -> None:
         """A run of `n` samples in shards of 10,000."""
@@ -196,20 +202,20 @@ def all_pairs(run: Path) -> dict[tuple[int, int], float]:
     """Every pair at or above the threshold on both sides: positions -> the smaller cosine."""
     tables = CodeTables(ScoreTables(RunDirectory(run)))
     codes = Codes.concatenate([part for part, _ in tables.read()])
-    found = {}
+    close = {}
     block = 5_000
     starts = range(0, len(codes), block)
     blocks = [codes.take(np.arange(start, min(start + block, len(codes)))) for start in starts]
     for i, one in enumerate(blocks):
-        mine = [unit(getattr(one, side), tables.idf) for side in SIDES]
+        mine = [unit(side, tables.idf) for side in sides_of(one).values()]
         for j in range(i, len(blocks)):
             smaller = np.minimum(
-                *(a @ unit(getattr(blocks[j], side), tables.idf).T for a, side in zip(mine, SIDES, strict=True))
+                *(a @ unit(side, tables.idf).T for a, side in zip(mine, sides_of(blocks[j]).values(), strict=True))
             )
             for a, b in np.argwhere(smaller >= THRESHOLD).tolist():
                 if i < j or a < b:
-                    found[i * block + a, j * block + b] = float(smaller[a, b])
-    return found
+                    close[i * block + a, j * block + b] = float(smaller[a, b])
+    return close
 
 
 def recall(run: Path) -> tuple[int, float]:
@@ -225,14 +231,14 @@ def quantiles(run: Path, n: int = 1000) -> str:
     tables = CodeTables(ScoreTables(RunDirectory(run)))
     codes = next(iter(tables.read()))[0]
     codes = codes.take(np.arange(min(n, len(codes))))
-    said = []
-    for side in SIDES:
-        vectors = unit(getattr(codes, side), tables.idf)
+    lines = []
+    for name, side in sides_of(codes).items():
+        vectors = unit(side, tables.idf)
         values = (vectors @ vectors.T)[np.triu_indices(len(codes), 1)]
-        said.append(
-            f"{side} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999)))
+        lines.append(
+            f"{name} " + " ".join(f"{value:.2f}" for value in np.quantile(values, (0.1, 0.5, 0.9, 0.99, 0.999)))
         )
-    return ", ".join(said)
+    return ", ".join(lines)
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -258,10 +264,10 @@ def measure(run: Path) -> dict:
 def row(n: int, result: dict) -> str:
     index = result["index"]
     looked = f"{index['clusters_searched']} of {index['clusters']:,}" if index["clusters"] else "all pairs"
-    found = f"{result['recall']:.4f} of {result['truth']:,}" if "recall" in result else ""
+    recalled = f"{result['recall']:.4f} of {result['truth']:,}" if "recall" in result else ""
     return (
         f"| {n:,} | {result['seconds']:.1f} | {result['cpu_seconds']:.1f} | {result['peak_mib']:,.0f} "
-        f"| {result['near_duplicates']:,} | {result['pairs']:,} | {looked} | {found} |"
+        f"| {result['near_duplicates']:,} | {result['pairs']:,} | {looked} | {recalled} |"
     )
 
 
@@ -316,10 +322,13 @@ def main() -> None:
             maker.write(run, n)
             if not results:
                 print(
-                    f"\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}"
+                    "\ncosines of pairs at the quantiles 0.1, 0.5, 0.9, 0.99, 0.999\n"
+                    f"    real    {quantiles(folder / 'real')}\n    made up {quantiles(run)}"
                 )
                 print(
-                    "\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n|---|---|---|---|---|---|---|---|"
+                    "\n| samples | s | CPU s | peak MiB | near-duplicates | pairs | searched | recall |\n"
+                    + "|---" * 8
+                    + "|"
                 )
             results[n] = measure(run)
             if n in options.recall:

@@ -6,7 +6,8 @@ fastest here:
     product    the product as SAE.encode does it (oneDNN on a CPU), chunk by chunk: what the others are held against
     addmm      torch.addmm of states and encoder (MKL), into memory that lies ready
     topk       SAE.encode, topk
-    jumprelu   SAE.encode, jumprelu with a threshold for each feature that some 60 a token pass, and the 50 strongest of these
+    jumprelu   SAE.encode, jumprelu with a threshold for each feature that some 60 a token pass, and the 50 strongest of
+               these
     relu       SAE.encode, relu with the 50 strongest a token
 
     python benchmarks/encode_speed.py --tokens 4096 --d-model 1024 --features 16384 --k 32 --rounds 5
@@ -107,7 +108,10 @@ def main() -> None:
             )
         )
         return
-    shape = f"{options.tokens:,} states, {options.d_model:,} -> {options.features:,}, float32, k={options.k}; the product in chunks of {rows}"
+    shape = (
+        f"{options.tokens:,} states, {options.d_model:,} -> {options.features:,}, float32, k={options.k}; "
+        f"the product in chunks of {rows}"
+    )
     print(f"{about}\n{shape}\n\n| arm | ms (median of {options.rounds}) | times the product |\n|---|---|---|")
     for name, seconds in medians.items():
         print(f"| {name} | {1000 * seconds:,.0f} | {f'{ratios[name]:.2f}' if name in ratios else ''} |")

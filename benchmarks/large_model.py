@@ -1,4 +1,5 @@
-"""A model of LLaVA-NeXT-7B's shape with random weights: scoring against the bare truncated forward pass, and the SAE's share.
+"""A model of LLaVA-NeXT-7B's shape with random weights: scoring against the bare truncated forward pass, and the SAE's
+share.
 
 Speed does not depend on what the weights are. Arms, interleaved in one process on the same batches, ready in memory:
 
@@ -52,15 +53,25 @@ def build(shape: str, device: str, dtype: torch.dtype) -> LanguageBackbone:
     pinpoints = [[pixels, 2 * pixels], [2 * pixels, pixels], [2 * pixels, 2 * pixels]]
     config = LlavaNextConfig(
         text_config=MistralConfig(
-            hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            num_hidden_layers=size["layer"] + 1, vocab_size=32_064,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            num_hidden_layers=size["layer"] + 1,
+            vocab_size=32_064,
         ),
         vision_config=CLIPVisionConfig(
-            hidden_size=v_hidden, intermediate_size=v_inner, num_hidden_layers=v_layers, num_attention_heads=v_heads, image_size=pixels,
-            patch_size=patch, projection_dim=v_hidden,
+            hidden_size=v_hidden,
+            intermediate_size=v_inner,
+            num_hidden_layers=v_layers,
+            num_attention_heads=v_heads,
+            image_size=pixels,
+            patch_size=patch,
+            projection_dim=v_hidden,
         ),
-        image_grid_pinpoints=pinpoints, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
+        image_grid_pinpoints=pinpoints,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
     from transformers import LlavaNextImageProcessorPil
 
     images = LlavaNextImageProcessorPil(
@@ -147,12 +158,14 @@ def main(options: argparse.Namespace) -> None:
                 seconds[name].append(took)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        f"{n} pairs, {tokens / n:.0f} image and text tokens a pair, {backbone.d_model} -> {sae.n_features:,} features, k {options.k}"
+        f"{n} pairs, {tokens / n:.0f} image and text tokens a pair, "
+        f"{backbone.d_model} -> {sae.n_features:,} features, k {options.k}"
     )
     for name in ("forward", "score"):
         print(f"{name:8} {n / median[name]:8.1f} pairs/s  {tokens / median[name]:10.0f} tokens/s")
     print(
-        f"score against forward: {median['forward'] / median['score']:.2f}; the SAE's share of scoring: {median['encode'] / median['score']:.0%}"
+        f"score against forward: {median['forward'] / median['score']:.2f}; "
+        f"the SAE's share of scoring: {median['encode'] / median['score']:.0%}"
     )
     if device.startswith("cuda"):
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -107,13 +107,11 @@ def main() -> None:
     if as_json:
         print(json.dumps({"machine": machine(), "scores": rows}, indent=1))
         return
-    print(
-        f"{machine()}\n\n| score | AUC | 95 % interval | concepts seen in training | concepts held out |\n|---|---|---|---|---|"
-    )
+    print(f"{machine()}\n\n| score | AUC | 95 % interval | concepts seen in training | concepts held out |")
+    print("|---|---|---|---|---|")
     for row in rows:
-        print(
-            f"| {row['score']} | {row['auc']:.3f} | {row['low']:.3f}–{row['high']:.3f} | {row['seen']:.3f} | {row['held_out']:.3f} |"
-        )
+        interval = f"{row['low']:.3f}–{row['high']:.3f}"
+        print(f"| {row['score']} | {row['auc']:.3f} | {interval} | {row['seen']:.3f} | {row['held_out']:.3f} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Every benchmark, one after the other: what `make bench` runs (some thirty minutes on two cores, a third of them dedup_scale).
+"""Every benchmark, one after the other: what `make bench` runs.
 
-python benchmarks/run.py              all
-python benchmarks/run.py startup      one or more by name
+    python benchmarks/run.py              all
+    python benchmarks/run.py startup      one or more by name
+
+All take some thirty minutes on two cores, a third of them dedup_scale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Does a change of the code change what the commands write? Hashes every file that they leave, and compares two such records.
+"""Does a change of the code change what the commands write? Hashes every file that they leave, and compares two such
+records.
 
     python benchmarks/same_bytes.py record before.json            # at one commit
     python benchmarks/same_bytes.py record after.json             # at another
@@ -151,10 +152,10 @@ def prepare(root: Path, also: Path | None) -> list[str]:
 
 def also_inputs() -> list[str]:
     """Everything in the further folder that may be an input, two folders deep."""
-    found = [path for depth in ("*/*", "*/*/*") for path in (WORK / "in/also").glob(depth) if "sae" not in path.parts]
+    inputs = [path for depth in ("*/*", "*/*/*") for path in (WORK / "in/also").glob(depth) if "sae" not in path.parts]
     return [
         str(path.relative_to(WORK))
-        for path in sorted(found)
+        for path in sorted(inputs)
         if path.is_dir() or path.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")
     ]
 

@@ -159,18 +159,19 @@ def main() -> None:
         if not (folder / "run").exists():
             make_run(folder / "run", args.rows, 0, args.features)
             make_run(folder / "target", 20_000, 1, args.features, favourite=200)
-        found = []
+        figures = []
         for way in args.ways or WAYS:
-            found.append(measure(folder, way, args.top))
-            print(f"{way}: {found[-1]['seconds']:.0f} s, {found[-1]['peak_gib']:.2f} GiB", file=sys.stderr, flush=True)
+            figures.append(measure(folder, way, args.top))
+            print(
+                f"{way}: {figures[-1]['seconds']:.0f} s, {figures[-1]['peak_gib']:.2f} GiB", file=sys.stderr, flush=True
+            )
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(figures, indent=2))
         return
     print(f"| `--top {args.top}` of {args.rows:,} rows with | s | CPU s | peak GiB |\n|---|---|---|---|")
-    for one in found:
-        print(
-            f"| `{' '.join(WAYS[one['way']])}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |"
-        )
+    for one in figures:
+        way = " ".join(WAYS[one["way"]])
+        print(f"| `{way}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} | {one['peak_gib']:.2f} |")
     print(f"\n{machine()}")
 
 

@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 
 from mmfilter.core.files import write_json
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.run.decisions import write_decisions
+from mmfilter.core.run.decisions import Outcome, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
@@ -123,11 +124,12 @@ def bare_copy(ranges: list[tuple[str, int, int]], target: Path) -> int:
     return total
 
 
-def timed(work, *args) -> tuple[float, int]:
+def timed(work: Callable[[], int]) -> tuple[float, int]:
+    """Seconds, and the bytes that were written."""
     os.sync()
     started = time.perf_counter()
-    result = work(*args)
-    return time.perf_counter() - started, getattr(result, "nbytes_written", result)
+    nbytes = work()
+    return time.perf_counter() - started, nbytes
 
 
 def measure_copy(folder: Path, gib: float, rounds: int) -> dict:
@@ -142,10 +144,10 @@ def measure_copy(folder: Path, gib: float, rounds: int) -> dict:
     for i in range(rounds + 1):  # the first round warms up
         for which in (ours, bare) if i % 2 else (bare, ours):
             if which is ours:
-                seconds, nbytes = timed(select, folder / "run", settings)
+                seconds, nbytes = timed(lambda: select(folder / "run", settings).nbytes_written)
                 shutil.rmtree(folder / "best")
             else:
-                seconds, nbytes = timed(bare_copy, ranges, folder / "bare.tar")
+                seconds, nbytes = timed(lambda: bare_copy(ranges, folder / "bare.tar"))
                 (folder / "bare.tar").unlink()
             which.append(nbytes / seconds)
     ours_median, bare_median = statistics.median(ours[1:]), statistics.median(bare[1:])
@@ -218,15 +220,8 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            write_decisions(
-                tables,
-                run.parent / "selection.parquet",
-                tables.column("similarity"),
-                decision,
-                labels=labels,
-                metadata={},
-                output=output,
-            )
+            outcome = Outcome(tables.column("similarity"), decision, labels, output)
+            write_decisions(tables, run.parent / "selection.parquet", outcome, {})
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -237,19 +232,19 @@ def child(run: Path, task: str) -> None:
 
 def measure_choice(folder: Path, rows: int, rounds: int) -> dict:
     make_tables(folder / "run", rows)
-    found = {}
+    figures = {}
     for task in ("choice", "keys", "decisions"):
         runs = []
         for _ in range(rounds):
             command = [sys.executable, __file__, "--child", task, "--run", str(folder / "run")]
             runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        found[task] = {
+        figures[task] = {
             "seconds": statistics.median(run["seconds"] for run in runs),
             "seconds_spread": [min(run["seconds"] for run in runs), max(run["seconds"] for run in runs)],
             "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
             "peak_mb": max(run["peak_mb"] for run in runs),
         }
-    return {"rows": rows, "tables": N_TABLES, "rounds": rounds} | found
+    return {"rows": rows, "tables": N_TABLES, "rounds": rounds} | figures
 
 
 # --- report ----------------------------------------------------------------------------------
@@ -261,13 +256,14 @@ def report(results: dict) -> str:
         lines += [
             "| copying 20 % into shards | GB | ranges | select GB/s | bare copy_file_range GB/s | ratio |",
             "|---|---|---|---|---|---|",
-            f"| median of {copy['rounds']} | {copy['bytes'] / 1e9:.2f} | {copy['ranges']:,} | {copy['select_bytes_per_s'] / 1e9:.2f} "
-            f"| {copy['bare_bytes_per_s'] / 1e9:.2f} | {copy['ratio']:.2f} |",
+            f"| median of {copy['rounds']} | {copy['bytes'] / 1e9:.2f} | {copy['ranges']:,} "
+            f"| {copy['select_bytes_per_s'] / 1e9:.2f} | {copy['bare_bytes_per_s'] / 1e9:.2f} | {copy['ratio']:.2f} |",
             "",
         ]
     if choice := results.get("choose"):
         lines += [
-            f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables | s | CPU s, with start | peak MB |",
+            f"| choosing 20 % of {choice['rows']:,} rows in {choice['tables']:,} tables "
+            "| s | CPU s, with start | peak MB |",
             "|---|---|---|---|",
         ]
         for task, label in (
@@ -275,13 +271,14 @@ def report(results: dict) -> str:
             ("keys", "with a key list"),
             ("decisions", "with byte ranges and selection.parquet"),
         ):
-            lines.append(
-                f"| {label} | {choice[task]['seconds']:.2f} | {choice[task]['cpu_seconds']:.2f} | {choice[task]['peak_mb']:,.0f} |"
-            )
+            part = choice[task]
+            lines.append(f"| {label} | {part['seconds']:.2f} | {part['cpu_seconds']:.2f} | {part['peak_mb']:,.0f} |")
         lines.append("")
     machine = results["machine"]
+    before, after = machine["load"]
     lines.append(
-        f"{machine['cpus']} CPUs, {machine['system']}, Python {machine['python']}, load {machine['load'][0]:.1f} before and {machine['load'][1]:.1f} after"
+        f"{machine['cpus']} CPUs, {machine['system']}, Python {machine['python']}, "
+        f"load {before:.1f} before and {after:.1f} after"
     )
     return "\n".join(lines)
 

@@ -1,14 +1,15 @@
-"""Does a set chosen by --match look more like the target, and does one chosen by --diverse show more, than the best by score?
+"""Does a set chosen by --match look more like the target, and does one chosen by --diverse show more, than the best by
+score?
 
     python benchmarks/selection_quality.py [--samples 2000] [--draws 3] [--top 200] [--json]
 
-The example pairs are split in two halves by drawing. From one half a pool is drawn as the web would: concepts by Zipf's
-law, so a few come often and most hardly ever, each time moved, re-encoded and with its own or another caption of the
-concept; 15 % of the captions belong to another pair. `mmfilter` scores the pool with the embedded model, and the ways to
-choose the same number of pairs are compared:
+The example pairs are split in two halves by drawing. From one half a pool is drawn as the web would: concepts by
+Zipf's law, so a few come often and most hardly ever, each time moved, re-encoded and with its own or another caption of
+the concept; 15 % of the captions belong to another pair. `mmfilter` scores the pool with the embedded model, and the
+ways to choose the same number of pairs are compared:
 
-match    the target is a run over the pairs of the *other* half that show a theme (flags, people, faces). How many of the
-         chosen pairs show the theme, and how many of the pool's concepts of the theme are among them
+match    the target is a run over the pairs of the *other* half that show a theme (flags, people, faces). How many of
+         the chosen pairs show the theme, and how many of the pool's concepts of the theme are among them
 diverse  how many of the pool's concepts are among the chosen
 
 Mean and standard deviation over draws. CPU only; 15 s a draw.
@@ -53,13 +54,13 @@ class Pair:
 
 def examples() -> list[Pair]:
     """The example pairs whose caption is right."""
-    found = []
+    pairs = []
     for path in sorted((ROOT / "examples" / "shards").glob("*.tar")):
         for raw in open_source(str(path)).samples():
             about = json.loads(raw.members["json"])
             if not about["mismatched"]:
-                found.append(Pair(about["concept"], about["caption"], raw.members["jpg"]))
-    return found
+                pairs.append(Pair(about["concept"], about["caption"], raw.members["jpg"]))
+    return pairs
 
 
 def moved(jpeg: bytes, rng: np.random.Generator) -> bytes:
@@ -80,8 +81,8 @@ def draw_pool(pairs: list[Pair], n: int, rng: np.random.Generator) -> list[Pair]
     often = 1 / (1 + rng.permutation(len(concepts)))
     pool = []
     for i in rng.choice(len(concepts), n, p=often / often.sum()):
-        shown, said = (by_concept[concepts[i]][rng.integers(len(by_concept[concepts[i]]))] for _ in range(2))
-        pool.append(Pair(shown.concept, said.caption, moved(shown.jpeg, rng)))
+        shown, worded = (by_concept[concepts[i]][rng.integers(len(by_concept[concepts[i]]))] for _ in range(2))
+        pool.append(Pair(shown.concept, worded.caption, moved(shown.jpeg, rng)))
     wrong = rng.choice(n, round(MISMATCHED * n), replace=False)
     captions = [pool[i].caption for i in np.roll(wrong, 1)]
     for i, caption in zip(wrong.tolist(), captions, strict=True):
@@ -156,18 +157,18 @@ def one_draw(pairs: list[Pair], n: int, top: int, seed: int, say: Callable[[str]
 
 def summary(draws: list[list[dict]]) -> list[dict]:
     """Mean and standard deviation of each figure over draws."""
-    found = []
+    rows = []
     for same in zip(*draws, strict=True):
         figures = {name: [row[name] for row in same] for name in ("share", "covered", "similarity")}
         spread = {
             f"{name}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None for name, values in figures.items()
         }
-        found.append(
+        rows.append(
             {"question": same[0]["question"], "way": same[0]["way"]}
             | {name: float(np.mean(v)) for name, v in figures.items()}
             | spread
         )
-    return found
+    return rows
 
 
 def shown(row: dict, name: str, digits: int) -> str:
@@ -196,9 +197,8 @@ def main() -> None:
     print("| question | way | share of the theme | concepts covered | mean similarity |\n|---|---|---|---|---|")
     for row in rows:
         share = "" if row["question"] == "diverse" else shown(row, "share", 3)
-        print(
-            f"| {row['question']} | {row['way']} | {share} | {shown(row, 'covered', 3)} | {shown(row, 'similarity', 3)} |"
-        )
+        covered, similarity = shown(row, "covered", 3), shown(row, "similarity", 3)
+        print(f"| {row['question']} | {row['way']} | {share} | {covered} | {similarity} |")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ def main() -> None:
     bare = seconds(sys.executable, "-c", "pass", rounds=rounds)
     print(f"{machine()}\n\n| command | seconds (median of {rounds}) |\n|---|---|\n| python -c pass | {bare:.3f} |")
     for command in ((), ("score",), ("select",)):
-        print(
-            f"| mmfilter {' '.join((*command, '--help'))} | {seconds(MMFILTER, *command, '--help', rounds=rounds):.3f} |"
-        )
+        words = (*command, "--help")
+        print(f"| mmfilter {' '.join(words)} | {seconds(MMFILTER, *words, rounds=rounds):.3f} |")
 
 
 if __name__ == "__main__":

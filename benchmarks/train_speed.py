@@ -8,9 +8,9 @@ batch of states and new weights:
     sparsify     as its Trainer does it: forward, backward, gradient parallel to the decoder removed, optimiser, rows
                  to norm 1; with its default optimiser (signum, schedule-free, at its own rate) and with Adam
 
-States are sparse positive combinations of 2,048 directions around a mean, with noise, scaled to mean square 1 a dimension.
-The second table is a longer training of a smaller SAE; its FVU is of states not trained on, with k features a token, for
-batchtopk in the mean.
+States are sparse positive combinations of 2,048 directions around a mean, with noise, scaled to mean square 1 a
+dimension. The second table is a longer training of a smaller SAE; its FVU is of states not trained on, with k features
+a token, for batchtopk in the mean.
 
     pip install sae-lens eai-sparsify
     python benchmarks/train_speed.py --rounds 4 --learn-steps 300
@@ -235,17 +235,14 @@ def main() -> None:
         return
     peers = [name for name in options.arms if not name.startswith("mmfilter")]
     print(f"{about}, {torch.get_num_threads()} threads\n\nd_model, features, k, batch: {options.shape}\n")
-    print(
-        f"| arm | tokens/s (median of {options.rounds}) | CPU s a step |{''.join(f' × {name} |' for name in peers)}\n|---|---|---|{'---|' * len(peers)}"
-    )
+    print(f"| arm | tokens/s (median of {options.rounds}) | CPU s a step |{''.join(f' × {name} |' for name in peers)}")
+    print(f"|---|---|---|{'---|' * len(peers)}")
     for name, seen in rates.items():
         ratios = (statistics.median(a / b for a, b in zip(seen, rates[peer], strict=True)) for peer in peers)
-        print(
-            f"| {name} | {statistics.median(seen):,.0f} | {cpu[name]:.2f} |{''.join(f' {ratio:.2f} |' for ratio in ratios)}"
-        )
-    print(
-        f"\nd_model, features, k, batch: {options.learn_shape}, {options.learn_steps * small.batch:,} tokens\n\n| arm | FVU |\n|---|---|"
-    )
+        against = "".join(f" {ratio:.2f} |" for ratio in ratios)
+        print(f"| {name} | {statistics.median(seen):,.0f} | {cpu[name]:.2f} |{against}")
+    print(f"\nd_model, features, k, batch: {options.learn_shape}, {options.learn_steps * small.batch:,} tokens\n")
+    print("| arm | FVU |\n|---|---|")
     for name, value in quality.items():
         print(f"| {name} | {value:.4f} |")
 

@@ -37,11 +37,11 @@ def run(check: bool) -> int:
     if not check:
         PAGE.write_text(wanted, "utf-8")
         return 0
-    found = PAGE.read_text("utf-8") if PAGE.exists() else ""
-    if found == wanted:
+    stored = PAGE.read_text("utf-8") if PAGE.exists() else ""
+    if stored == wanted:
         return 0
     sys.stderr.writelines(
-        difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/commands.md", "the code")
+        difflib.unified_diff(stored.splitlines(True), wanted.splitlines(True), "docs/commands.md", "the code")
     )
     print("docs/commands.md is out of date: run make docs", file=sys.stderr)
     return 1

@@ -38,10 +38,10 @@ def survivors(top: str) -> list[dict]:
     """The JSON of what `mmfilter select` lets through its pipe."""
     command = [BIN / "mmfilter", "select", str(RUN), "--top", top, "-o", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        found = records(process.stdout)
+        kept = records(process.stdout)
     if process.returncode:
         sys.exit("mmfilter select failed")
-    return found
+    return kept
 
 
 def main() -> None:

@@ -37,13 +37,21 @@ MTIME = 1_700_000_000
 HELD_OUT_SETS = (*COLOUR_SETS, "fluent-emoji-high-contrast", "ph")
 
 NAME_TEMPLATES = (
-    "an icon showing {a}", "{n} in emoji style", "here you see {a}", "{A}, drawn as an icon", "stock icon: {n}",
-    "the emoji for {n}", "Simple picture showing {a}.",
-)  # fmt: skip
+    "an icon showing {a}",
+    "{n} in emoji style",
+    "here you see {a}",
+    "{A}, drawn as an icon",
+    "stock icon: {n}",
+    "the emoji for {n}",
+    "Simple picture showing {a}.",
+)
 KEYWORD_TEMPLATES = (
-    "{n} emoji, {k1}", "a drawing of {a}, {k1} and {k2}", "{N} – {k1}, {k2}", "{N} ({k1}, {k2})",
+    "{n} emoji, {k1}",
+    "a drawing of {a}, {k1} and {k2}",
+    "{N} – {k1}, {k2}",
+    "{N} ({k1}, {k2})",
     "{n} sticker for messages about {k1}",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,12 @@ def caption_of(words: Words, colour: str | None, rng: random.Random) -> str:
     """One caption by one of the templates."""
     name = f"{colour} {words.name}" if colour else words.name
     phrase = with_article(name)
-    said = {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
+    forms = {"n": name, "N": name.capitalize(), "a": phrase, "A": phrase.capitalize()}
     keywords = [k for k in words.keywords if k not in name]
     if len(keywords) < 2 or rng.random() < 0.55:
-        return rng.choice(NAME_TEMPLATES).format(**said)
+        return rng.choice(NAME_TEMPLATES).format(**forms)
     first, second = rng.sample(keywords, 2)
-    return rng.choice(KEYWORD_TEMPLATES).format(**said, k1=first, k2=second)
+    return rng.choice(KEYWORD_TEMPLATES).format(**forms, k1=first, k2=second)
 
 
 def make_pairs(rng: random.Random) -> list[Pair]:
@@ -138,9 +146,16 @@ def record_of(key: str, pair: Pair, caption: str, jpeg: bytes, *, mismatched: bo
     status = {"key": key, "status": "success", "error_message": None}
     return {
         "uid": hashlib.md5(f"{key} {pair.url}".encode(), usedforsecurity=False).hexdigest(),
-        "mismatched": mismatched, "concept": pair.words.name, "set": pair.icon.set,
-        "caption": caption, "url": pair.url, **status, **size, "exif": "{}", "sha256": hashlib.sha256(jpeg).hexdigest(),
-    }  # fmt: skip
+        "mismatched": mismatched,
+        "concept": pair.words.name,
+        "set": pair.icon.set,
+        "caption": caption,
+        "url": pair.url,
+        **status,
+        **size,
+        "exif": "{}",
+        "sha256": hashlib.sha256(jpeg).hexdigest(),
+    }
 
 
 def jpeg_of(pixels: np.ndarray) -> bytes:
@@ -171,9 +186,15 @@ def write_shard(folder: Path, number: int, pairs: list[Pair], wrong: dict[int, s
     schema = schema.set(schema.get_field_index("error_message"), pa.field("error_message", pa.string()))
     pq.write_table(pa.Table.from_pylist(records, schema=schema), folder / f"{number:05d}.parquet")
     stats = {
-        "count": len(pairs), "successes": len(pairs), "failed_to_download": 0, "failed_to_resize": 0, "duration": 0.0,
-        "start_time": float(MTIME), "end_time": float(MTIME), "status_dict": {"success": len(pairs)},
-    }  # fmt: skip
+        "count": len(pairs),
+        "successes": len(pairs),
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": 0.0,
+        "start_time": float(MTIME),
+        "end_time": float(MTIME),
+        "status_dict": {"success": len(pairs)},
+    }
     (folder / f"{number:05d}_stats.json").write_text(json.dumps(stats, indent=4))
 
 

@@ -146,31 +146,32 @@ def first_of_group(samples: list[Sample], on: str) -> list[int]:
 def similarities(samples: list[Sample], on: str) -> np.ndarray:
     """(samples, samples): 1 for the same hashes, else the cosine of the groups' first samples, float32."""
     cosines = [dense(samples, name) @ dense(samples, name).T for name in ("image", "text")]
-    found = {"image": cosines[0], "text": cosines[1], "both": np.minimum(*cosines)}[on].astype(np.float32)
+    smallest = {"image": cosines[0], "text": cosines[1], "both": np.minimum(*cosines)}[on].astype(np.float32)
     first = np.array(first_of_group(samples, on))
-    found = found[first][:, first]
-    found[first[:, None] == first[None]] = 1
-    return found
+    smallest = smallest[first][:, first]
+    smallest[first[:, None] == first[None]] = 1
+    return smallest
 
 
 def greedy(
     samples: list[Sample], on: str, threshold: float, among=lambda sample: True
 ) -> dict[tuple[str, int], tuple[str, int, float] | None]:
-    """The rule, straight: (shard, row) -> None for a kept sample, or the kept one that it is dropped for and their similarity.
+    """The rule, straight: (shard, row) -> None for a kept sample, or the kept one that it is dropped for and their
+    similarity.
 
     That is the closest, then the best; samples with the same hashes are dropped for the same one.
     """
-    found, first = similarities(samples, on), first_of_group(samples, on)
+    cosine, first = similarities(samples, on), first_of_group(samples, on)
     dropped_for: dict[int, int] = {}
     rank = [i for i, sample in enumerate(samples) if sample.score is not None and among(sample)]
     rank.sort(key=lambda i: (-samples[i].score, samples[i].key, samples[i].shard, samples[i].row))
     kept: list[int] = []
     result: dict[tuple[str, int], tuple[str, int, float] | None] = {}
     for i in rank:
-        close = [j for j in kept if found[i, j] >= np.float32(threshold)]
-        best = dropped_for.get(first[i], max(close, key=lambda j: (found[i, j], -kept.index(j)), default=None))
+        close = [j for j in kept if cosine[i, j] >= np.float32(threshold)]
+        best = dropped_for.get(first[i], max(close, key=lambda j: (cosine[i, j], -kept.index(j)), default=None))
         result[samples[i].shard, samples[i].row] = (
-            None if best is None else (samples[best].shard, samples[best].row, float(found[i, best]))
+            None if best is None else (samples[best].shard, samples[best].row, float(cosine[i, best]))
         )
         if best is None:
             kept.append(i)

@@ -141,7 +141,8 @@ def s3_endpoint() -> Iterator[tuple[Log, Any]]:
 
 @pytest.fixture
 def s3(s3_endpoint: tuple[Log, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
-    """The S3 server with an empty bucket `bucket`, as a user has one: named by the environment, and nothing else of this machine's settings."""
+    """The S3 server with an empty bucket `bucket`, as a user has one: named by the environment, and nothing else of
+    this machine's settings."""
     import s3fs
 
     log, client = s3_endpoint

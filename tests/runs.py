@@ -72,11 +72,11 @@ def keys_of(run: Path, tmp_path: Path, **settings) -> list[str]:
 
 def samples_of(folder: Path) -> list[tuple[str, list[tuple[str, bytes]]]]:
     """Output shard and its members, in order."""
-    found = []
+    shards = []
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
-            found.append((shard.name, [(member.name, tar.extractfile(member).read()) for member in tar]))
-    return found
+            shards.append((shard.name, [(member.name, tar.extractfile(member).read()) for member in tar]))
+    return shards
 
 
 def error_of(run: Path, **settings) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Fault = Callable[["Request"], int | None]
-"""What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for nothing"""
+"""What goes wrong with a request: an HTTP status to answer with, `CUT` to stop in the middle of the body, None for
+nothing"""
 CUT = -1
 
 
@@ -110,16 +111,16 @@ class _Counted:
             self._log.requests.append(Request(method, path, range_, wrong, 0))
             start_response(f"{wrong} Told To Fail", [("Content-Length", "0")])
             return [b""]
-        said: list[int] = []
+        statuses: list[int] = []
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            said.append(int(status.split()[0]))
+            statuses.append(int(status.split()[0]))
             return start_response(status, headers, *more)
 
         body = b"".join(self._app(environ, start))
         if wrong == CUT:
             body = body[: len(body) // 2]
-        self._log.requests.append(Request(method, path, range_, said[0], len(body)))
+        self._log.requests.append(Request(method, path, range_, statuses[0], len(body)))
         return [body]
 
 
@@ -221,14 +222,14 @@ class _HubHandler(_Handler):
 
     def _listing(self, folder: str) -> list[dict[str, Any]]:
         inside = f"{folder}/" if folder else ""
-        found = {}
+        entries = {}
         for path, content in self.server.files.items():
             path = path.removeprefix(_FILES)
             if path.startswith(inside):
                 first, below, _ = path.removeprefix(inside).partition("/")
                 kind = {"type": "directory", "size": 0} if below else {"type": "file", "size": len(content)}
-                found[inside + first] = {"path": inside + first, "oid": f"{zlib.crc32(content):040x}"} | kind
-        return list(found.values())
+                entries[inside + first] = {"path": inside + first, "oid": f"{zlib.crc32(content):040x}"} | kind
+        return list(entries.values())
 
     def _say(self, answer: Any, status: int = 200) -> None:
         body = json.dumps(answer).encode()

@@ -56,13 +56,13 @@ def test_scores_tell_true_pairs_from_mismatched_ones(run):
     table = pq.read_table(run / "scores", columns=["shard", "row", "similarity", "support", "random", "l0"]).sort_by(
         [("shard", "ascending"), ("row", "ascending")]
     )
-    found = {
+    auc_of = {
         name: auc(column[~wrong], column[wrong])
         for name in ("similarity", "support", "random", "l0")
         for column in [table[name].to_numpy()]
     }
-    assert found["similarity"] > 0.84 and found["support"] > 0.82
-    assert 0.42 < found["random"] < 0.58 and 0.38 < found["l0"] < 0.62
+    assert auc_of["similarity"] > 0.84 and auc_of["support"] > 0.82
+    assert 0.42 < auc_of["random"] < 0.58 and 0.38 < auc_of["l0"] < 0.62
 
 
 @pytest.mark.slow

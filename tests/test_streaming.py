@@ -1,4 +1,4 @@
-"""`mmfilter.stream`: every selected sample once an epoch, however many workers and nodes, with the bytes of the shard."""
+"""`mmfilter.stream`: every selected sample once an epoch, however many workers and nodes, with the shard's bytes."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     python tests/versions.py newest --python python3.13
 
 Makes an environment of its own under build/. What mmfilter runs with is taken at the lowest (or newest) version of each
-dependency that pyproject.toml names; the tools of the tests are taken as they come. `--torch VERSION` takes another torch
-than that: on x86-64 the registry's wheels of most versions are built for CUDA and take gigabytes.
+dependency that pyproject.toml names; the tools of the tests are taken as they come. `--torch VERSION` takes another
+torch than that: on x86-64 the registry's wheels of most versions are built for CUDA and take gigabytes.
 """
 
 from __future__ import annotations
@@ -51,9 +51,21 @@ def install(kind: str, python: str, torch: str | None) -> Path:
     chosen.write_text(f"torch=={torch}\n" if torch else "")
     resolution = ("--resolution", "lowest-direct") if kind == "lowest" else ()
     run(
-        UV, "pip", "compile", "--quiet", "--python", inside, *resolution, "--override", chosen,
-        "pyproject.toml", "--extra", "cpu", "-o", pins,
-    )  # fmt: skip
+        UV,
+        "pip",
+        "compile",
+        "--quiet",
+        "--python",
+        inside,
+        *resolution,
+        "--override",
+        chosen,
+        "pyproject.toml",
+        "--extra",
+        "cpu",
+        "-o",
+        pins,
+    )
     run(UV, "pip", "install", "--quiet", "--python", inside, "-r", pins)
     run(UV, "pip", "install", "--quiet", "--python", inside, "-c", pins, "-e", ".[cpu]", *tools())
     return inside

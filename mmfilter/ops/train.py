@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from mmfilter.core.input.shards import open_sources
 from mmfilter.core.pipeline.engine import load_model, resolved_device
 from mmfilter.core.pipeline.pass_settings import DeviceSettings
+from mmfilter.core.training.preparation import prepared
 from mmfilter.core.training.run_settings import TrainRunSettings
 from mmfilter.core.training.session import TrainRun
 from mmfilter.core.training.summary import TrainProgress, TrainSummary
@@ -30,12 +31,11 @@ def train(patterns: Sequence[str], settings: TrainRunSettings, progress: TrainPr
         backbone = load_model(settings.card, device)
         run = TrainRun(sources, backbone, settings, device, progress)
         try:
-            run.prepare()
-            return run.train()
+            return prepared(run).train()
         except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
-            said = getattr(error, "strerror", None) or error
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise SAEError(
-                f"{str(settings.output)!r} could not be written ({said}); checkpoints are kept: free space, and give "
+                f"{str(settings.output)!r} could not be written ({reason}); checkpoints are kept: free space, and give "
                 "the same command again"
             ) from error
 

@@ -18,34 +18,68 @@ PLAIN_WORDS = re.compile(r"^[a-z][a-z '\-]{1,20}$")
 MAX_KEYWORDS = 14
 
 COLOURS = {
-    "red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (245, 215, 60),
-    "orange": (245, 140, 40), "purple": (140, 60, 190), "pink": (245, 130, 180), "brown": (130, 80, 45),
-    "black": (25, 25, 25), "white": (250, 250, 250), "gray": (140, 140, 140), "cyan": (70, 200, 220),
-}  # fmt: skip
+    "red": (220, 40, 40),
+    "green": (50, 170, 70),
+    "blue": (50, 90, 220),
+    "yellow": (245, 215, 60),
+    "orange": (245, 140, 40),
+    "purple": (140, 60, 190),
+    "pink": (245, 130, 180),
+    "brown": (130, 80, 45),
+    "black": (25, 25, 25),
+    "white": (250, 250, 250),
+    "gray": (140, 140, 140),
+    "cyan": (70, 200, 220),
+}
 
 PREFIXES = (
-    "", "", "", "a ", "a ", "the ", "one ", "an emoji of ", "an emoji of a ", "emoji: ", "emoji showing ", "picture of ",
-    "a picture of a ", "an image of ", "image of a ", "a photo of a ", "photo of ", "drawing of ", "a drawing of a ",
+    "", "", "", "a ", "a ", "the ", "one ", "an emoji of ", "an emoji of a ", "emoji: ", "emoji showing ",
+    "picture of ", "a picture of a ", "an image of ", "image of a ", "a photo of a ", "photo of ", "drawing of ",
+    "a drawing of a ",
     "an icon of ", "icon of a ", "icon showing a ", "icon for ", "a small {s} icon of ", "illustration of ",
     "an illustration of a ", "a {s} illustration of ", "a {s} drawing of a ", "{s} picture of ", "{s} ", "a {s} ",
     "a symbol for ", "symbol of ", "sign for ", "this is ", "this is a ", "here is a ", "there is a ", "it shows a ",
     "this image shows ", "this icon depicts ", "a graphic of ", "graphic showing ", "cartoon of a ", "a cartoon ",
-    "sticker of a ", "a sticker with ", "clip art of ", "artwork of ", "a sketch of a ", "a view of a ", "depiction of ",
-    "vector image of ", "a logo with a ", "close up of a ", "my favourite ", "look at this ", "representation of ",
+    "sticker of a ", "a sticker with ", "clip art of ", "artwork of ", "a sketch of a ", "a view of a ",
+    "depiction of ", "vector image of ", "a logo with a ", "close up of a ", "my favourite ", "look at this ",
+    "representation of ",
 )  # fmt: skip
 SUFFIXES = (
     "", "", "", "", "", " emoji", " icon", " symbol", " sign", " drawing", " picture", " in {s} style", ", {s} style",
     " in a {s} design", " illustration", " vector art", " clipart", " sticker", " graphic", " image", " cartoon",
-    ", isolated", ", centered", " for the web", " for an app", ", high quality", ", digital art", " shown here", ".", "!",
+    ", isolated", ", centered", " for the web", " for an app", ", high quality", ", digital art", " shown here",
+    ".", "!",
 )  # fmt: skip
 STYLES = (
     "flat", "simple", "cute", "colorful", "colourful", "modern", "minimal", "small", "tiny", "big", "clean", "bright",
     "nice", "cartoon", "vector", "stylized", "glossy", "retro", "bold", "digital",
 )  # fmt: skip
 BACKGROUNDS = (
-    " on a {c} background", " on {c} background", " against a {c} background", ", {c} background", " with {c} behind it",
-    " on {c}", " over a {c} backdrop", " in front of a {c} wall",
-)  # fmt: skip
+    " on a {c} background",
+    " on {c} background",
+    " against a {c} background",
+    ", {c} background",
+    " with {c} behind it",
+    " on {c}",
+    " over a {c} backdrop",
+    " in front of a {c} wall",
+)
+KEYWORD_ORDERS = (
+    "{n}, {k}",
+    "{n}: {k}",
+    "{n} {k}",
+    "{k} {n}",
+    "{n} ({k})",
+    "{k}: {n}",
+    "{n} with {k}",
+    "{n} for {k}",
+    "{k}, {n}",
+    "{n} - {k}",
+    "{n} meaning {k}",
+    "{n} about {k}",
+    "{n} tagged {k}",
+)
+"""Ways to put a name beside its keywords"""
 SIDE_BY_SIDE = (
     "{a} left of {b}",
     "{a} next to {b}",
@@ -57,15 +91,29 @@ SIDE_BY_SIDE = (
 STACKED = ("{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{a} and {b}")
 
 CHOICE_TEMPLATES = (
-    "{n}", "an emoji that looks like {n}", "tiny pictogram: {n}", "we can see a {n} here", "{n} ({k1})",
-    "a web graphic with {n} on it", "{k1} and {k2}: {n}", "{n}, also called {k1}", "the {n} as a cartoon figure",
+    "{n}",
+    "an emoji that looks like {n}",
+    "tiny pictogram: {n}",
+    "we can see a {n} here",
+    "{n} ({k1})",
+    "a web graphic with {n} on it",
+    "{k1} and {k2}: {n}",
+    "{n}, also called {k1}",
+    "the {n} as a cartoon figure",
     "messenger smiley, {n}",
-)  # fmt: skip
+)
 REPORT_TEMPLATES = (
-    "{n}", "a rendering of {n}", "an emoji depicting {n}", "{n}, used for {k1}", "people send {n} in chats",
-    "glyph named {n}", "{k1} / {k2} / {n}", "the well known {n} pictogram", "cute little {n} artwork",
+    "{n}",
+    "a rendering of {n}",
+    "an emoji depicting {n}",
+    "{n}, used for {k1}",
+    "people send {n} in chats",
+    "glyph named {n}",
+    "{k1} / {k2} / {n}",
+    "the well known {n} pictogram",
+    "cute little {n} artwork",
     "{n} as seen on a phone",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -138,9 +186,7 @@ def _with_keywords(name: str, keywords: list[str], rng: random.Random) -> str:
     """A name and one to four keywords in one of the ways that people list them."""
     some = keywords[: rng.randint(1, 4)]
     joined = rng.choice((" ", ", ", ", ", " and ")).join(some)
-    order = ("{n}, {k}", "{n}: {k}", "{n} {k}", "{k} {n}", "{n} ({k})", "{k}: {n}", "{n} with {k}", "{n} for {k}", "{k}, {n}",
-             "{n} - {k}", "{n} meaning {k}", "{n} about {k}", "{n} tagged {k}")  # fmt: skip
-    return rng.choice(order).format(n=name, k=joined)
+    return rng.choice(KEYWORD_ORDERS).format(n=name, k=joined)
 
 
 def core_phrase(words: Words, rng: random.Random) -> str:

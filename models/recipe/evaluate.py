@@ -126,12 +126,12 @@ def scores_of(states: States, sae: SAE, weights: FeatureWeights, thresholds: lis
         for i, threshold in enumerate(thresholds):
             pairs = pool_pairs(batch, codes, weights, threshold)
             names = list(formulas()) if i == 0 else []
-            found = {name: formulas()[name](pairs) for name in names} | {
+            scores = {name: formulas()[name](pairs) for name in names} | {
                 f"{n}@{i}": formulas()[n](pairs) for n in ("saev", "cooccurrence")
             }
             if i == 0:
-                found["similarity, idf of each side"] = similarity_each_side(pairs)
-            for name, values in found.items():
+                scores["similarity, idf of each side"] = similarity_each_side(pairs)
+            for name, values in scores.items():
                 columns.setdefault(name, []).append(values)
     return {name: torch.cat(parts).numpy() for name, parts in columns.items()} | {
         "caption length": states.caption_chars
@@ -146,12 +146,12 @@ def aucs(scores: dict[str, np.ndarray], shuffled: np.ndarray) -> dict[str, float
 def interval(values: np.ndarray, shuffled: np.ndarray, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of the AUC, resampling pairs."""
     rng, n = np.random.default_rng(seed), len(values)
-    found = []
+    areas = []
     for _ in range(draws):
         rows = rng.integers(0, n, n)
         v, s = values[rows], shuffled[rows]
-        found.append(auc(v[~s], v[s]))
-    return tuple(np.quantile(found, (0.025, 0.975)).tolist())
+        areas.append(auc(v[~s], v[s]))
+    return tuple(np.quantile(areas, (0.025, 0.975)).tolist())
 
 
 def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[float]:
@@ -168,14 +168,14 @@ def thresholds_of(states: States, sae: SAE, weights: FeatureWeights) -> list[flo
 
 
 def sweep(build: Path, model: Path, widths: list[int], tokens: list[int]) -> None:
-    """Train SAEs of every width and k for several numbers of tokens; one line each with what it does on the choice split."""
+    """Train SAEs of every width and k for several numbers of tokens; one line each with what it does on the choice
+    split."""
     backbone = load_backbone(str(model), HOOK_LAYER, prompt=PROMPT)
     split = states_of(make_tar(build / "eval" / "choice.tar", "choice"), backbone)
     reference = states_of(reference_tar(build), backbone)
     print(
-        "| features | k | tokens | FVU image | FVU text | L0 image | L0 text | weighted | similarity | support | saev | τ |\n"
-        + "|---" * 12
-        + "|"
+        "| features | k | tokens | FVU image | FVU text | L0 image | L0 text "
+        "| weighted | similarity | support | saev | τ |\n" + "|---" * 12 + "|"
     )
     for n_tokens in tokens:
         folder = build / "sweep" / str(n_tokens)
@@ -204,8 +204,8 @@ def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> st
     """A line of a Markdown table: fidelity on the split's pairs, AUCs, and the threshold at which `saev` is best."""
     weights = weights_of(reference, sae)
     thresholds = thresholds_of(reference, sae, weights)
-    found = aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
-    best = max(range(len(thresholds)), key=lambda i: found[f"saev@{i}"])
+    by_score = aucs(scores_of(split, sae, weights, thresholds), split.shuffled)
+    best = max(range(len(thresholds)), key=lambda i: by_score[f"saev@{i}"])
     meter = FidelityMeter(sae)
     for batch in split.batches:
         meter.add(batch.states, batch.side)
@@ -218,7 +218,8 @@ def sweep_line(sae: SAE, settings: dict, split: States, reference: States) -> st
         f"{image.l0:.1f}",
         f"{text.l0:.1f}",
     ]
-    cells = [*facts, weights.n_weighted, found["similarity"], found["support"], found[f"saev@{best}"], thresholds[best]]
+    chosen = (by_score["similarity"], by_score["support"], by_score[f"saev@{best}"], thresholds[best])
+    cells = [*facts, weights.n_weighted, *chosen]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -251,7 +252,7 @@ def reference_scores(
     batch: Activations, sae: SAE, omega: np.ndarray, idf: np.ndarray, threshold: float
 ) -> list[dict[str, float]]:
     """The definitions again, one pair at a time, in float64 NumPy, from the residual states onwards."""
-    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    W, b, mean, cut = (tensor.double().numpy() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold))
     states, sample, side = batch.states.double().numpy(), batch.sample.numpy(), batch.side.numpy()
     rows = []
     for s in range(batch.n_samples):
@@ -263,11 +264,16 @@ def reference_scores(
         means = [codes[which].mean(0) * idf for which in (IMAGE, TEXT)]
         raw = [states[(sample == s) & (side == which)].mean(0) for which in (IMAGE, TEXT)]
         active = sum((codes[which] > 0).sum() for which in (IMAGE, TEXT))
-        rows.append({
-            "saev": np.nansum(np.where(both, omega, 0.0)), "cooccurrence": both.sum(), "similarity": cosine(*means),
-            "support": np.minimum(u, v).sum() / max(v.sum(), 1e-12), "raw": cosine(*raw),
-            "l0": active / sum(len(codes[which]) for which in (IMAGE, TEXT)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "saev": np.nansum(np.where(both, omega, 0.0)),
+                "cooccurrence": both.sum(),
+                "similarity": cosine(*means),
+                "support": np.minimum(u, v).sum() / max(v.sum(), 1e-12),
+                "raw": cosine(*raw),
+                "l0": active / sum(len(codes[which]) for which in (IMAGE, TEXT)),
+            }
+        )
     return rows
 
 
@@ -285,7 +291,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def reference_omega(states: States, sae: SAE) -> tuple[np.ndarray, np.ndarray]:
     """(omega, idf) by their definitions: the 30 strongest tokens, and all 25 cosines of 5 text and 5 image tokens."""
-    W, b, mean, cut = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "b_dec", "threshold"))
+    W, b, mean, cut = (tensor.double().numpy() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold))
     x = torch.cat([batch.states for batch in states.batches]).double().numpy()
     side = torch.cat([batch.side for batch in states.batches]).numpy()
     first = np.cumsum([0, *(batch.n_samples for batch in states.batches)])[:-1]

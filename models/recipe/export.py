@@ -39,13 +39,23 @@ def load_trained(path: Path) -> TinyLlava:
 def processor(tokenizer) -> LlavaProcessor:
     """Images stretched to 60 x 60 without a crop; one placeholder becomes 25 image tokens."""
     images = CLIPImageProcessor(
-        do_resize=True, size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False, do_rescale=True,
-        do_normalize=True, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3, do_convert_rgb=True,
-    )  # fmt: skip
+        do_resize=True,
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_STD] * 3,
+        do_convert_rgb=True,
+    )
     return LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def export(trained: Path, tokenizer_folder: Path, folder: Path) -> None:
@@ -75,7 +85,8 @@ def _forget_origin(folder: Path) -> None:
 
 @torch.no_grad()
 def verify(trained: Path, folder: Path) -> float:
-    """Largest difference between the trained model's hook states and the export's through mmfilter, relative to their norm.
+    """Largest difference between the trained model's hook states and the export's through mmfilter, relative to their
+    norm.
 
     What remains is the rounding of the weights to float16. Raises `SystemExit` where it is more than that.
     """

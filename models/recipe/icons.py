@@ -54,7 +54,8 @@ VARIANT_OF_ANOTHER = re.compile(
 
 @dataclass(frozen=True)
 class Icon:
-    """One drawing: its set, its name there, its concept and the SVG body with its view box (left, top, width, height)."""
+    """One drawing: its set, its name there, its concept and the SVG body with its view box (left, top, width,
+    height)."""
 
     set: str
     name: str

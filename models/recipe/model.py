@@ -23,21 +23,42 @@ PREFIX = 1 + IMAGE_TOKENS
 
 
 def build_llava() -> LlavaForConditionalGeneration:
-    """An untrained model: ViT 6 x 192 on 60 px in patches of 12, Llama 4 x 192 with tied embeddings; 4.95 M parameters."""
+    """An untrained model: ViT 6 x 192 on 60 px in patches of 12, Llama 4 x 192 with tied embeddings; 4.95 M
+    parameters."""
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=6, num_attention_heads=3,
-        image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=WIDTH, hidden_act="gelu_pytorch_tanh",
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+        hidden_act="gelu_pytorch_tanh",
+    )
     text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_token_id=IMAGE,
-        vision_feature_layer=-1, vision_feature_select_strategy="default", projector_hidden_act="gelu",
-        image_seq_length=IMAGE_TOKENS, tie_word_embeddings=True,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+    )
     config._attn_implementation = "sdpa"  # noqa: SLF001 (how transformers is told)
     return LlavaForConditionalGeneration(config)
 

@@ -46,7 +46,8 @@ class Pair:
 
 
 def draw_icon(icon: Icon, colour: str | None, rng: random.Random) -> bytes | None:
-    """JPEG of the icon, on white for half and for tinted icons, else on any plain colour; None if it cannot be drawn."""
+    """JPEG of the icon, on white for half and for tinted icons, else on any plain colour; None if it cannot be
+    drawn."""
     side = round(SIDE * rng.uniform(0.75, 0.95))
     white = rng.random() < 0.5 or colour is not None
     background = (255, 255, 255) if white else tuple(rng.randrange(256) for _ in range(3))

@@ -78,12 +78,12 @@ def make_report(build: Path, model: Path, path: Path) -> None:
 
 def print_report(path: Path) -> None:
     """The AUCs of both splits as a Markdown table."""
-    found = json.loads(path.read_text())["auc"]
+    splits = json.loads(path.read_text())["auc"]
     print("| score | choice | report |\n|---|---|---|")
-    for name in found["report"]:
+    for name in splits["report"]:
         cells = (
             f"{value:.3f} ({low:.3f}–{high:.3f})"
-            for value, low, high in (found[split][name] for split in ("choice", "report"))
+            for value, low, high in (splits[split][name] for split in ("choice", "report"))
         )
         print(f"| {name} | {' | '.join(cells)} |")
 

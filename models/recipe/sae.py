@@ -14,7 +14,8 @@ CONFIG = Path(__file__).with_name("sae.yaml")
 
 
 def train_sae(build: Path, model: Path, folder: Path, *options: str) -> None:
-    """Train with the settings of sae.yaml, `options` going first; the model runs once, its states are kept in the build folder."""
+    """Train with the settings of sae.yaml, `options` going first; the model runs once, its states are kept in the build
+    folder."""
     command = [
         "sae",
         "train",

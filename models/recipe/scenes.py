@@ -96,8 +96,9 @@ def train_scene(icons: Icons, icon: int, partner: int, rng: random.Random, *, pa
         wide = rng.random() < 0.5
         centres = ((-0.5, 0.0), (0.5, 0.0)) if wide else ((0.0, -0.5), (0.0, 0.5))
         items = [Item(icon, tint, centres[0], 0.5), Item(partner, other, centres[1], 0.5)]
-        said = [f"{t} {icons.words[i].name}" if t else icons.words[i].name for i, t in ((icon, tint), (partner, other))]
-        caption = pair_caption(*said, rng, side_by_side=wide, background=mentioned)
+        sides = ((icons.words[icon].name, tint), (icons.words[partner].name, other))
+        phrases = [f"{colour} {name}" if colour else name for name, colour in sides]
+        caption = pair_caption(*phrases, rng, side_by_side=wide, background=mentioned)
         return Scene(f"{concept}+{icons.names[partner]}", caption, rgb, items)
     caption = train_caption(icons.words[icon], rng, tint=tint, background=mentioned)
     return Scene(concept, caption, rgb, [Item(icon, tint, (0.0, 0.0), rng.uniform(0.6, 1.05))])
@@ -127,8 +128,9 @@ def shift_colours(rgb: torch.Tensor, tinted: torch.Tensor, generator: torch.Gene
     saturation = torch.where(tinted, torch.ones(n), saturation)
     value = _rand(n, 0.8, 1.2, generator)
     cos, sin, zero = hue.cos() * saturation, hue.sin() * saturation, torch.zeros(n)
-    rotate = torch.stack([torch.stack([value, zero, zero], 1), torch.stack([zero, cos, -sin], 1),
-                          torch.stack([zero, sin, cos], 1)], 1)  # fmt: skip
+    rotate = torch.stack(
+        [torch.stack([value, zero, zero], 1), torch.stack([zero, cos, -sin], 1), torch.stack([zero, sin, cos], 1)], 1
+    )
     matrix = FROM_YIQ @ rotate @ TO_YIQ
     mixed = torch.bmm(matrix, rgb.flatten(2)).view_as(rgb)
     contrast = (_rand(n, 0.75, 1.3, generator) * free + (1 - free))[:, None, None, None]
@@ -161,8 +163,10 @@ def place(rgba: torch.Tensor, items: list[Item], *, disguise: bool, generator: t
         angle = torch.randn(n, generator=generator) * 0.15
         aspect, shear = _rand(n, 0.86, 1.16, generator), torch.randn(n, generator=generator) * 0.08
     cos, sin = angle.cos(), angle.sin()
-    inverse = torch.stack([torch.stack([cos, -sin + shear], 1) / (scale * aspect)[:, None],
-                           torch.stack([sin, cos], 1) / scale[:, None]], 1)  # fmt: skip
+    inverse = torch.stack(
+        [torch.stack([cos, -sin + shear], 1) / (scale * aspect)[:, None], torch.stack([sin, cos], 1) / scale[:, None]],
+        1,
+    )
     theta = torch.cat([inverse, -(inverse @ centre[:, :, None])], 2)
     grid = F.affine_grid(theta, (n, 4, IMAGE_SIZE, IMAGE_SIZE), align_corners=False)
     return F.grid_sample(rgba, grid, mode="bilinear", align_corners=False)

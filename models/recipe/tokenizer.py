@@ -36,9 +36,13 @@ def train_tokenizer(icons: Icons, folder: Path, *, captions: int = 80_000, seed:
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+    )
     fast.save_pretrained(folder)
 
 

@@ -64,10 +64,15 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint under a temporary name, then rename it."""
         state = {
-            "model": self.model.state_dict(), "average": self.average, "step": self.step, "settings": vars(self.settings),
-            "optimisers": [o.state_dict() for o in self.optimisers], "rng": self.rng.getstate(),
-            "numbers": self.numbers.bit_generator.state, "generator": self.generator.get_state(),
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "settings": vars(self.settings),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "rng": self.rng.getstate(),
+            "numbers": self.numbers.bit_generator.state,
+            "generator": self.generator.get_state(),
+        }
         torch.save(state, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
 
@@ -239,8 +244,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny model; resumes from its checkpoint.")
     parser.add_argument("--build", type=Path, default=Path(__file__).parents[2] / "build" / "recipe")
     parser.add_argument("--run", default="run")
-    for name in ("stage_1_steps", "stage_2_steps"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(Settings, name))
+    parser.add_argument("--stage-1-steps", type=int, default=Settings.stage_1_steps)
+    parser.add_argument("--stage-2-steps", type=int, default=Settings.stage_2_steps)
     options = parser.parse_args()
     settings = Settings(stage_1_steps=options.stage_1_steps, stage_2_steps=options.stage_2_steps)
     train(Icons(options.build / "icons.npz"), options.build / options.run, settings)

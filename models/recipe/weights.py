@@ -27,9 +27,13 @@ from mmfilter.core.scores.crossmodal import PER_SIDE, STRONGEST, FeatureWeights
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
-    "pairs": REFERENCE_PAIRS, "seed": REFERENCE_SEED, "sets": list(TRAIN_SETS), "what": "training pairs without disguise",
-    "strongest": STRONGEST, "per_side": PER_SIDE,
-}  # fmt: skip
+    "pairs": REFERENCE_PAIRS,
+    "seed": REFERENCE_SEED,
+    "sets": list(TRAIN_SETS),
+    "what": "training pairs without disguise",
+    "strongest": STRONGEST,
+    "per_side": PER_SIDE,
+}
 
 
 def reference_tar(build: Path) -> Path:

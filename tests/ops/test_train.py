@@ -25,7 +25,9 @@ from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.scores.crossmodal import load_weights
 from mmfilter.core.sides import IMAGE, TEXT
 from mmfilter.core.training import memory_check
+from mmfilter.core.training.preparation import prepared
 from mmfilter.core.training.run_settings import TrainRunSettings
+from mmfilter.core.training.session import TrainRun
 from mmfilter.core.training.settings import TrainSettings
 from mmfilter.core.training.shard_states import ShardStates
 from mmfilter.errors import SAEError
@@ -283,8 +285,6 @@ def test_states_that_are_not_finite_name_the_sample_and_keep_the_checkpoint(trai
                 with torch.no_grad():
                     tiny[1].model.get_input_embeddings().weight[5:].fill_(float("inf"))
 
-    from mmfilter.core.training.session import TrainRun
-
     progress = Breaking()
     run = TrainRun(
         open_sources([shard]),
@@ -293,14 +293,14 @@ def test_states_that_are_not_finite_name_the_sample_and_keep_the_checkpoint(trai
         settings(tiny, tmp_path),
         progress,
     )
-    run.prepare()
+    loop = prepared(run)
     kept = tiny[1].model.get_input_embeddings().weight.detach().clone()
     try:
         with pytest.raises(
             SAEError,
             match=r"shard '.*a.tar', sample '0000000\d\d' gives states that are not finite: use --dtype float32",
         ):
-            run.train()
+            loop.train()
     finally:
         with torch.no_grad():
             tiny[1].model.get_input_embeddings().weight.copy_(kept)

@@ -17,17 +17,37 @@ from mmfilter.core.model.processors import images_only
 
 VOCABULARY = 600
 TEXT = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+}
 CLIP_VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "image_size": 56, "patch_size": 14, "projection_dim": 32,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "projection_dim": 32,
+}
 SIGLIP_VISION = {
-    "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "image_size": 56, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 SMALL_VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -83,9 +103,15 @@ def tokenizer(
     template = processors.TemplateProcessing(single=single, pair="<s> $A $B", special_tokens=ends)
     fast.post_processor = processors.Sequence([plain, template]) if bos else plain
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        padding_side=side, extra_special_tokens=dict(named or {}), **options,
-    )  # fmt: skip
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side=side,
+        extra_special_tokens=dict(named or {}),
+        **options,
+    )
 
 
 def pil(name: str) -> Any:

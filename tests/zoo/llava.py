@@ -73,9 +73,12 @@ def llava_next_llama3() -> Specimen:
 def llava_onevision() -> Specimen:
     tok = tokenizer({"image_token": "<image>", "video_token": "<video>"}, bos=False)
     config = T.LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **TEXT}, vision_config=SIGLIP_VISION, image_token_index=tok.image_token_id,
-        video_token_index=tok.video_token_id, image_grid_pinpoints=PINPOINTS,
-    )  # fmt: skip
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config=SIGLIP_VISION,
+        image_token_index=tok.image_token_id,
+        video_token_index=tok.video_token_id,
+        image_grid_pinpoints=PINPOINTS,
+    )
     images = pil("LlavaOnevisionImageProcessor")(size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS)
     processor = T.LlavaOnevisionProcessor(
         images, tok, video_processor=ImagesOnly(), num_image_tokens=16, vision_feature_select_strategy="full"
@@ -87,9 +90,13 @@ def llava_onevision() -> Specimen:
 def paligemma() -> Specimen:
     tok = tokenizer({"image_token": "<image>"}, bos=False)
     config = T.PaliGemmaConfig(
-        text_config={"model_type": "gemma", **TEXT, "vocab_size": 1800, "head_dim": 8}, vision_config={**SIGLIP_VISION, "projection_dim": 32},
-        projection_dim=32, hidden_size=32, image_token_index=tok.image_token_id, vocab_size=1800,
-    )  # fmt: skip
+        text_config={"model_type": "gemma", **TEXT, "vocab_size": 1800, "head_dim": 8},
+        vision_config={**SIGLIP_VISION, "projection_dim": 32},
+        projection_dim=32,
+        hidden_size=32,
+        image_token_index=tok.image_token_id,
+        vocab_size=1800,
+    )
     images = pil("SiglipImageProcessor")(size={"height": 56, "width": 56})
     images.image_seq_length = 16
     return Specimen(T.PaliGemmaForConditionalGeneration(config), T.PaliGemmaProcessor(images, tok), "<image>{caption}")
@@ -217,9 +224,13 @@ def ovis2() -> Specimen:
     )
     vision = {**SMALL_VISION, "vocab_size": 32, "hidden_stride": 2, "num_visual_indicator_tokens": 5}
     config = T.Ovis2Config(
-        text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, image_token_id=tok.convert_tokens_to_ids("<IMG_ATOM>"),
-        visual_indicator_token_ids=[tok.convert_tokens_to_ids(name) for name in names], vocab_size=TEXT["vocab_size"], hidden_size=32,
-    )  # fmt: skip
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config=vision,
+        image_token_id=tok.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=[tok.convert_tokens_to_ids(name) for name in names],
+        vocab_size=TEXT["vocab_size"],
+        hidden_size=32,
+    )
     images = pil("Ovis2ImageProcessor")(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
     return Specimen(
         T.Ovis2ForConditionalGeneration(config),

@@ -21,9 +21,15 @@ def chameleon() -> Specimen:
         {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}, names, sep_token="</s>"
     )
     quantiser = {
-        "embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2],
-        "num_res_blocks": 1, "attn_resolutions": None,
-    }  # fmt: skip
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "latent_channels": 8,
+        "resolution": 32,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": None,
+    }
     vocabulary = {name: tok.convert_tokens_to_ids(name) for name in (*names, "<image>")}
     config = T.ChameleonConfig(**TEXT, vocabulary_map=vocabulary, vq_config=quantiser)
     images = pil("ChameleonImageProcessor")(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -49,9 +55,16 @@ def janus() -> Specimen:
         "num_image_tokens": 16,
     }
     quantiser = {
-        "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,
-        "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 4,
-    }  # fmt: skip
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "projection_dim": 32,
+        "image_token_embed_dim": 32,
+        "num_patches": 4,
+    }
     config = T.JanusConfig(
         text_config={"model_type": "llama", **TEXT},
         vision_config=vision,
@@ -67,15 +80,25 @@ def janus() -> Specimen:
 def emu3() -> Specimen:
     codes = tuple(f"<|visual token {i:06d}|>" for i in range(16))
     named = {
-        "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>", "image_wrapper_token": "<|image token|>",
-        "eof_token": "<|extra_201|>", "eol_token": "<|extra_200|>",
-    }  # fmt: skip
+        "image_token": "<image>",
+        "boi_token": "<|image start|>",
+        "eoi_token": "<|image end|>",
+        "image_wrapper_token": "<|image token|>",
+        "eof_token": "<|extra_201|>",
+        "eol_token": "<|extra_200|>",
+    }
     tok = tokenizer(named, codes, bos=False)
     vocabulary = {name: tok.convert_tokens_to_ids(name) for name in (*codes, "<image>", "<|extra_200|>")}
     quantiser = {
-        "codebook_size": 16, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1,
-        "attn_resolutions": [], "hidden_size": 32,
-    }  # fmt: skip
+        "codebook_size": 16,
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "hidden_size": 32,
+    }
     config = T.Emu3Config(
         vocabulary_map=vocabulary, text_config={**TEXT, "attention_dropout": 0.0}, vq_config=quantiser
     )
@@ -93,32 +116,65 @@ def mllama() -> Specimen:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     text = {**TEXT, "vocab_size": len(tok) - 1, "cross_attention_layers": [1, 3], "rope_parameters": rope}
     vision = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 64, "vision_output_dim": 96,
-        "image_size": 56, "patch_size": 14, "max_num_tiles": 4, "intermediate_layers_indices": [0, 1],
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_size": 64,
+        "vision_output_dim": 96,
+        "image_size": 56,
+        "patch_size": 14,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [0, 1],
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
-    }  # fmt: skip
+    }
     config = T.MllamaConfig(text_config=text, vision_config=vision, image_token_index=tok.image_token_id)
     images = pil("MllamaImageProcessor")(size={"height": 56, "width": 56}, max_image_tiles=4)
     return Specimen(T.MllamaForConditionalGeneration(config), T.MllamaProcessor(images, tok), "<|image|>{caption}")
 
 
 OPT = {
-    "model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 512, "word_embed_proj_dim": 32, "dropout": 0.0, **IDS,
-}  # fmt: skip
+    "model_type": "opt",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "word_embed_proj_dim": 32,
+    "dropout": 0.0,
+    **IDS,
+}
 T5 = {
-    "model_type": "t5", "vocab_size": VOCABULARY, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4,
-    "pad_token_id": 256, "eos_token_id": 258, "decoder_start_token_id": 256, "dropout_rate": 0.0,
-}  # fmt: skip
+    "model_type": "t5",
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_ff": 64,
+    "d_kv": 8,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+    "num_heads": 4,
+    "pad_token_id": 256,
+    "eos_token_id": 258,
+    "decoder_start_token_id": 256,
+    "dropout_rate": 0.0,
+}
 
 
 def _blip(config: Any, model: Any, text: dict, *, instruct: bool) -> Specimen:
     tok = tokenizer()
     tok.add_tokens([AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
     q_former = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-        "encoder_hidden_size": 32, "pad_token_id": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "encoder_hidden_size": 32,
+        "pad_token_id": 256,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     made = config(
         vision_config=SMALL_VISION,
         qformer_config=q_former,
@@ -161,14 +217,33 @@ def instructblip_t5() -> Specimen:
 def florence2() -> Specimen:
     tok = tokenizer({"image_token": "<image>"}, bos=False)
     text = {
-        "model_type": "bart", "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 512,
-        "decoder_start_token_id": 258, "dropout": 0.0, **IDS,
-    }  # fmt: skip
+        "model_type": "bart",
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 512,
+        "decoder_start_token_id": 258,
+        "dropout": 0.0,
+        **IDS,
+    }
     vision = {
-        "depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "embed_dim": [16, 32],
-        "num_heads": [2, 4], "num_groups": [2, 4], "window_size": 4, "projection_dim": 32, "drop_path_rate": 0.0,
-    }  # fmt: skip
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "embed_dim": [16, 32],
+        "num_heads": [2, 4],
+        "num_groups": [2, 4],
+        "window_size": 4,
+        "projection_dim": 32,
+        "drop_path_rate": 0.0,
+    }
     config = T.Florence2Config(
         text_config=text, vision_config=vision, image_token_id=tok.image_token_id, is_encoder_decoder=True
     )

@@ -67,10 +67,15 @@ def qwen3_vl_moe() -> Specimen:
 @family
 def qwen3_5() -> Specimen:
     text = {
-        **TEXT, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        **TEXT,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
         "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
         "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0},
-    }  # fmt: skip
+    }
     return _qwen(
         T.Qwen3_5Config, T.Qwen3_5ForConditionalGeneration, T.Qwen3VLProcessor, text, {**VISION_3, "depth": 2}, 16
     )
@@ -102,22 +107,33 @@ def glm4v() -> Specimen:
 
 
 GEMMA_NAMED = {
-    "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
-    "audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>",
-}  # fmt: skip
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+    "audio_token": "<audio_soft_token>",
+    "boa_token": "<start_of_audio>",
+    "eoa_token": "<end_of_audio>",
+}
 GEMMA_TEXT = {
-    **TEXT, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8,
+    **TEXT,
+    "head_dim": 8,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 8,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-}  # fmt: skip
+}
 
 
 @family
 def gemma3() -> Specimen:
     tok = tokenizer(GEMMA_NAMED, ("<start_of_turn>", "<end_of_turn>"))
     config = T.Gemma3Config(
-        text_config=GEMMA_TEXT, vision_config=SIGLIP_VISION, mm_tokens_per_image=4, boi_token_index=tok.boi_token_id,
-        eoi_token_index=tok.eoi_token_id, image_token_index=tok.image_token_id,
-    )  # fmt: skip
+        text_config=GEMMA_TEXT,
+        vision_config=SIGLIP_VISION,
+        mm_tokens_per_image=4,
+        boi_token_index=tok.boi_token_id,
+        eoi_token_index=tok.eoi_token_id,
+        image_token_index=tok.image_token_id,
+    )
     images = pil("Gemma3ImageProcessor")(size={"height": 56, "width": 56}, image_seq_length=4)
     prompt = "<start_of_turn>user\n<start_of_image>{caption}<end_of_turn>\n"
     return Specimen(
@@ -137,9 +153,16 @@ def gemma4() -> Specimen:
         "num_global_key_value_heads": 2,
     }
     vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "head_dim": 8, "patch_size": 16, "pooling_kernel_size": 2, "position_embedding_size": 64,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "patch_size": 16,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }
     ids = {
         f"{name}_id": getattr(tok, f"{name}_id")
         for name in ("boi_token", "eoi_token", "image_token", "audio_token", "boa_token")

@@ -7,23 +7,25 @@ the SAE's chunk. Pooled codes are dense per *sample* and side, (samples, n_featu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mmfilter.core.sides import IMAGE, TEXT
 
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """Active features of a list of tokens, as triples sorted by token."""
+    """Active features of a list of tokens, as triples sorted by token: a sparse (tokens, features) matrix."""
 
     token: torch.Tensor
     """(entries,) int64, which token"""
     feature: torch.Tensor
     """(entries,) int64, which feature"""
     value: torch.Tensor
-    """(entries,) float, always positive"""
+    """(entries,) float; positive, but for candidates of which a training has yet to choose"""
     n_tokens: int
     n_features: int
 
@@ -72,11 +74,41 @@ class TokenCodes:
             n_features,
         )
 
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def where(self, mask: torch.Tensor) -> TokenCodes:
+        """The entries for which `mask` (entries,) is true, or those at the given places."""
+        return TokenCodes(self.token[mask], self.feature[mask], self.value[mask], self.n_tokens, self.n_features)
+
+    def positive(self) -> TokenCodes:
+        """The entries above 0."""
+        return self.where(self.value > 0)
+
+    def with_values(self, value: torch.Tensor) -> TokenCodes:
+        """The same places with other values."""
+        return TokenCodes(self.token, self.feature, value, self.n_tokens, self.n_features)
+
+    @cached_property
+    def token_offsets(self) -> torch.Tensor:
+        """(n_tokens + 1,) where the entries of each token begin."""
+        return _offsets(self.token, self.n_tokens)
+
+    @cached_property
+    def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(order, offsets): the entries sorted by feature, and where each feature begins in that order."""
+        narrow = self.feature.int() if self.n_features < 2**31 else self.feature
+        return narrow.argsort(stable=True), _offsets(self.feature, self.n_features)
+
     def dense(self) -> torch.Tensor:
         """(n_tokens, n_features); for tests and small inputs."""
         out = self.value.new_zeros(self.n_tokens, self.n_features)
         out[self.token, self.feature] = self.value
         return out
+
+
+def _offsets(index: torch.Tensor, n: int) -> torch.Tensor:
+    return F.pad(torch.bincount(index, minlength=n).cumsum(0), (1, 0))
 
 
 GROUP = 8
@@ -136,7 +168,7 @@ def _top(rows: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.topk(n, dim=1)
     whole = GROUP * stride
     # a group is every stride-th column, so that its maximum is one of whole slices of the row
-    group = _top(rows[:, :whole].unflatten(1, (GROUP, stride)).amax(1), n)[1]
+    group = _top(rows[:, :whole].view(len(rows), GROUP, stride).amax(1), n)[1]
     columns = (group[:, :, None] + torch.arange(0, whole, stride, device=rows.device)).flatten(1)
     if whole < rows.shape[1]:
         columns = torch.cat([columns, torch.arange(whole, rows.shape[1], device=rows.device).expand(len(rows), -1)], 1)

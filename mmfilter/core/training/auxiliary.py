@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from mmfilter.core.sae.product import EncoderProduct, linear
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.code_products import decode_with_dots, feature_sums, per_feature
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.topk import strongest_of_each
 from mmfilter.core.training.weights import Weights
 
@@ -27,7 +28,7 @@ def add_auxiliary(
     error: torch.Tensor,
     weights: Weights,
     dead: torch.Tensor,
-    settings: TrainSettings,
+    settings: ResolvedTrainSettings,
     batch_tokens: int,
 ) -> torch.Tensor:
     """Add the derivatives of L_aux by W_enc, b_enc and W_dec to `gradients`; returns L_aux.
@@ -47,8 +48,9 @@ def add_auxiliary(
     for start, pre in EncoderProduct(few.W_enc, few.b_enc, inputs.dtype).chunks(inputs):
         part = slice(start, start + len(pre))
         loss = loss + add(sums, inputs[part], error[part], pre, few, k, scale)
-    for name in ("W_enc", "b_enc", "W_dec"):
-        getattr(gradients, name).index_add_(0, columns, getattr(sums, name))
+    gradients.W_enc.index_add_(0, columns, sums.W_enc)
+    gradients.b_enc.index_add_(0, columns, sums.b_enc)
+    gradients.W_dec.index_add_(0, columns, sums.W_dec)
     return loss
 
 
@@ -72,13 +74,13 @@ def _add_dense(
 def _add_sparse(
     sums: Weights, inputs: torch.Tensor, error: torch.Tensor, pre: torch.Tensor, few: Weights, k: int, scale: float
 ) -> torch.Tensor:
-    entries = strongest_of_each(lambda: [(0, pre)], k, *pre.shape).positive()
-    parts, values = entries.decode_with_dots(few.W_dec)
+    codes = strongest_of_each(lambda: [(0, pre)], k, *pre.shape).positive()
+    parts, values = decode_with_dots(codes, few.W_dec)
     remainder = parts.detach() + error
     loss = scale * remainder.square().sum()
     slope = remainder.mul_(2 * scale)
     by_value = torch.autograd.grad(parts, values, slope)[0]
-    sums.W_dec += entries.feature_sums(slope, entries.value)
-    sums.W_enc += entries.feature_sums(inputs, by_value)
-    sums.b_enc += entries.per_feature(by_value)
+    sums.W_dec += feature_sums(codes, slope, codes.value)
+    sums.W_enc += feature_sums(codes, inputs, by_value)
+    sums.b_enc += per_feature(codes, by_value)
     return loss

@@ -40,9 +40,9 @@ class BufferSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "capacity"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise SAEError(f"the buffer has {name} {getattr(self, name)!r}; expected a whole number from 1")
+        for name, value in (("batch_size", self.batch_size), ("capacity", self.capacity)):
+            if not (isinstance(value, int) and value >= 1):
+                raise SAEError(f"the buffer has {name} {value!r}; expected a whole number from 1")
         if self.capacity < 2 * self.batch_size:
             raise SAEError(
                 f"the buffer has capacity {self.capacity}; expected at least 2 batches of {self.batch_size}, better 32"
@@ -88,13 +88,14 @@ class ShuffleBuffer:
         self._pools = [Pool(capacity, d_model, [settings.seed, i], dtype) for i, (capacity, _) in enumerate(parts)]
         self._shares = [share for _, share in parts]
         self._pending: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
+        """(states, sides, norms) that no pool has taken in yet"""
         self._seen, self._sinks = [0, 0], [0, 0]
 
     @property
     def counts(self) -> BufferCounts:
         """Of everything added so far."""
-        displaced = tuple(pool.displaced for pool in self._pools) if len(self._pools) == 2 else (0, 0)
-        return BufferCounts(tuple(self._seen), tuple(self._sinks), displaced)
+        displaced = [pool.displaced for pool in self._pools] if len(self._pools) == 2 else [0, 0]
+        return BufferCounts(_pair(self._seen), _pair(self._sinks), _pair(displaced))
 
     def add(self, states: torch.Tensor, side: torch.Tensor, origin: str) -> None:
         """Take in states (n, d_model) of `side` (n,) IMAGE or TEXT; `origin` names shard and sample for errors.
@@ -185,7 +186,8 @@ class ShuffleBuffer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, plain values): contents, what is not taken in yet, and the generators; exact for `restore`."""
-        tensors, values = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        values: list[dict[str, Any]] = []
         for i, pool in enumerate(self._pools):
             columns, about = pool.state()
             tensors |= {f"pool{i}.{name}": column for name, column in columns.items()}
@@ -205,4 +207,8 @@ class ShuffleBuffer:
         self._seen, self._sinks = list(values["seen"]), list(values["sinks"])
         self._pending.clear()
         if "pending.states" in tensors:
-            self._pending.append(tuple(tensors[f"pending.{name}"] for name in ("states", "side", "norms")))
+            self._pending.append((tensors["pending.states"], tensors["pending.side"], tensors["pending.norms"]))
+
+
+def _pair(counts: list[int]) -> tuple[int, int]:
+    return counts[IMAGE], counts[TEXT]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ BLOCK = 512
 """Tokens that are read together: long enough for a disk, short enough for the buffer to mix"""
 
 
-def write_cache(folder: Path, about: dict[str, Any], batches: Iterator[States], advance: Any) -> None:
-    """Write the states of all batches; `about` says what they are of. Raises `SAEError` when the disk is full."""
+def write_cache(
+    folder: Path, about: dict[str, Any], batches: Iterator[States], advance: Callable[[int, int], None]
+) -> None:
+    """Write the states of all batches; `about` says what they are of. Raises `SAEError` when the disk is full.
+
+    `advance` is told how many pairs and bytes of each batch are written."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokens, d_model = 0, 0
@@ -42,8 +46,8 @@ def write_cache(folder: Path, about: dict[str, Any], batches: Iterator[States], 
         with (temporary / "states.bin").open("wb") as states_file, (temporary / "sides.bin").open("wb") as sides_file:
             for batch in batches:
                 rows = batch.states.to("cpu", torch.bfloat16).contiguous()
-                states_file.write(memoryview(rows.view(torch.int16).numpy()))
-                sides_file.write(memoryview(batch.side.to("cpu", torch.uint8).numpy()))
+                states_file.write(rows.view(torch.int16).numpy().data)
+                sides_file.write(batch.side.to("cpu", torch.uint8).numpy().data)
                 tokens, d_model = tokens + len(rows), rows.shape[1]
                 advance(batch.n_pairs, 0)
         manifest = {"kind": KIND, "version": __version__, "about": about, "tokens": tokens, "d_model": d_model}
@@ -108,9 +112,9 @@ class CachedStates:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise SAEError(f"{str(folder)!r} is no state cache: {error}") from error
+        raise SAEError(f"{str(folder)!r} is not a state cache: {error}") from error
     sizes = {"states.bin": manifest["tokens"] * manifest["d_model"] * 2, "sides.bin": manifest["tokens"]}
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:

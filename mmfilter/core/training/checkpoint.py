@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,8 +41,14 @@ NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [(match, path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)))]
+    numbered = [(number, path) for path in folder.glob("step-*") if (number := _number(path)) is not None]
+    return [path for _, path in sorted(numbered)]
+
+
+def _number(path: Path) -> tuple[int, int] | None:
+    """(step, how many checkpoints of that step were there before); None for what is not a checkpoint."""
+    match = NAME.fullmatch(path.name)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def save_checkpoint(
@@ -85,27 +91,27 @@ def save_checkpoint(
 def _free_name(step: int, taken: list[Path]) -> str:
     """`step-…`, with a number behind it when that step has been saved before: an old one is never written over."""
     name = f"step-{step:08d}"
-    again = [int(NAME.fullmatch(path.name)[2] or 0) for path in taken if path.name.startswith(name)]
+    again = [number[1] for path in taken if (number := _number(path)) is not None and number[0] == step]
     return f"{name}-{max(again) + 1}" if again else name
 
 
 def _write(folder: Path, trainer: Trainer, buffer: ShuffleBuffer | None, source: Any) -> None:
     rank, processes = collective.world()
     if rank == 0:
-        tensors, values = trainer.state()
+        tensors, counters = trainer.state()
         about = {
             "kind": KIND,
             "format": FORMAT,
             "version": __version__,
             "processes": processes,
             "settings": trainer.settings.to_mapping(),
-            "trainer": values,
+            "trainer": counters,
         }
         _write_tensors(folder / "trainer.safetensors", tensors)
         _write_json(folder / "checkpoint.json", about)
-    tensors, values = buffer.state() if buffer else ({}, None)
-    _write_tensors(folder / f"process-{rank}.safetensors", tensors)
-    _write_json(folder / f"process-{rank}.json", {"buffer": values, "source": source})
+    contents, generators = buffer.state() if buffer else ({}, None)
+    _write_tensors(folder / f"process-{rank}.safetensors", contents)
+    _write_json(folder / f"process-{rank}.json", {"buffer": generators, "source": source})
 
 
 def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None = None) -> Any:
@@ -117,8 +123,8 @@ def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None =
     about = _read_json(path, "checkpoint.json")
     if about.get("kind") != KIND or about.get("format") != FORMAT:
         raise SAEError(
-            f"{str(path)!r} is no checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, format "
-            f"{about.get('format')!r}"
+            f"{str(path)!r} is not a checkpoint of this version of mmfilter: it says kind {about.get('kind')!r}, "
+            f"format {about.get('format')!r}"
         )
     _check_same(path, "settings", about["settings"], trainer.settings.to_mapping())
     _check_same(path, "width", {"d_model": about["trainer"]["d_model"]}, {"d_model": trainer.d_model})
@@ -140,9 +146,9 @@ def load_checkpoint(path: Path, trainer: Trainer, buffer: ShuffleBuffer | None =
 def _check_same(path: Path, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     differing = [name for name in new if old.get(name) != new[name]]
     if differing:
-        said = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])
+        changes = "; ".join(f"{name} was {old.get(name)!r}, is now {new[name]!r}" for name in differing[:3])
         raise SAEError(
-            f"checkpoint {str(path)!r} was made with other {what} ({said}): use another folder, or the old {what}"
+            f"checkpoint {str(path)!r} was made with other {what} ({changes}): use another folder, or the old {what}"
         )
 
 
@@ -159,7 +165,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ready.values():
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         _flush(file)
 
 
@@ -170,7 +176,7 @@ def _write_json(path: Path, value: Any) -> None:
         _flush(file)
 
 
-def _flush(file: Any) -> None:
+def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -186,15 +192,17 @@ def _sync(folder: Path) -> None:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text("utf-8"))
+        values: dict[str, Any] = json.loads((folder / name).read_text("utf-8"))
     except FileNotFoundError as error:
-        raise SAEError(f"{str(folder)!r} is no checkpoint: it has no {name}") from error
+        raise SAEError(f"{str(folder)!r} is not a checkpoint: it has no {name}") from error
     except ValueError as error:
         raise SAEError(f"checkpoint {str(folder)!r} is damaged: {name} is not valid JSON ({error})") from error
+    return values
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     try:
-        return load_file(folder / name)
+        tensors: dict[str, torch.Tensor] = load_file(folder / name)
     except (FileNotFoundError, SafetensorError) as error:
         raise SAEError(f"checkpoint {str(folder)!r} is damaged: {name} cannot be read ({error})") from error
+    return tensors

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from mmfilter.core.pages.page import Markup, element, page
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 
 POINTS = 600
 """Most points a curve is drawn with: means of stretches"""
@@ -45,7 +46,7 @@ td+td{font-variant-numeric:tabular-nums}
 text{font-size:11px;fill:#555}.key{font-size:.85rem;color:#555}.key b{font-weight:400;margin-right:1rem}"""
 
 
-def curves_page(log: Path, settings: TrainSettings) -> str:
+def curves_page(log: Path, settings: ResolvedTrainSettings) -> str:
     """The page of a log of steps (JSON lines)."""
     rows = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line]
     panels = [panel(title, rows, names) for title, names in PANELS.items()]
@@ -59,7 +60,7 @@ def curves_page(log: Path, settings: TrainSettings) -> str:
     return page("SAE training", about, element("main", *panels), element("h2", "Settings"), table, style=STYLE)
 
 
-def panel(title: str, rows: list[dict], names: tuple[str, ...]) -> Markup:
+def panel(title: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> Markup:
     """One chart with the curves that the log has."""
     curves = {
         name: thinned(

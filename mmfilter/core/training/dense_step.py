@@ -18,7 +18,7 @@ import torch
 from mmfilter.core.sae.product import EncoderProduct
 from mmfilter.core.training import collective
 from mmfilter.core.training.outcome import Firing, Outcome
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.weights import Weights
 
 
@@ -26,7 +26,7 @@ def dense_step(
     x: torch.Tensor,
     side: torch.Tensor,
     weights: Weights,
-    settings: TrainSettings,
+    settings: ResolvedTrainSettings,
     *,
     sparsity: float,
     batch_tokens: int,
@@ -69,8 +69,8 @@ def dense_step(
 class _ReLU:
     """The activation, its derivative and its L1 term with `factor` = (share of λ) / (B·d)."""
 
-    def __init__(self, weights: Weights, settings: TrainSettings, factor: float) -> None:
-        self._norms = torch.linalg.vector_norm(weights.W_dec, dim=1)
+    def __init__(self, weights: Weights, settings: ResolvedTrainSettings, factor: float) -> None:
+        self._norms: torch.Tensor = torch.linalg.vector_norm(weights.W_dec, dim=1)
         self._directions = weights.W_dec / self._norms.unsqueeze(1)
         self._factor = factor * settings.l1_coefficient
         self._total = torch.zeros_like(weights.b_enc)
@@ -92,9 +92,9 @@ class _ReLU:
 class _JumpReLU:
     """The activation, its derivatives and its L0 term."""
 
-    def __init__(self, weights: Weights, settings: TrainSettings) -> None:
+    def __init__(self, weights: Weights, settings: ResolvedTrainSettings) -> None:
         self._settings = settings
-        self._threshold = weights.log_threshold.exp()
+        self._threshold = weights.named()["log_threshold"].exp()
         self._width = settings.bandwidth * weights.W_dec.shape[1] ** 0.5
         self._by_threshold = torch.zeros_like(self._threshold)
         self._near = torch.zeros_like(self._threshold)
@@ -125,5 +125,5 @@ class _JumpReLU:
         else:
             term, by_l0 = coefficient * mine / d, torch.full_like(l0, coefficient / d)
         self._by_threshold -= by_l0 / batch_tokens * self._near / self._width
-        gradients.log_threshold.copy_(self._by_threshold * self._threshold)
+        gradients.named()["log_threshold"].copy_(self._by_threshold * self._threshold)
         return term

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmfilter.core.memory import available
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.errors import SAEError
 
 COPIES = 4
@@ -14,15 +14,15 @@ CHUNK_BYTES = 64 << 20
 """Of dense activations at once, about"""
 
 
-def training_bytes(settings: TrainSettings, d_model: int) -> int:
-    """Memory that one trainer takes with resolved settings, in bytes (float32)."""
+def training_bytes(settings: ResolvedTrainSettings, d_model: int) -> int:
+    """Memory that one trainer takes, in bytes (float32)."""
     weights = settings.n_features * (2 * d_model + 2) + d_model
     entries = settings.batch_size * settings.k * 4 * 8 if settings.sparse else 0
     dense = 0 if settings.sparse else 3 * CHUNK_BYTES
     return 4 * weights * COPIES + entries + dense + settings.batch_size * d_model * 4 * 6
 
 
-def check_memory(settings: TrainSettings, d_model: int, capacity: int, trainers: int, device: str) -> None:
+def check_memory(settings: ResolvedTrainSettings, d_model: int, capacity: int, trainers: int, device: str) -> None:
     """Raise `SAEError` when `trainers` of this shape and a buffer of `capacity` states do not fit what is free."""
     needed = trainers * training_bytes(settings, d_model)
     buffer = capacity * d_model * 4

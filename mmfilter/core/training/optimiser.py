@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.weights import Weights
 
 BETAS = (0.9, 0.999)
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimiser:
     """Changes weights in place."""
 
-    def __init__(self, weights: Weights, settings: TrainSettings) -> None:
+    def __init__(self, weights: Weights, settings: ResolvedTrainSettings) -> None:
         self._weights, self._settings = weights, settings
         self._unit_rows = settings.architecture != "relu"
         self._adam = torch.optim.Adam(
@@ -40,15 +40,15 @@ class Optimiser:
         """
         if self._unit_rows:
             _remove_parallel(gradients.W_dec, self._weights.W_dec)
-        given = gradients.named()
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(gradient) for gradient in given.values()])
+        by_name = gradients.named()
+        norm: torch.Tensor = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(gradient) for gradient in by_name.values()])
         )
         factor = (self._settings.clip / norm.clamp(min=self._settings.clip)).to(norm.dtype)
         for name, weight in self._weights.named().items():
-            weight.grad = given[name]
+            weight.grad = by_name[name]
         if factor < 1:
-            torch._foreach_mul_(list(given.values()), factor)
+            torch._foreach_mul_(list(by_name.values()), factor)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._adam.zero_grad()
@@ -70,10 +70,10 @@ class Optimiser:
 
 
 def _remove_parallel(gradient: torch.Tensor, rows: torch.Tensor) -> None:
-    for g, w in zip(gradient.split(ROWS), rows.split(ROWS), strict=True):
+    for g, w in zip(torch.split(gradient, ROWS), torch.split(rows, ROWS), strict=True):
         g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
 
 
 def _scale_to_unit(rows: torch.Tensor) -> None:
-    for w in rows.split(ROWS):
+    for w in torch.split(rows, ROWS):
         w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mmfilter.core.training.entries import Entries
+from mmfilter.core.sae.token_codes import TokenCodes
 from mmfilter.core.training.weights import Weights
 
 SIDES = 2
-"""Image and text, as `IMAGE` and `TEXT` in `core/model/codes.py`"""
+"""Image and text, as `IMAGE` and `TEXT` in `core/sides.py`"""
 
 
 @dataclass
@@ -28,11 +28,11 @@ class Firing:
         return Firing(torch.zeros(SIDES, n_features, dtype=torch.int64, device=like.device), like.new_zeros(n_features))
 
     @staticmethod
-    def of(entries: Entries, side: torch.Tensor) -> Firing:
-        """Of active features; `side` (tokens,) is IMAGE or TEXT."""
-        n = entries.n_features
-        counts = torch.bincount(side[entries.row] * n + entries.feature, minlength=SIDES * n).view(SIDES, n)
-        maximum = entries.value.new_zeros(n).scatter_reduce_(0, entries.feature, entries.value, "amax")
+    def of(codes: TokenCodes, side: torch.Tensor) -> Firing:
+        """Of the codes of tokens; `side` (tokens,) is IMAGE or TEXT."""
+        n = codes.n_features
+        counts = torch.bincount(side[codes.token] * n + codes.feature, minlength=SIDES * n).view(SIDES, n)
+        maximum = codes.value.new_zeros(n).scatter_reduce_(0, codes.feature, codes.value, "amax")
         return Firing(counts, maximum)
 
     def add_dense(self, active: torch.Tensor, side: torch.Tensor) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from mmfilter.core.typed import nearest, setting, types_of
+from mmfilter.core.typed import combined, nearest, setting
 from mmfilter.errors import SAEError
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "relu"]
@@ -103,21 +103,21 @@ class TrainSettings:
     float32."""
 
     def __post_init__(self) -> None:
+        values = vars(self)
         for name, allowed in CHOICES.items():
-            _check(self, name, f"one of {', '.join(allowed)}", fine=getattr(self, name) in allowed)
+            _check(name, values[name], f"one of {', '.join(allowed)}", fine=values[name] in allowed)
         for name in COUNTS:
-            _check(self, name, "a whole number from 1", fine=_is_count(getattr(self, name)))
+            _check(name, values[name], "a whole number from 1", fine=_is_count(values[name]))
         for name in POSITIVE:
-            value = getattr(self, name)
-            _check(self, name, "a number above 0", fine=value is None or (_is_number(value) and value > 0))
+            value = values[name]
+            _check(name, value, "a number above 0", fine=value is None or (_is_number(value) and value > 0))
         for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            _check(self, name, "a number from 0", fine=_is_number(value) and value >= 0)
+            _check(name, values[name], "a number from 0", fine=_is_number(values[name]) and values[name] >= 0)
         for name in FRACTIONS:
-            value = getattr(self, name)
-            _check(self, name, "a fraction from 0 to below 1", fine=_is_number(value) and 0 <= value < 1)
-        _check(self, "seed", "a whole number", fine=isinstance(self.seed, int) and not isinstance(self.seed, bool))
-        _check(self, "subtract_b_dec", "true or false", fine=isinstance(self.subtract_b_dec, bool))
+            value = values[name]
+            _check(name, value, "a fraction from 0 to below 1", fine=_is_number(value) and 0 <= value < 1)
+        _check("seed", self.seed, "a whole number", fine=isinstance(self.seed, int) and not isinstance(self.seed, bool))
+        _check("subtract_b_dec", self.subtract_b_dec, "true or false", fine=isinstance(self.subtract_b_dec, bool))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -141,29 +141,30 @@ class TrainSettings:
         return self.architecture in ("batchtopk", "topk")
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> TrainSettings:
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Settings from JSON or a recipe; raises `SAEError` naming the nearest known key for an unknown one."""
-        known = types_of(cls)
+        known = [item.name for item in fields(cls)]
         for key in values:
             if key not in known:
                 raise SAEError(f"training has no setting {key!r}; the nearest is {nearest(str(key), known)!r}")
-        given = dict(values)
-        if isinstance(given.get("groups"), list):
-            given["groups"] = tuple(given["groups"])
-        return cls(**given)
+        options = dict(values)
+        if isinstance(options.get("groups"), list):
+            options["groups"] = tuple(options["groups"])
+        return cls(**options)
 
     def to_mapping(self) -> dict[str, Any]:
         """What `from_mapping` takes, ready for JSON."""
         return asdict(self) | {"groups": list(self.groups)}
 
-    def resolved(self, d_model: int) -> TrainSettings:
+    def resolved(self, d_model: int) -> ResolvedTrainSettings:
         """The same with every None filled in and `groups` as rising counts that end with `n_features`."""
         n = self.n_features or 8 * d_model
         counts = {round(size * n) if size < 1 else size for size in self.groups} | {n}
         sizes = sorted(int(size) for size in counts)
         if sizes[0] < 1 or sizes[-1] > n:
             raise SAEError(f"training has groups {self.groups!r}; expected prefixes of {n} features")
-        return replace(
+        return combined(
+            ResolvedTrainSettings,
             self,
             n_features=n,
             groups=tuple(sizes) if self.sparse else (),
@@ -173,8 +174,21 @@ class TrainSettings:
             target_l0=self.target_l0 or float(self.k),
         )
 
+
+@dataclass(frozen=True)
+class ResolvedTrainSettings(TrainSettings):
+    """Settings for states of a known width, as `TrainSettings.resolved` makes them: nothing is left to fill in."""
+
+    n_features: int = field(kw_only=True)
+    groups: tuple[int, ...] = field(kw_only=True)
+    """Rising counts of features that end with `n_features`; () for kinds without prefixes"""
+    lr: float = field(kw_only=True)
+    aux_k: int = field(kw_only=True)
+    dead_tokens: int = field(kw_only=True)
+    target_l0: float = field(kw_only=True)
+
     def rate(self, tokens: int) -> float:
-        """Learning rate for the step that begins after `tokens` tokens; resolved settings only."""
+        """Learning rate for the step that begins after `tokens` tokens."""
         done = (tokens + self.batch_size) / self.tokens
         rise = min(1.0, done / self.warm_up) if self.warm_up else 1.0
         left = max(0.0, 1 - tokens / self.tokens)
@@ -182,11 +196,9 @@ class TrainSettings:
 
     def sparsity(self, tokens: int) -> float:
         """Share of the L1 or L0 coefficient that counts in that step."""
-        return (
-            min(1.0, (tokens + self.batch_size) / (self.sparsity_warm_up * self.tokens))
-            if self.sparsity_warm_up
-            else 1.0
-        )
+        if not self.sparsity_warm_up:
+            return 1.0
+        return min(1.0, (tokens + self.batch_size) / (self.sparsity_warm_up * self.tokens))
 
 
 def _is_number(value: Any) -> bool:
@@ -197,6 +209,6 @@ def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
-def _check(settings: TrainSettings, name: str, expected: str, *, fine: bool) -> None:
+def _check(name: str, value: Any, expected: str, *, fine: bool) -> None:
     if not fine:
-        raise SAEError(f"training has {name} {getattr(settings, name)!r}; expected {expected}")
+        raise SAEError(f"training has {name} {value!r}; expected {expected}")

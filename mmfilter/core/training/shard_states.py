@@ -138,11 +138,11 @@ def _states(shard: str, batch: Batch, activations: Activations) -> States:
     return States(activations.states, activations.side, origin, len(keys))
 
 
-def check_finite(found: Activations, shard: str, keys: list[str]) -> None:
+def check_finite(activations: Activations, shard: str, keys: list[str]) -> None:
     """Raise `SAEError` that names the sample whose states are not finite."""
-    bad = (~torch.isfinite(found.states).all(1)).nonzero()[:, 0]
+    bad = (~torch.isfinite(activations.states).all(1)).nonzero()[:, 0]
     if len(bad):
-        key = keys[int(found.sample[bad[0]])]
+        key = keys[int(activations.sample[bad[0]])]
         raise SAEError(
             f"shard {shard!r}, sample {key!r} gives states that are not finite: use --dtype float32, or leave the "
             "sample out; checkpoints are kept"

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 import torch
 
 from mmfilter.core.sae.product import EncoderProduct
+from mmfilter.core.sae.token_codes import TokenCodes
 from mmfilter.core.training.auxiliary import add_auxiliary
-from mmfilter.core.training.entries import Entries
+from mmfilter.core.training.code_products import decode_with_dots, dots, feature_sums, per_feature
 from mmfilter.core.training.outcome import Firing, Outcome
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.topk import BatchTopK, strongest_of_each
 from mmfilter.core.training.weights import Weights
 
@@ -34,7 +35,7 @@ def sparse_step(
     x: torch.Tensor,
     side: torch.Tensor,
     weights: Weights,
-    settings: TrainSettings,
+    settings: ResolvedTrainSettings,
     *,
     dead: torch.Tensor,
     batch_tokens: int,
@@ -46,9 +47,9 @@ def sparse_step(
     """
     d = x.shape[1]
     inputs = x - weights.b_dec if settings.subtract_b_dec else x
-    entries, threshold = active_entries(inputs, weights, settings, batch_topk)
-    layered, token = _by_segment(entries, settings.groups)
-    parts, values = layered.decode_with_dots(weights.W_dec)
+    codes, threshold = active_codes(inputs, weights, settings, batch_topk)
+    layered, token = _by_segment(codes, settings.groups)
+    parts, values = decode_with_dots(layered, weights.W_dec)
     errors = _running_sum(parts.detach().view(len(settings.groups), len(x), d)).add_(weights.b_dec - x)
     factor = 1 / (batch_tokens * d * len(settings.groups))
     loss = factor * torch.linalg.vector_norm(errors).square()
@@ -56,20 +57,20 @@ def sparse_step(
     table = slopes.view(-1, d)
     by_value = torch.autograd.grad(parts, values, table)[0]
     gradients = Weights(
-        W_enc=layered.feature_sums(inputs, by_value, token),
-        b_enc=layered.per_feature(by_value),
-        W_dec=layered.feature_sums(table, layered.value),
+        W_enc=feature_sums(layered, inputs, by_value, token),
+        b_enc=per_feature(layered, by_value),
+        W_dec=feature_sums(layered, table, layered.value),
         b_dec=slopes[0].sum(0),
     )
     auxiliary = add_auxiliary(gradients, inputs, errors[-1], weights, dead, settings, batch_tokens)
     if settings.subtract_b_dec:
         gradients.b_dec -= gradients.b_enc @ weights.W_enc
-    return Outcome(gradients, errors[-1], Firing.of(entries, side), loss + auxiliary, auxiliary, threshold)
+    return Outcome(gradients, errors[-1], Firing.of(codes, side), loss + auxiliary, auxiliary, threshold)
 
 
-def active_entries(
-    inputs: torch.Tensor, weights: Weights, settings: TrainSettings, batch_topk: BatchTopK
-) -> tuple[Entries, torch.Tensor | None]:
+def active_codes(
+    inputs: torch.Tensor, weights: Weights, settings: ResolvedTrainSettings, batch_topk: BatchTopK
+) -> tuple[TokenCodes, torch.Tensor | None]:
     """The features that the encoder's input (tokens, d_model) makes active, and the threshold of `batchtopk`."""
     rounded = settings.dtype == "bfloat16"
     product = EncoderProduct(weights.W_enc, weights.b_enc, torch.bfloat16 if rounded else inputs.dtype)
@@ -78,8 +79,8 @@ def active_entries(
     def chunks() -> Iterator[tuple[int, torch.Tensor]]:
         return product.chunks(inputs)
 
-    def refine(candidates: Entries) -> Entries:
-        return candidates.with_values(candidates.dots(inputs, weights.W_enc) + weights.b_enc[candidates.feature])
+    def refine(candidates: TokenCodes) -> TokenCodes:
+        return candidates.with_values(dots(candidates, inputs, weights.W_enc) + weights.b_enc[candidates.feature])
 
     if settings.architecture == "batchtopk":
         return batch_topk.choose(
@@ -99,13 +100,12 @@ def _running_sum(tables: torch.Tensor) -> torch.Tensor:
     return tables.cumsum(0) if len(tables) > 1 else tables
 
 
-def _by_segment(entries: Entries, groups: tuple[int, ...]) -> tuple[Entries, torch.Tensor]:
-    """The entries with row = segment · tokens + token, and their tokens; as they are where there is one group."""
+def _by_segment(codes: TokenCodes, groups: tuple[int, ...]) -> tuple[TokenCodes, torch.Tensor]:
+    """The codes with the segment · n_tokens + token as their token, and the tokens that these are; as they are where
+    there is one group."""
     if len(groups) == 1:
-        return entries, entries.row
-    ends = torch.tensor(groups, device=entries.feature.device)
-    row, order = (torch.bucketize(entries.feature, ends, right=True) * entries.n_rows + entries.row).sort(stable=True)
-    layered = Entries(
-        row, entries.feature[order], entries.value[order], len(groups) * entries.n_rows, entries.n_features
-    )
-    return layered, entries.row[order]
+        return codes, codes.token
+    ends = torch.tensor(groups, device=codes.feature.device)
+    row, order = (torch.bucketize(codes.feature, ends, right=True) * codes.n_tokens + codes.token).sort(stable=True)
+    layered = TokenCodes(row, codes.feature[order], codes.value[order], len(groups) * codes.n_tokens, codes.n_features)
+    return layered, codes.token[order]

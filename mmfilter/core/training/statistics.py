@@ -73,15 +73,16 @@ class Sums:
         flat = torch.cat([self._sums.flatten(), torch.stack([scalar.double() for scalar in scalars])])
         collective.sum_(flat)
         sums = flat[: self._sums.numel()].view_as(self._sums)
-        wanted = torch.stack([sums.sum(0), sums[IMAGE], sums[TEXT]])
-        means = wanted[:, :-4].square().sum(1)
-        rows = torch.cat([wanted[:, -4:], means.unsqueeze(1)], 1).tolist()
+        groups = torch.stack([sums.sum(0), sums[IMAGE], sums[TEXT]])
+        means = groups[:, :-4].square().sum(1)
+        rows = torch.cat([groups[:, -4:], means.unsqueeze(1)], 1).tolist()
         return [_quality(*row) for row in rows], flat[self._sums.numel() :].tolist()
 
 
 def _square_norms(rows: torch.Tensor) -> torch.Tensor:
     """‖row‖² of each, without an array of squares."""
-    return torch.linalg.vector_norm(rows, dim=1).square()
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def _quality(tokens: float, squares: float, errors: float, active: float, sum_squared: float) -> Quality:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.statistics import StepStats
 from mmfilter.errors import ShardError
 
@@ -28,7 +28,7 @@ class Trained:
     """What came of one SAE."""
 
     folder: Path
-    settings: TrainSettings
+    settings: ResolvedTrainSettings
     last: StepStats | None
     """Of the last step that this command took; None when the training was finished before"""
 

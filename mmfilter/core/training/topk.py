@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from mmfilter.core.sae.token_codes import TokenCodes
 from mmfilter.core.training import collective
-from mmfilter.core.training.entries import Entries
 
 Chunks = Callable[[], Iterable[tuple[int, torch.Tensor]]]
 """Gives (first token, h (tokens, features)) of every chunk of a batch, again at each call"""
 Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Token, feature, value; each (entries,)"""
-Refine = Callable[[Entries], Entries]
+Refine = Callable[[TokenCodes], TokenCodes]
 """Gives candidates their exact values, where h is rounded"""
 GROUP = 16
 """Features of a group when looking for what lies above a bound"""
@@ -28,7 +28,7 @@ SURPLUS = 4
 """Candidates for each place, at most, before the bound is raised"""
 
 
-def strongest_of_each(chunks: Chunks, k: int, n_tokens: int, n_features: int) -> Entries:
+def strongest_of_each(chunks: Chunks, k: int, n_tokens: int, n_features: int) -> TokenCodes:
     """The k largest of each token, exactly k a token in the order of the tokens; they may be negative."""
     return _joined([_topk(start, pre, k) for start, pre in chunks()], n_tokens, n_features)
 
@@ -73,8 +73,8 @@ class BatchTopK:
         *,
         device: torch.device,
         refine: Refine | None = None,
-    ) -> tuple[Entries, torch.Tensor]:
-        """The chosen entries and the threshold: the smallest chosen activation, or 0 if all that is positive is too
+    ) -> tuple[TokenCodes, torch.Tensor]:
+        """The chosen codes and the threshold: the smallest chosen activation, or 0 if all that is positive is too
         little."""
         first = _first_bound(chunks, k) if self._bound is None else self._bound
         wanted = k * collective.total(n_tokens, device)
@@ -106,8 +106,13 @@ def _above_all(chunks: Iterable[tuple[int, torch.Tensor]], bound: float, wanted:
         if sum(len(value) for *_, value in parts) > SURPLUS * wanted:
             values = torch.cat([value for *_, value in parts])
             bound = float(values.kthvalue(len(values) - wanted + 1).values)
-            parts = [tuple(part[triple[2] >= bound] for part in triple) for triple in parts]
+            parts = [_at_least(bound, *part) for part in parts]
     return parts
+
+
+def _at_least(bound: float, token: torch.Tensor, feature: torch.Tensor, value: torch.Tensor) -> Triples:
+    inside = value >= bound
+    return token[inside], feature[inside], value[inside]
 
 
 def _above(start: int, pre: torch.Tensor, bound: float) -> Triples:
@@ -120,9 +125,9 @@ def _above(start: int, pre: torch.Tensor, bound: float) -> Triples:
     return token[which] + start, members[which, place], values[which, place]
 
 
-def _joined(parts: list[Triples], n_tokens: int, n_features: int) -> Entries:
+def _joined(parts: list[Triples], n_tokens: int, n_features: int) -> TokenCodes:
     token, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Entries(token, feature, value if value.dtype == torch.float64 else value.float(), n_tokens, n_features)
+    return TokenCodes(token, feature, value if value.dtype == torch.float64 else value.float(), n_tokens, n_features)
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -135,7 +140,7 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     bits = values.view(torch.int32 if width == 32 else torch.int64)
     if collective.total(len(values), values.device) < k:
         return values.new_zeros(())
-    found = 0
+    prefix = 0
     for shift in range(width - 16, -1, -16):
         digit = (bits >> shift) & 0xFFFF
         counts = torch.bincount(digit, minlength=1 << 16)
@@ -145,6 +150,6 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
         if place:
             k -= int(at_least[place - 1])
         best = 0xFFFF - place
-        found = found << 16 | best
+        prefix = prefix << 16 | best
         bits = bits[digit == best]
-    return torch.tensor(found, dtype=bits.dtype, device=values.device).view(values.dtype)
+    return torch.tensor(prefix, dtype=bits.dtype, device=values.device).view(values.dtype)

@@ -12,11 +12,12 @@ from mmfilter import __version__
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sides import IMAGE
 from mmfilter.core.training import collective
+from mmfilter.core.training.code_products import decode
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.optimiser import Optimiser
 from mmfilter.core.training.outcome import Outcome
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.sparse_step import active_entries, sparse_step
+from mmfilter.core.training.sparse_step import active_codes, sparse_step
 from mmfilter.core.training.statistics import FeatureStatistics, StepStats, Sums
 from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import initial_weights
@@ -115,15 +116,15 @@ class Trainer:
         rate = self.settings.rate(self.tokens)
         norm = self._optimiser.update(outcome.gradients, rate)
         self._count(outcome, [image.tokens, text.tokens])
-        told = side is not None
+        by_side = side is not None
         return StepStats(
             step=self.step_count,
             tokens=self.tokens,
             loss=loss,
             auxiliary=auxiliary,
             all=quality,
-            image=image if told else None,
-            text=text if told else None,
+            image=image if by_side else None,
+            text=text if by_side else None,
             dead=float(self.dead.float().mean()),
             rate=rate,
             gradient_norm=float(norm),
@@ -169,15 +170,15 @@ class Trainer:
         """
         inputs = x - self.weights.b_dec if self.settings.subtract_b_dec else x
         kind = self.settings if self.settings.sparse else replace(self.settings, architecture="batchtopk")
-        entries, threshold = active_entries(inputs, self.weights, kind, BatchTopK())
-        parts = entries.decode(self.weights.W_dec)
+        codes, threshold = active_codes(inputs, self.weights, kind, BatchTopK())
+        parts = decode(codes, self.weights.W_dec)
         products = torch.stack([(parts * (x - self.weights.b_dec)).sum(), parts.square().sum()])
         collective.sum_(products)
         if not products.isfinite().all():
             return  # the step will say so
         factor = float(products[0] / products[1]) if min(products) > 0 else 1.0
         self.weights.W_enc *= factor
-        if self.weights.log_threshold is not None:
+        if self.weights.log_threshold is not None and threshold is not None:
             self.weights.log_threshold.fill_(math.log(max(factor * float(threshold), 1e-3)))
 
     def export(self) -> SAE:

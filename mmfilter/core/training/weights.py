@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 
 RELU_DECODER_NORM = 0.1
 """Norm of a decoder row of `relu` at the start, as in SAE-V's recipe"""
@@ -31,14 +31,15 @@ class Weights:
 
     def named(self) -> dict[str, torch.Tensor]:
         """Those there are, by name."""
-        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        return tensors if self.log_threshold is None else tensors | {"log_threshold": self.log_threshold}
 
     def zeros(self) -> Weights:
         """As many zeros: where gradients are summed."""
         return Weights(**{name: torch.zeros_like(tensor) for name, tensor in self.named().items()})
 
 
-def initial_weights(settings: TrainSettings, d_model: int, mean: torch.Tensor, device: torch.device) -> Weights:
+def initial_weights(settings: ResolvedTrainSettings, d_model: int, mean: torch.Tensor, device: torch.device) -> Weights:
     """Random decoder rows, the encoder their transpose, b_dec the mean (scaled); the same on every device."""
     generator = torch.Generator().manual_seed(settings.seed)
     rows = F.normalize(torch.randn(settings.n_features, d_model, generator=generator), dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings
 from mmfilter.core.training.weights import Weights
 
 
@@ -40,7 +40,7 @@ class Jump(torch.autograd.Function):
         return grad * (pre > threshold), -(grad * threshold * kernel).sum(0), None
 
 
-def keep(pre: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
+def keep(pre: torch.Tensor, settings: ResolvedTrainSettings) -> torch.Tensor:
     """Mask of the features that a top-k kind keeps."""
     if settings.architecture == "topk":
         return torch.zeros_like(pre).scatter_(1, pre.topk(settings.k, dim=1).indices, 1) * (pre > 0)
@@ -48,7 +48,9 @@ def keep(pre: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
     return (pre >= least) * (pre > 0)
 
 
-def loss(x: torch.Tensor, w: Weights, settings: TrainSettings, dead: torch.Tensor, sparsity: float) -> torch.Tensor:
+def loss(
+    x: torch.Tensor, w: Weights, settings: ResolvedTrainSettings, dead: torch.Tensor, sparsity: float
+) -> torch.Tensor:
     """The loss of a batch of scaled states; gradients flow into the weights."""
     tokens, d = x.shape
     pre = (x - w.b_dec if settings.subtract_b_dec else x) @ w.W_enc.T + w.b_enc

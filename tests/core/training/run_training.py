@@ -40,8 +40,8 @@ def settings(architecture: str) -> TrainSettings:
 def train(folder: Path, every: int, architecture: str) -> Trainer:
     trainer = Trainer(settings(architecture), D, torch.ones(D), scale=0.5)
     buffer = ShuffleBuffer(BufferSettings(batch_size=B, capacity=10 * B, image_fraction=0.5), D)
-    found = checkpoints(folder)
-    position = load_checkpoint(found[-1], trainer, buffer)["next"] if found else 0
+    saved = checkpoints(folder)
+    position = load_checkpoint(saved[-1], trainer, buffer)["next"] if saved else 0
     while not trainer.done:
         for states, side in buffer.batches():
             trainer.step(states, side)

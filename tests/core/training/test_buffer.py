@@ -146,7 +146,8 @@ def test_a_state_that_is_not_finite_is_named(value):
     with pytest.raises(SAEError) as error:
         buffer.add(states, side, "shard '00012.tar', sample 'cat'")
     assert str(error.value) == (
-        "shard '00012.tar', sample 'cat' has a state that is not finite (text token 5 of 6): run the model in float32 or leave the sample out"
+        "shard '00012.tar', sample 'cat' has a state that is not finite (text token 5 of 6): "
+        "run the model in float32 or leave the sample out"
     )
     assert buffer.counts.seen == (0, 0) and list(buffer.batches(last=True)) == []
 

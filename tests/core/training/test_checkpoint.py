@@ -39,10 +39,12 @@ def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path):
                     process.kill()
         assert process.returncode == -9 and not (cut / "end.safetensors").exists()
     subprocess.run(command(cut, architecture), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    wanted, found = load_file(whole / "end.safetensors"), load_file(cut / "end.safetensors")
-    assert wanted.keys() == found.keys() and {"weights.W_enc", "adam.exp_avg_sq.W_dec", "since_fired"} <= wanted.keys()
+    wanted, resumed = load_file(whole / "end.safetensors"), load_file(cut / "end.safetensors")
+    assert (
+        wanted.keys() == resumed.keys() and {"weights.W_enc", "adam.exp_avg_sq.W_dec", "since_fired"} <= wanted.keys()
+    )
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), (name, architecture, stops)
+        assert torch.equal(resumed[name], tensor), (name, architecture, stops)
     assert not list(cut.glob(".*"))
 
 
@@ -107,7 +109,8 @@ def test_other_settings_are_named(tmp_path):
     with pytest.raises(SAEError) as error:
         load_checkpoint(path, make(k=5, lr=0.5))
     assert str(error.value).endswith(
-        "step-00000000' was made with other settings (k was 3, is now 5; lr was 0.004525483399593904, is now 0.5; target_l0 was 3.0, is now 5.0): "
+        "step-00000000' was made with other settings (k was 3, is now 5; "
+        "lr was 0.004525483399593904, is now 0.5; target_l0 was 3.0, is now 5.0): "
         "use another folder, or the old settings"
     )
 
@@ -129,7 +132,7 @@ def test_another_width_or_buffer_is_named(tmp_path):
 
 
 def test_what_is_no_checkpoint_or_damaged(tmp_path):
-    with pytest.raises(SAEError, match=r"is no checkpoint: it has no checkpoint\.json"):
+    with pytest.raises(SAEError, match=r"is not a checkpoint: it has no checkpoint\.json"):
         load_checkpoint(tmp_path, make())
     path = save_checkpoint(tmp_path, make())
     weights = path / "trainer.safetensors"
@@ -155,7 +158,8 @@ def test_no_room_leaves_the_old_one(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value) == (
-        f"checkpoint {str(tmp_path / 'step-00000003')!r} could not be written (File too large); 'step-00000002' is kept: free space or use another folder"
+        f"checkpoint {str(tmp_path / 'step-00000003')!r} could not be written (File too large); "
+        "'step-00000002' is kept: free space or use another folder"
     )
     assert list(tmp_path.iterdir()) == [old]
     again = make()

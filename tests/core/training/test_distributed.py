@@ -73,9 +73,10 @@ def as_process(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     for kind in KINDS:
-        found = trained(kind, rank, 2, folder / kind)
+        together = trained(kind, rank, 2, folder / kind)
         save_file(
-            {name: tensor.contiguous().clone() for name, tensor in found.items()}, folder / f"{kind}-{rank}.safetensors"
+            {name: tensor.contiguous().clone() for name, tensor in together.items()},
+            folder / f"{kind}-{rank}.safetensors",
         )
     dist.barrier()
     dist.destroy_process_group()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings, TrainSettings
 from mmfilter.errors import SAEError
 
 
@@ -25,6 +26,26 @@ def test_defaults_follow_the_width():
     assert settings.resolved(1024) == settings
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "relu"])
+def test_nothing_is_left_to_fill_in_and_what_is_stored_keeps_its_order(architecture):
+    given = TrainSettings(architecture=architecture, n_features=64, k=3, lr=0.5, dtype="bfloat16")
+    settings = given.resolved(16)
+    assert isinstance(settings, ResolvedTrainSettings)
+    stored = settings.to_mapping()
+    assert list(stored) == [item.name for item in fields(TrainSettings)] and None not in stored.values()
+    assert stored["groups"] == ([64] if settings.sparse else [])
+    filled = {"n_features", "groups", "lr", "aux_k", "dead_tokens", "target_l0"}
+    assert {name: stored[name] for name in stored.keys() - filled} == {
+        name: value for name, value in given.to_mapping().items() if name not in filled
+    }
+    assert ResolvedTrainSettings.from_mapping(json.loads(json.dumps(stored))) == settings
+
+
+def test_resolved_settings_are_checked_too():
+    with pytest.raises(SAEError, match="training has k=32 and n_features=16; k may be at most n_features"):
+        TrainSettings().resolved(2)
+
+
 def test_groups_are_rising_counts():
     assert TrainSettings(n_features=1000, groups=(0.5, 32, 0.0625)).resolved(64).groups == (32, 62, 500, 1000)
     assert TrainSettings(n_features=1000, groups=(1000, 10)).resolved(64).groups == (10, 1000)
@@ -33,15 +54,14 @@ def test_groups_are_rising_counts():
 
 
 def test_the_rate_rises_stays_and_falls():
-    settings = TrainSettings(tokens=1000, batch_size=10, lr=1.0, warm_up=0.1, decay=0.2)
+    settings = TrainSettings(tokens=1000, batch_size=10, lr=1.0, warm_up=0.1, decay=0.2).resolved(64)
     rates = [settings.rate(tokens) for tokens in range(0, 1000, 10)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([0.05 * i for i in range(20, 0, -1)])
-    assert TrainSettings(tokens=1000, batch_size=10, lr=1.0, warm_up=0, decay=0).rate(990) == 1.0
-    assert [TrainSettings(tokens=1000, batch_size=10).sparsity(tokens) for tokens in (0, 20, 40, 50)] == pytest.approx(
-        [0.2, 0.6, 1, 1]
-    )
+    assert TrainSettings(tokens=1000, batch_size=10, lr=1.0, warm_up=0, decay=0).resolved(64).rate(990) == 1.0
+    settings = TrainSettings(tokens=1000, batch_size=10).resolved(64)
+    assert [settings.sparsity(tokens) for tokens in (0, 20, 40, 50)] == pytest.approx([0.2, 0.6, 1, 1])
 
 
 def test_a_mapping_and_back():

@@ -9,7 +9,7 @@ from mmfilter.core.sae import product
 from mmfilter.core.training import auxiliary
 from mmfilter.core.training.dense_step import dense_step
 from mmfilter.core.training.outcome import Outcome
-from mmfilter.core.training.settings import TrainSettings
+from mmfilter.core.training.settings import ResolvedTrainSettings, TrainSettings
 from mmfilter.core.training.sparse_step import sparse_step
 from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.weights import Weights
@@ -35,7 +35,7 @@ def states() -> torch.Tensor:
 SIDE = torch.arange(TOKENS) % 3 % 2
 
 
-def outcome(settings: TrainSettings, w: Weights, dead: torch.Tensor, sparsity: float = 0.7) -> Outcome:
+def outcome(settings: ResolvedTrainSettings, w: Weights, dead: torch.Tensor, sparsity: float = 0.7) -> Outcome:
     if settings.sparse:
         return sparse_step(states(), SIDE, w, settings, dead=dead, batch_tokens=TOKENS, batch_topk=BatchTopK())
     return dense_step(states(), SIDE, w, settings, sparsity=sparsity, batch_tokens=TOKENS)
@@ -71,27 +71,27 @@ def test_gradients_are_those_of_autograd(monkeypatch, case, chunk):
         monkeypatch.setattr(auxiliary, "DENSE_UP_TO", 1)
     settings = TrainSettings(**{"n_features": N, "k": 5, **options}).resolved(D)
     w = weights(settings.architecture == "jumprelu")
-    found = outcome(settings, w, dead)
+    result = outcome(settings, w, dead)
 
     leaves = Weights(**{name: tensor.clone().requires_grad_() for name, tensor in w.named().items()})
     wanted = reference.loss(states(), leaves, settings, dead, 0.7)
     wanted.backward()
-    torch.testing.assert_close(found.loss, wanted.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.loss, wanted.detach(), rtol=1e-10, atol=0)
     for name, leaf in leaves.named().items():
         assert leaf.grad.abs().max() > 1e-6
-        torch.testing.assert_close(found.gradients.named()[name], leaf.grad, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(result.gradients.named()[name], leaf.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "relu", "jumprelu"])
 def test_firing_is_counted_by_side(architecture):
     settings = TrainSettings(architecture=architecture, n_features=N, k=5).resolved(D)
     w = weights(architecture == "jumprelu")
-    found = outcome(settings, w, torch.zeros(N, dtype=torch.bool))
+    result = outcome(settings, w, torch.zeros(N, dtype=torch.bool))
     pre = (states() - w.b_dec) @ w.W_enc.T + w.b_enc
     if settings.sparse:
         f = pre * reference.keep(pre, settings)
     else:
         f = pre.relu() if architecture == "relu" else pre * (pre > w.log_threshold.exp())
-    assert torch.equal(found.firing.counts, torch.stack([(f[which == SIDE] > 0).sum(0) for which in range(2)]))
-    torch.testing.assert_close(found.firing.maximum, f.amax(0))
-    torch.testing.assert_close(found.error, f @ w.W_dec + w.b_dec - states())
+    assert torch.equal(result.firing.counts, torch.stack([(f[which == SIDE] > 0).sum(0) for which in range(2)]))
+    torch.testing.assert_close(result.firing.maximum, f.amax(0))
+    torch.testing.assert_close(result.error, f @ w.W_dec + w.b_dec - states())

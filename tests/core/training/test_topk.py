@@ -22,11 +22,11 @@ def in_chunks(pre: torch.Tensor, size: int = 16):
 @pytest.mark.parametrize("k", [1, 7, 96])
 def test_each_token_keeps_its_strongest(n, k):
     pre = dense(n)
-    found = strongest_of_each(in_chunks(pre), k, TOKENS, n)
+    codes = strongest_of_each(in_chunks(pre), k, TOKENS, n)
     wanted = pre.topk(k, dim=1)
-    assert torch.equal(found.row, torch.arange(TOKENS).repeat_interleave(k))
-    assert torch.equal(found.value.view(TOKENS, k).sort(1).values, wanted.values.sort(1).values)
-    assert torch.equal(found.feature.view(TOKENS, k).sort(1).values, wanted.indices.sort(1).values)
+    assert torch.equal(codes.token, torch.arange(TOKENS).repeat_interleave(k))
+    assert torch.equal(codes.value.view(TOKENS, k).sort(1).values, wanted.values.sort(1).values)
+    assert torch.equal(codes.feature.view(TOKENS, k).sort(1).values, wanted.indices.sort(1).values)
 
 
 @pytest.mark.parametrize("n", [97, 1024])
@@ -37,15 +37,15 @@ def test_a_batch_keeps_its_strongest_whatever_came_before(n, k, shifts):
     batch_topk = BatchTopK()
     for seed, shift in enumerate(shifts):
         pre = dense(n, seed, shift)
-        found, threshold = batch_topk.choose(in_chunks(pre), k, TOKENS, n, device=pre.device)
+        codes, threshold = batch_topk.choose(in_chunks(pre), k, TOKENS, n, device=pre.device)
         values = pre.flatten().sort(descending=True).values
         positive = values[: k * TOKENS][values[: k * TOKENS] > 0]
         wanted = torch.zeros_like(pre)
         wanted[pre >= positive[-1]] = pre[pre >= positive[-1]]
         got = torch.zeros_like(pre)
-        got[found.row, found.feature] = found.value
-        assert len(found) == len(positive) and torch.equal(got, wanted)
-        assert (found.row.diff() >= 0).all()
+        got[codes.token, codes.feature] = codes.value
+        assert len(codes) == len(positive) and torch.equal(got, wanted)
+        assert (codes.token.diff() >= 0).all()
         assert threshold == (positive[-1] if len(positive) == k * TOKENS else 0)
 
 

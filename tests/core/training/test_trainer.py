@@ -10,9 +10,10 @@ import torch
 from mmfilter.core.sae.autoencoder import SAE
 from mmfilter.core.sae.pretrained import load_sae
 from mmfilter.core.sides import IMAGE, TEXT
+from mmfilter.core.training.code_products import decode
 from mmfilter.core.training.optimiser import Optimiser
 from mmfilter.core.training.settings import TrainSettings
-from mmfilter.core.training.sparse_step import active_entries
+from mmfilter.core.training.sparse_step import active_codes
 from mmfilter.core.training.topk import BatchTopK
 from mmfilter.core.training.trainer import Trainer
 from mmfilter.core.training.weights import Weights
@@ -42,9 +43,9 @@ def dense_inference(trainer: Trainer, states: torch.Tensor) -> torch.Tensor:
     inputs = x - w.b_dec if settings.subtract_b_dec else x
     pre = inputs @ w.W_enc.T + w.b_enc
     if settings.architecture == "topk":
-        entries, _ = active_entries(inputs, w, settings, BatchTopK())
+        codes, _ = active_codes(inputs, w, settings, BatchTopK())
         f = torch.zeros_like(pre)
-        f[entries.row, entries.feature] = entries.value
+        f[codes.token, codes.feature] = codes.value
     elif settings.architecture == "batchtopk":
         f = pre * (pre > trainer.threshold)
     elif settings.architecture == "jumprelu":
@@ -131,8 +132,8 @@ def test_known_features_are_found(architecture, options, least):
     trainer = Trainer.fitted(settings, data.states(4000))
     while not trainer.done:
         stats = trainer.step(data.states(1024))
-    found = mean_max_cosine(data.directions, trainer.weights.W_dec)
-    assert found > least and stats.fvu < 0.15, (found, stats)
+    closeness = mean_max_cosine(data.directions, trainer.weights.W_dec)
+    assert closeness > least and stats.fvu < 0.15, (closeness, stats)
     if architecture != "relu":
         assert stats.l0 == pytest.approx(4, rel=0.15)
 
@@ -142,9 +143,9 @@ def test_figures_of_a_step():
     trainer, states = trained()
     side = (torch.arange(100) % 3 == 0).long()
     before = copy.deepcopy(trainer.weights)
-    entries, threshold = active_entries(states * trainer.scale - before.b_dec, before, trainer.settings, BatchTopK())
+    codes, threshold = active_codes(states * trainer.scale - before.b_dec, before, trainer.settings, BatchTopK())
     f = torch.zeros(100, N, dtype=torch.float64)
-    f[entries.row, entries.feature] = entries.value.double()
+    f[codes.token, codes.feature] = codes.value.double()
     x = states.double() * trainer.scale
     error = f @ before.W_dec.double() + before.b_dec.double() - x
     stats = trainer.step(states, side)
@@ -154,7 +155,7 @@ def test_figures_of_a_step():
         assert quality.fvu == pytest.approx(float(wanted), rel=1e-4)
         assert quality.l0 == pytest.approx(float((f[mask] > 0).sum(1).double().mean()))
     assert stats.loss - stats.auxiliary == pytest.approx(float(error.square().mean()), rel=1e-4)
-    assert len(entries) == 100 * 4 and threshold == entries.value.min()
+    assert len(codes) == 100 * 4 and threshold == codes.value.min()
     assert trainer.step(states).image is None
 
 
@@ -164,12 +165,12 @@ def test_counters_and_threshold():
     trainer.step(states, side)
     seen, silent, thresholds = trainer.statistics.counts.clone(), trainer.since_fired.clone(), [trainer.threshold]
     for step in range(2, 7):
-        entries, threshold = active_entries(states * trainer.scale - w.b_dec, w, trainer.settings, BatchTopK())
+        codes, threshold = active_codes(states * trainer.scale - w.b_dec, w, trainer.settings, BatchTopK())
         seen += torch.stack(
-            [torch.bincount(entries.feature[side[entries.row] == which], minlength=N) for which in range(2)]
+            [torch.bincount(codes.feature[side[codes.token] == which], minlength=N) for which in range(2)]
         )
         silent += 100
-        silent[entries.feature] = 0
+        silent[codes.feature] = 0
         thresholds.append(float(threshold))
         stats = trainer.step(states, side)
         assert stats.step == step and stats.tokens == 100 * step
@@ -245,21 +246,21 @@ def test_bfloat16_only_chooses():
     x = states * trainer.scale - trainer.weights.b_dec
     for architecture in ("batchtopk", "topk"):
         exact, rounded = (
-            active_entries(
+            active_codes(
                 x,
                 trainer.weights,
-                TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype),
+                TrainSettings(architecture=architecture, n_features=N, k=4, dtype=dtype).resolved(D),
                 BatchTopK(),
             )[0]
             for dtype in ("float32", "bfloat16")
         )
-        same = set(zip(exact.row.tolist(), exact.feature.tolist(), strict=True)) & set(
-            zip(rounded.row.tolist(), rounded.feature.tolist(), strict=True)
+        same = set(zip(exact.token.tolist(), exact.feature.tolist(), strict=True)) & set(
+            zip(rounded.token.tolist(), rounded.feature.tolist(), strict=True)
         )
         assert len(exact) == len(rounded) and len(same) >= 0.99 * len(exact)
         torch.testing.assert_close(rounded.value.sort().values, exact.value.sort().values, rtol=1e-2, atol=1e-2)
         pre = x @ trainer.weights.W_enc.T + trainer.weights.b_enc
-        torch.testing.assert_close(rounded.value, pre[rounded.row, rounded.feature], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rounded.value, pre[rounded.token, rounded.feature], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +283,8 @@ def test_a_batch_that_is_not_finite_changes_nothing(architecture, steps):
     states[3, 5] = float("nan")
     with pytest.raises(SAEError) as error:
         trainer.step(states)
-    assert (
-        str(error.value)
-        == f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
+    assert str(error.value) == (
+        f"training has a loss of nan at step {steps + 1}: the batch holds states that are not finite, or lr is too high"
     )
     after, _ = trainer.state()
     assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -302,8 +302,8 @@ def test_the_encoder_starts_at_the_best_scale():
     def error(factor: float) -> float:
         w = copy.deepcopy(trainer.weights)
         w.W_enc *= factor
-        entries, _ = active_entries(x, w, trainer.settings, BatchTopK())
-        return float((entries.decode(w.W_dec) - x).square().sum())
+        codes, _ = active_codes(x, w, trainer.settings, BatchTopK())
+        return float((decode(codes, w.W_dec) - x).square().sum())
 
     assert error(1.0) < min(error(0.97), error(1.03))
 
