@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from mmfilter.core.files import write_json
 from mmfilter.core.input.shards import open_source
-from mmfilter.core.run.decisions import Outcome, write_decisions
+from mmfilter.core.run.decisions import Decisions, write_decisions
 from mmfilter.core.run.directory import RunDirectory
 from mmfilter.core.run.score_tables import ScoreTables
 from mmfilter.core.run.tables import METADATA_KEY, TableWriter, score_table
@@ -220,7 +220,7 @@ def child(run: Path, task: str) -> None:
             output = np.full(len(decision), -1, np.int32)
             output[decision == Decision.KEPT] = np.arange(len(members)) // 10_000
             labels = [None, *("dropped" for _ in list(Decision)[1:])]
-            outcome = Outcome(tables.column("similarity"), decision, labels, output)
+            outcome = Decisions(tables.column("similarity"), decision, labels, output)
             write_decisions(tables, run.parent / "selection.parquet", outcome, {})
             (run.parent / "selection.parquet").unlink()
     seconds = time.perf_counter() - started
