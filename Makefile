@@ -12,7 +12,7 @@ OPEN_CLIP = $(PEERS)/open-clip/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test quick lint types bench docs tables model shards lowest newest clean
+.PHONY: demo test quick lint bench docs tables model shards lowest newest clean
 
 # What mmfilter runs with.
 $(RUNS): pyproject.toml constraints.txt
@@ -50,12 +50,9 @@ lint: $(DEVELOPS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 	$(BIN)/deptry .
 	$(BIN)/python docs/make_reference.py --check
-
-# Not part of lint yet: a few dozen errors are left.
-types: $(DEVELOPS)
-	$(BIN)/mypy
 
 bench: $(DEVELOPS)
 	$(BIN)/python benchmarks/run.py

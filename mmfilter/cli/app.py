@@ -119,6 +119,7 @@ def _exit_code(error: BaseException) -> int:
 def command_paths(group: typer.Typer = app, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The words of every command, those of groups too: ("score",), ("sae", "show"), …"""
     for registered in group.registered_commands:
-        yield (*prefix, registered.name or registered.callback.__name__.replace("_", "-"))
+        yield (*prefix, registered.name or getattr(registered.callback, "__name__", "").replace("_", "-"))
     for inner in group.registered_groups:
-        yield from command_paths(inner.typer_instance, (*prefix, inner.name))
+        if inner.typer_instance is not None:
+            yield from command_paths(inner.typer_instance, (*prefix, str(inner.name)))

@@ -111,7 +111,7 @@ def check_json(report: CheckReport) -> dict[str, Any]:
 
 def _evidence_json(score: Evidence, raw: Evidence) -> dict[str, Any]:
     low, high = score.interval
-    found = {
+    found: dict[str, Any] = {
         "auc": score.auc,
         "low": low,
         "high": high,

@@ -83,7 +83,7 @@ def _rows(pairs: tuple[BorderlinePair, ...]) -> list[tuple[str, ...]]:
     """The table of pairs, headings first; nothing for none."""
     from mmfilter.core.run.previews import one_line
 
-    rows = (
+    rows: list[tuple[str, ...]] = (
         [("similarity", "image", "text", "key", "other key", "caption", "other caption", "shard", "other shard")]
         if pairs
         else []

@@ -116,12 +116,13 @@ def score_report(summary: ScoreSummary, columns: dict[str, np.ndarray]) -> dict[
 def _statistics(values: np.ndarray) -> dict[str, float | int | None]:
     values = values[np.isfinite(values)]
     names = ("min", "p10", "median", "p90", "max")
+    statistics: dict[str, float | int | None] = {"n": len(values), "mean": None, **dict.fromkeys(names)}
     if not len(values):
-        return {"n": 0, "mean": None} | dict.fromkeys(names)
+        return statistics
     quantiles = np.quantile(values.astype(np.float64), (0, 0.1, 0.5, 0.9, 1))
-    return {"n": len(values), "mean": float(values.mean(dtype=np.float64))} | dict(
-        zip(names, map(float, quantiles), strict=True)
-    )
+    statistics["mean"] = float(values.mean(dtype=np.float64))
+    statistics.update(zip(names, map(float, quantiles), strict=True))
+    return statistics
 
 
 def show_score(summary: ScoreSummary, columns: dict[str, np.ndarray], ranked_by: str) -> None:

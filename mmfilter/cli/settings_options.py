@@ -159,7 +159,7 @@ def made(cls: type, values: Mapping[str, Any]) -> Any:
     given: dict[str, Any] = {}
     for item in fields(cls):
         kind, key = types_of(cls)[item.name], key_of_option(item)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             given[item.name] = made(kind, values)
         elif key in values and item.metadata.get("option", True):
             given[item.name] = values[key]

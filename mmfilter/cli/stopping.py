@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from signal import Signals
 
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 _ONE_WISH = 1.0
@@ -25,23 +26,29 @@ class Stop:
     To be asked after any exception: a library that is called may turn `Stopped` into an error of its own.
     """
 
-    signal: signal.Signals | None = None
+    signal: Signals | None = None
     _at: float = 0.0
 
     @property
+    def _came(self) -> Signals:
+        if self.signal is None:
+            raise AssertionError("no signal came")
+        return self.signal
+
+    @property
     def word(self) -> str:
-        return _WORDS[self.signal.name]
+        return _WORDS[self._came.name]
 
     @property
     def exit_code(self) -> int:
-        return 128 + self.signal
+        return 128 + self._came
 
     def take(self, number: int, _frame: object) -> None:
         """Raise `Stopped`; once more where the command still tidies up and is asked again."""
         now = time.monotonic()
         if self.signal is not None and now - self._at < _ONE_WISH:
             return
-        self.signal, self._at = signal.Signals(number), now
+        self.signal, self._at = Signals(number), now
         raise Stopped
 
 

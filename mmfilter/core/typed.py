@@ -91,7 +91,7 @@ def types_of(cls: type) -> dict[str, Any]:
 def check_fields(settings: Any, error: type[MMFilterError] = MMFilterError) -> None:
     """Raise `error` for the first field that is none of its choices, or too small; texts become paths where these
     belong."""
-    kinds = types_of(type(settings))
+    kinds = types_of(settings.__class__)
     for item in fields(settings):
         value = getattr(settings, item.name)
         if (

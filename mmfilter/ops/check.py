@@ -135,7 +135,9 @@ def deal(sample: PairSample, settings: CheckSettings) -> tuple[list[int], list[i
     by_image: dict[str, list[int]] = {}
     for number, pair in enumerate(sample.pairs):
         by_image.setdefault(pair.image_hash, []).append(number)
-    groups, fitting, rest = list(by_image.values()), [], []
+    groups = list(by_image.values())
+    fitting: list[int] = []
+    rest: list[int] = []
     for place in np.random.default_rng(settings.seed).permutation(len(groups)):
         few = len(fitting) + len(groups[place]) <= min(REFERENCE_PAIRS, len(sample) // 2)
         (fitting if few else rest).extend(groups[place])

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,9 @@ def look(patterns: Sequence[str], options: InputOptions = NO_OPTIONS) -> Look:
         raise RecipeError("a recipe names its shards, so that it can go on with them; '-' is a tar on stdin")
     sources = open_sources(patterns, options)
     first = sources[0]
-    with closing(first.samples()) as samples:
+    with ExitStack() as stack:
+        samples = first.samples()
+        stack.callback(getattr(samples, "close", lambda: None))
         head = list(itertools.islice(samples, HEAD))
     if not head:
         raise RecipeError(f"shard {first.path!r} holds no samples: nothing to write a recipe for")
@@ -96,7 +98,7 @@ def _estimate(sources: Sequence[Source], head: list[RawSample]) -> int | None:
     if any(source.remote or source.kind != "tar" for source in sources):
         return None
     total = sum(source.stamp().size or 0 for source in sources)
-    end = head[-1].offset + head[-1].nbytes
+    end = (head[-1].offset or 0) + (head[-1].nbytes or 0)
     return max(len(head), _rounded(total * len(head) / end))
 
 

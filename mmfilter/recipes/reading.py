@@ -98,7 +98,8 @@ def _problem(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split())
-    context = f" {error.context}" if error.context else ""
+    context = getattr(error, "context", None)
+    context = f" {context}" if context else ""
     return f"line {mark.line + 1}, column {mark.column + 1}{context}: {problem}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from mmfilter.ops import select as select_operation
 from mmfilter.ops.check_settings import CheckSettings
 from mmfilter.ops.score_settings import ScoreSettings
 from mmfilter.recipes import record
-from mmfilter.recipes.schema import Output, Recipe
+from mmfilter.recipes.schema import Check, Dedup, Output, Recipe
 
 State = Literal["done", "skipped", "planned"]
 
@@ -75,11 +76,13 @@ class _Follower:
         self._scored = record.stored(self._run, "score") == request and record.all_scored(
             self._run, self._sources, recipe.run.limit
         )
-        todo: list[Callable[[], Step]] = [] if recipe.check is None else [lambda: self._check(request)]
-        todo.append(lambda: self._score(request))
+        todo: list[Callable[[], Step]] = []
+        if recipe.check is not None:
+            todo.append(partial(self._check, recipe.check, request))
+        todo.append(partial(self._score, request))
         if recipe.dedup is not None:
-            todo.append(self._dedup)
-        todo += [lambda output=output: self._select(output) for output in recipe.outputs]
+            todo.append(partial(self._dedup, recipe.dedup))
+        todo += [partial(self._select, output) for output in recipe.outputs]
         done = []
         for do in todo:
             done.append(do())
@@ -124,7 +127,7 @@ class _Follower:
                 "name a new path, or delete it"
             )
         if self._scored and made["scores"] != record.scores_digest(self._recipe, self._run):
-            more = ", or select.metadata" if self._recipe.select.metadata else ""
+            more = ", or select.metadata" if self._recipe.select and self._recipe.select.metadata else ""
             raise RecipeError(
                 f"output {output.path!r} was made from other scores than run {str(self._run.path)!r}{more} holds now; "
                 "name a new path, or delete it"
@@ -133,8 +136,8 @@ class _Follower:
 
     # --- the steps ---------------------------------------------------------------------------
 
-    def _check(self, request: dict[str, Any]) -> Step:
-        recipe, wanted = self._recipe, self._recipe.check
+    def _check(self, wanted: Check, request: dict[str, Any]) -> Step:
+        recipe = self._recipe
         asked = {"check": asdict(wanted), "shards": [source.path for source in self._sources], "score": request}
         path = self._run.path / "check.json"
         found = record.stored(self._run, "check")
@@ -193,9 +196,9 @@ class _Follower:
             {"samples": rows, "scored": ok},
         )
 
-    def _dedup(self) -> Step:
-        settings = self._recipe.dedup.settings()
-        about = f"at {self._recipe.dedup.threshold} on {self._recipe.dedup.on}"
+    def _dedup(self, wanted: Dedup) -> Step:
+        settings = wanted.settings()
+        about = f"at {wanted.threshold} on {wanted.on}"
         found = record.stored(self._run, "dedup") if self._scored else None
         asked = {"settings": settings.stored(), "scores": record.tables_digest(self._run)} if self._scored else None
         if found is not None and found["asked"] == asked and found["file"] == record.stamp_of(self._run.dedup):

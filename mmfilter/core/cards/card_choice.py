@@ -140,8 +140,9 @@ def _card(model: str | Card, layer: int | None, sae: str | None, said: ModelSett
             model=str(model),
             layer=layer,
             sae=sae,
-            **({} if options is None else {"sae_options": options}),
         )
+        if options is not None:
+            card = replace(card, sae_options=options)
     return replace(card, **changes, **_given(said, "threshold"))
 
 

@@ -158,6 +158,8 @@ class Judgement:
 
 
 def _beside_random(score: Evidence) -> str:
+    if score.random is None:
+        raise AssertionError(f"{score.name} has no random SAE beside it")
     difference = score.against(score.random)
     meaning = (
         "the trained features add to it" if difference.word == "better" else "the trained features add nothing to it"

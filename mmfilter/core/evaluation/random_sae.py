@@ -7,6 +7,8 @@ and Lindenstrauss 1984), and not what the SAE has learned.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -66,7 +68,7 @@ def random_sae(sae: SAE, states: torch.Tensor, *, seed: int, max_active: int = 5
 def _largest(parts: Iterable[torch.Tensor], n: int) -> torch.Tensor:
     """The `n` largest of all values, or more of them, in no order; what cannot be among them is not kept."""
     kept: list[torch.Tensor] = []
-    floor = size = 0
+    floor, size = -math.inf, 0
     for values in parts:
         kept.append(values[values >= floor])
         size += len(kept[-1])
@@ -99,7 +101,8 @@ def with_fitted_decoder(twin: SAE, states: torch.Tensor) -> SAE:
 def _mean_preactivation(sae: SAE, states: torch.Tensor) -> torch.Tensor:
     """(n_features,), over all states."""
     chunk = max(1, DENSE_CHUNK_ELEMENTS // sae.n_features)
-    return sum(sae.preactivations(part).sum(0) for part in states.split(chunk)) / len(states)
+    sums = (sae.preactivations(part).sum(0) for part in states.split(chunk))
+    return functools.reduce(torch.add, sums) / len(states)
 
 
 def cut_leaving(values: torch.Tensor, wanted: int) -> float:

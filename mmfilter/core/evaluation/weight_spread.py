@@ -40,15 +40,17 @@ def weight_spread(weights: FeatureWeights) -> WeightSpread:
     omega = weights.omega[~weights.omega.isnan()].double()
     places = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     quantiles = dict(zip(QUANTILES, torch.quantile(omega, places).tolist(), strict=True)) if len(omega) else {}
-    counts = [
+    n_both, n_text, n_image, n_never = (
         int(group.sum())
         for group in (on_image & on_text, on_text & ~on_image, on_image & ~on_text, ~on_image & ~on_text)
-    ]
+    )
     return WeightSpread(
-        len(weights.omega),
-        len(omega),
-        counts[0] - len(omega),
-        *counts[1:],
+        n_features=len(weights.omega),
+        n_weighted=len(omega),
+        n_one_sided=n_both - len(omega),
+        n_text_only=n_text,
+        n_image_only=n_image,
+        n_never=n_never,
         mean=float(omega.mean()),
         quantiles=quantiles,
         n_pairs=weights.n_samples,

@@ -143,9 +143,10 @@ def _conversation(turns: Any) -> str:
     if not isinstance(turns, list):
         raise _Unusable("conversations is not a list of turns")
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
-    if not values or not all(isinstance(value, str) for value in values):
+    texts = [value for value in values if isinstance(value, str)]
+    if not texts or len(texts) < len(values):
         raise _Unusable("conversations has a turn without a 'value' text")
-    return "\n".join(value.replace("<image>", "").strip() for value in values).strip()
+    return "\n".join(value.replace("<image>", "").strip() for value in texts).strip()
 
 
 def _check_caption(caption: str, settings: DecodeSettings) -> None:

@@ -70,8 +70,8 @@ def _fetch_together(ranges: Sequence[Range]) -> Iterator[bytes]:
     contents = fetch([(shard.path, offset, offset + nbytes) for shard, offset, nbytes in requests])
     for request, content in zip(requests, contents, strict=True):
         _check_length(request, content)
-    for (request, start), (_, _, nbytes) in zip(places, ranges, strict=True):
-        yield contents[request][start : start + nbytes]
+    for (number, start), (_, _, nbytes) in zip(places, ranges, strict=True):
+        yield contents[number][start : start + nbytes]
 
 
 def coalesce(ranges: Sequence[Range]) -> tuple[list[Range], list[tuple[int, int]]]:

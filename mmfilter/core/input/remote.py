@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from mmfilter.core.input.remote_errors import is_transient, knows_no_ranges, status_of, url_error
@@ -192,14 +193,13 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str, size: int | None = None) -> None:
         super().__init__()
-        self.size, self._url, self._at = size, url, 0
+        self._url, self._at = url, 0
         self._file: Any = None
         self._filesystem, self._path = filesystem_of(url)
         if size is None or is_web(url):
             self._file = ask(url, self._filesystem.open, self._path, "rb", cache_type="none")
-            self.size = getattr(self._file, "size", None)
-        if self.size is None:
-            self._download()
+            size = getattr(self._file, "size", None)
+        self.size: int = self._download() if size is None else size
 
     def readable(self) -> bool:
         return True
@@ -245,12 +245,12 @@ class RemoteFile(io.RawIOBase):
         self._file.seek(start)
         return self._file.read(end - start)
 
-    def _download(self) -> None:
-        """Go on with a temporary file."""
+    def _download(self) -> int:
+        """Go on with a temporary file; its size."""
         self._file.close()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         ask(self._url, self._fill, self._file)
-        self.size = self._file.seek(0, io.SEEK_END)
+        return self._file.seek(0, io.SEEK_END)
 
     def _fill(self, file: BinaryIO) -> None:
         file.seek(0)
@@ -289,7 +289,7 @@ def _gives_ranges(url: str, file: Any) -> bool:
 def read_start(url: str, size: int) -> bytes:
     """The first `size` bytes of a file, or all that it has."""
     with RemoteFile(url) as file:
-        return file.read(min(size, file.size))
+        return file.read(min(size, file.size)) or b""
 
 
 def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -305,9 +305,7 @@ def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if not filesystem.async_impl:
             for path, url in {places[i][1]: ranges[i][0] for i in mine}.items():
                 ask(url, filesystem.info, path)  # once, not in every thread: opening it asks what is known of it then
-            contents = in_parallel(
-                lambda i, it=filesystem: ask(ranges[i][0], _read_range, it, places[i][1], *ranges[i][1:]), mine
-            )
+            contents = in_parallel(partial(_ask_range, filesystem, ranges, places), mine)
         else:
             contents = ask(ranges[mine[0]][0], filesystem.cat_ranges, paths, starts, ends)
         for i, content in zip(mine, contents, strict=True):
@@ -316,6 +314,13 @@ def fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if isinstance(found[i], BaseException):  # `cat_ranges` returns them
             found[i] = ask(url, _again, [found[i]], filesystem, path, start, end)
     return found
+
+
+def _ask_range(
+    filesystem: Any, ranges: Sequence[tuple[str, int, int]], places: Sequence[tuple[Any, str]], i: int
+) -> bytes:
+    url, start, end = ranges[i]
+    return ask(url, _read_range, filesystem, places[i][1], start, end)
 
 
 def _again(failed: list[BaseException], filesystem: Any, path: str, start: int, end: int) -> bytes:

@@ -70,7 +70,7 @@ def status_of(error: BaseException) -> int | None:
     for part in _chain(error):
         response = getattr(part, "response", None)
         about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        of_google = part.code if type(part).__name__ == "HttpError" else None
+        of_google = getattr(part, "code", None) if type(part).__name__ == "HttpError" else None
         for status in (
             getattr(part, "status", None),
             about.get("HTTPStatusCode"),
@@ -125,5 +125,5 @@ def _names(error: BaseException) -> set[str]:
 
 def _codes(error: BaseException) -> set[str]:
     """Codes of S3's errors."""
-    responses = [part.response for part in _chain(error) if isinstance(getattr(part, "response", None), dict)]
-    return {str(response.get("Error", {}).get("Code")) for response in responses}
+    responses = [getattr(part, "response", None) for part in _chain(error)]
+    return {str(response.get("Error", {}).get("Code")) for response in responses if isinstance(response, dict)}

@@ -141,7 +141,7 @@ def _expand_braces(name: str) -> Iterator[str]:
 
     try:
         yield from braceexpand.braceexpand(name, escape=False)
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise ShardError(
             name, "has unbalanced braces; write a range as {00000..00099} and a choice as {a,b}"
         ) from error

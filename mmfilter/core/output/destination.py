@@ -53,10 +53,10 @@ def stream(output: str | Path | None, stdout: BinaryIO | None) -> Iterator[int]:
         with output_errors(output), atomic(Path(output)) as temporary, open(temporary, "wb") as file:
             yield file.fileno()
         return
-    file = sys.stdout.buffer if stdout is None else stdout
+    out = sys.stdout.buffer if stdout is None else stdout
     with output_errors("stdout"), suppress(BrokenPipeError):
-        file.flush()
-        yield file.fileno()
+        out.flush()
+        yield out.fileno()
 
 
 @contextmanager

@@ -65,8 +65,8 @@ def write_shards(folder: Path, members: Members, shard_size: int) -> NewShards:
             stats = {"count": stop - start, "successes": stop - start}
             write_json(folder / f"{number:08d}_stats.json", stats)
     write_json(folder / "sizes.json", sizes)
-    number = np.repeat(np.arange(len(starts), dtype=np.int32), list(sizes.values()))
-    return NewShards(number, nbytes, len(starts), n_early)
+    shard = np.repeat(np.arange(len(starts), dtype=np.int32), list(sizes.values()))
+    return NewShards(shard, nbytes, len(starts), n_early)
 
 
 def _write_range(fd: int, sources: OpenShards, members: Members, start: int, stop: int) -> int:

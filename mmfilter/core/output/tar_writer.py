@@ -90,7 +90,7 @@ class ShardWriter:
         self.write(END_OF_ARCHIVE)
 
 
-def write_all(fd: int, content: bytes) -> None:
+def write_all(fd: int, content: bytes | memoryview) -> None:
     """Write all of `content`, also to a pipe that takes less at a time or does not block."""
     view = memoryview(content)
     while view:

@@ -100,7 +100,7 @@ class Feed:
                 "image"
             )
             pair.image = None
-        else:
+        elif pair.image is not None:
             length += self._backbone.n_image_tokens(pair.image.width, pair.image.height)
         return pair, length
 
@@ -118,8 +118,9 @@ class Feed:
 
     def _prepare(self, pairs: list[Pair]) -> list[Batch]:
         """Pre-process a batch; when the processor refuses it, find the samples that it refuses."""
+        images = [pair.image for pair in pairs if pair.image is not None]  # all: those without have a reason
         try:
-            inputs = self._backbone.prepare([pair.image for pair in pairs], [pair.caption for pair in pairs])
+            inputs = self._backbone.prepare(images, [pair.caption for pair in pairs])
         except Exception as error:  # processors raise anything for odd images; each is one bad sample
             if len(pairs) > 1:
                 middle = len(pairs) // 2

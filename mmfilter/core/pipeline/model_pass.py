@@ -61,7 +61,7 @@ class ModelPass:
 
         Raises `ModelError` when the device's memory does not suffice for either of both.
         """
-        if self._captions_alone:
+        if self._captions_alone and batch.inputs.text_only is not None:
             batch = replace(batch, inputs=ModelInputs(*batch.inputs.text_only))
         with memory_errors(len(batch.pairs)):
             return take(batch, self.backbone.activations(batch.inputs))

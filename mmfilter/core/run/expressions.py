@@ -98,7 +98,7 @@ class Expression:
         """The syntax tree of a query with this condition: all but the condition, and the condition."""
         [serialized] = database.execute(
             "SELECT json_serialize_sql(?)", [f"SELECT 1 FROM scores WHERE (\n{text}\n)"]
-        ).fetchone()
+        ).fetchall()[0]
         tree = json.loads(serialized)
         if tree["error"]:
             raise self.error(f"is not possible: {' '.join(tree['error_message'].split())}")

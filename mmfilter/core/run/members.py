@@ -37,12 +37,11 @@ class Members:
         """These samples, then further copies of some: which sample, which copy of it, and the hash of the key it
         gets."""
         again = self.take(number)
-        columns = {
-            name: np.concatenate([getattr(self, name), getattr(again, name)]) for name in ("shard", "offset", "nbytes")
-        }
         return replace(
             self,
-            **columns,
+            shard=np.concatenate([self.shard, again.shard]),
+            offset=np.concatenate([self.offset, again.offset]),
+            nbytes=np.concatenate([self.nbytes, again.nbytes]),
             key_hash=np.concatenate([self.key_hash, key_hash]),
             copy=np.concatenate([np.zeros(len(self), np.int64), copy]),
         )

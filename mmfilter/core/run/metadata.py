@@ -163,7 +163,7 @@ def _read(database: duckdb.DuckDBPyConnection, path: str) -> tuple[str, dict[str
     types = _types(database, f"read_{reader}({place}{more})", f"--metadata {path!r}")
     types |= {name: "VARCHAR" for name in ("key", "uid") if name in types and types[name] not in _INTEGERS}
     if reader == "csv":
-        kept = {name: types[name] for name in ("key", "uid") if name in types}
+        kept: dict[str, str] = {name: types[name] for name in ("key", "uid") if name in types}
         more += f", types = {_struct(kept)}" if kept else ""
     elif reader == "json":
         more += f", columns = {_struct(types)}"

@@ -64,7 +64,7 @@ class MoreColumns:
         return self._files
 
     def _add(self, database: duckdb.DuckDBPyConnection, files: metadata.Files, columns: list[str]) -> None:
-        if files.mine is not None:
+        if files.mine is not None and files.start_of is not None:
             self._check_unchanged(set(files.start_of))
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mmfilter-")).resolve()

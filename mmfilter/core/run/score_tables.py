@@ -207,13 +207,13 @@ class ScoreTables:
             )
         except duckdb.Error as error:
             raise expression.error(f"fails: {reason_of(error)}") from error
-        for first in range(0, database.execute("SELECT count(*) FROM found").fetchone()[0], _ROWS_AT_ONCE):
+        for first in range(0, database.execute("SELECT count(*) FROM found").fetchall()[0][0], _ROWS_AT_ONCE):
             sql = (
                 f"SELECT i, coalesce(v, 0) AS v, v IS NOT NULL AS there FROM found WHERE rowid >= {first} AND rowid < "
                 f"{first + _ROWS_AT_ONCE}"
             )
             chunk = database.execute(sql).fetchnumpy()
-            yield tuple(np.ma.getdata(chunk[name]) for name in ("i", "v", "there"))
+            yield np.ma.getdata(chunk["i"]), np.ma.getdata(chunk["v"]), np.ma.getdata(chunk["there"])
 
     @property
     def _there(self) -> str:

@@ -195,11 +195,18 @@ class Reference:
         """The finished weights."""
         if self._winners is None:
             raise AssertionError("choose() comes between the passes")
+        image_samples, text_samples, samples = self._samples
+        image_tokens, text_tokens = self._tokens
+        image_maximum, text_maximum = self._maximum
         return FeatureWeights(
             self._winners.omega(),
-            *self._samples,
-            *self._tokens,
-            *self._maximum,
+            image_samples,
+            text_samples,
+            samples,
+            image_tokens,
+            text_tokens,
+            image_maximum,
+            text_maximum,
             n_samples=self.n_samples,
             metadata=metadata,
         )

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 from mmfilter.core.input.places import BadFile, Stamp, read_file
 from mmfilter.core.input.remote import as_it_suits, ask, filesystem_of, is_url, tag_of
@@ -168,7 +169,7 @@ def _local_files(folder: str) -> Iterator[str]:
 
 
 @lru_cache(maxsize=2)
-def _remote_files(folder: str) -> dict[str, dict[str, object]]:
+def _remote_files(folder: str) -> dict[str, dict[str, Any]]:
     """The same of a URL, with what its file system says of each."""
     filesystem, root = filesystem_of(folder)
     found = ask(folder, filesystem.find, root, detail=True)

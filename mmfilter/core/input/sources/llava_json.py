@@ -49,9 +49,8 @@ class LlavaJson(RowSource):
         super().__init__(path)
         self._images = (options.images or path.rpartition("/")[0]).rstrip("/")
         self._lines = lines
-        self._index: tuple[list[str], array[int], array[int]] | None = None
+        self._index: tuple[BinaryIO, list[str], array[int], array[int]] | None = None
         self._open = ExitStack()
-        self._file: BinaryIO | None = None
 
     def stamp(self) -> Stamp:
         """That of the JSON; the images are not looked at."""
@@ -70,32 +69,32 @@ class LlavaJson(RowSource):
         """One record with its image; the first call goes through the file to learn where each is."""
         if self._index is None:
             self._index = self._indexed()
-        keys, offsets, sizes = self._index
+        file, keys, offsets, sizes = self._index
         if row >= len(keys):
             raise ShardError(
                 self.path, f"has only {len(keys):,} records; it has changed since it was scored, score it again"
             )
-        self._file.seek(offsets[row])
-        text = self._file.read(sizes[row])
+        file.seek(offsets[row])
+        text = file.read(sizes[row])
         return self._sample(keys[row], row, _Record(offsets[row], text, json.loads(text)), MAX_MEMBER_BYTES)
 
     def close(self) -> None:
         """Close the file."""
         self._open.close()
-        self._index = self._file = None
+        self._index = None
 
     def _keys(self) -> Keys:
         return Keys(os.path.basename(self.path).rpartition(".")[0])
 
-    def _indexed(self) -> tuple[list[str], array[int], array[int]]:
-        """Key, offset and length of every record."""
-        self._file = self._open.enter_context(open_file(self.path))
+    def _indexed(self) -> tuple[BinaryIO, list[str], array[int], array[int]]:
+        """The open file, and key, offset and length of every record."""
+        file = self._open.enter_context(open_file(self.path))
         keys, names, offsets, sizes = self._keys(), [], array("q"), array("q")
-        for row, record in enumerate(self._records(self._file)):
+        for row, record in enumerate(self._records(file)):
             names.append(keys.take(_id(record.value), row))
             offsets.append(record.offset)
             sizes.append(len(record.text))
-        return names, offsets, sizes
+        return file, names, offsets, sizes
 
     def _records(self, file: BinaryIO) -> Iterator[_Record]:
         return _lines(self.path, file) if self._lines else _ListReader(self.path, file).records()

@@ -59,8 +59,7 @@ class ParquetRows(RowSource):
     def samples(self, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[RawSample]:
         """The rows in order."""
         try:
-            self._opened()
-            for start, rows in self._from(0):
+            for start, rows in self._from(self._opened(), 0):
                 for row, values in enumerate(rows, start):
                     yield self._sample(row, values, max_member_bytes)
         finally:
@@ -68,7 +67,7 @@ class ParquetRows(RowSource):
 
     def sample(self, row: int) -> RawSample:
         """One row; the row group that it is in is read up to it, unless the last call was just before it."""
-        self._opened()
+        file = self._opened()
         if row >= len(self._keys):
             raise ShardError(
                 self.path, f"has only {len(self._keys):,} rows; it has changed since it was scored, score it again"
@@ -76,7 +75,7 @@ class ParquetRows(RowSource):
         start, rows = self._at
         group = bisect_right(self._starts, row) - 1
         if not rows or row < start or start + len(rows) < self._starts[group]:
-            self._batches, rows = self._from(group), []
+            self._batches, rows = self._from(file, group), []
         while not rows or row >= start + len(rows):
             start, rows = self._at = next(self._batches)
         return self._sample(row, rows[row - start], MAX_MEMBER_BYTES)
@@ -86,10 +85,10 @@ class ParquetRows(RowSource):
         self._open.close()
         self._file, self._batches, self._at = None, iter(()), (0, [])
 
-    def _opened(self) -> None:
+    def _opened(self) -> pq.ParquetFile:
         """Open the file, find its columns, and name its rows."""
         if self._file is not None:
-            return
+            return self._file
         file = self._open.enter_context(open_file(self.path))
         with self._reading_errors():
             self._file = pq.ParquetFile(file)
@@ -99,16 +98,17 @@ class ParquetRows(RowSource):
             self._others = [field.name for field in schema if field.name != self._image and not _has_bytes(field.type)]
             groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
             self._starts = [sum(groups[:i]) for i in range(len(groups))]
-            self._keys = self._named(schema)
+            self._keys = self._named(self._file, schema)
+        return self._file
 
-    def _named(self, schema: pa.Schema) -> list[str]:
+    def _named(self, file: pq.ParquetFile, schema: pa.Schema) -> list[str]:
         column = next(
             (name for name in KEY_COLUMNS if name in schema.names and _is_name(schema.field(name).type)), None
         )
         names = (
-            [None] * self._file.metadata.num_rows
+            [None] * file.metadata.num_rows
             if column is None
-            else self._file.read([column], use_threads=False).column(0).to_pylist()
+            else file.read([column], use_threads=False).column(0).to_pylist()
         )
         keys = Keys(os.path.basename(self.path).rpartition(".")[0])
         return [keys.take(name, row) for row, name in enumerate(names)]
@@ -144,12 +144,12 @@ class ParquetRows(RowSource):
             raise ShardError(self.path, f"has no column with captions ({said}): it has {_listed(schema)}")
         return found
 
-    def _from(self, group: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    def _from(self, file: pq.ParquetFile, group: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Batches of rows from the beginning of a row group on, each with the number of its first row."""
-        groups = list(range(group, self._file.num_row_groups))
+        groups = list(range(group, file.num_row_groups))
         start = self._starts[group] if groups else 0
         with self._reading_errors():
-            for batch in self._file.iter_batches(
+            for batch in file.iter_batches(
                 _BATCH, row_groups=groups, columns=[self._image, *self._others], use_threads=False
             ):
                 yield start, batch.to_pylist()

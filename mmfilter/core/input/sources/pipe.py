@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from mmfilter.core.input.places import PIPE, Stamp
 from mmfilter.core.input.sample import MAX_MEMBER_BYTES, RawSample
@@ -48,7 +48,7 @@ class PipedTar(Source):
                 command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
             )
             try:
-                yield from tar_samples(self.path, process.stdout, max_member_bytes)
+                yield from tar_samples(self.path, _output(process), max_member_bytes)
             except ShardError:
                 self._end(process)
                 if process.returncode not in _READER_GONE:
@@ -61,7 +61,7 @@ class PipedTar(Source):
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Stop reading; a command that goes on writing is told so by the system."""
-        process.stdout.close()
+        _output(process).close()
         try:
             process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
@@ -73,3 +73,9 @@ class PipedTar(Source):
         lines = stderr.read().decode("utf-8", "replace").split("\n")
         said = next((f" ({' '.join(line.split())})" for line in reversed(lines) if line.strip()), "")
         return ShardError(self.path, f"failed with exit status {status}{said}; run the command by itself to see why")
+
+
+def _output(process: subprocess.Popen[bytes]) -> BinaryIO:
+    if process.stdout is None:
+        raise AssertionError("the command was started without a pipe")
+    return cast(BinaryIO, process.stdout)

@@ -53,6 +53,13 @@ class Kept:
     members: Members | None = None
     """Where the samples are, in output order; None for a format that only names them"""
 
+    @property
+    def places(self) -> Members:
+        """Where the samples are, for a format that copies them."""
+        if self.members is None:
+            raise AssertionError("a format that only names its samples asks for their bytes")
+        return self.members
+
     def __len__(self) -> int:
         return len(self.positions)
 
@@ -70,7 +77,7 @@ class Kept:
         settings = DecodeSettings(self.tables.options.caption)
         columns = list(dict.fromkeys(["key", *columns]))
         rows = self.tables.take(self.positions, columns)
-        members = self.members
+        members = self.places
         with OpenShards() as sources:
             for start, stop in self._bounds(np.where(members.offset < 0, _UNKNOWN_BYTES, members.nbytes)):
                 places = members.places(start, stop)

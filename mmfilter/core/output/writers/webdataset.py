@@ -10,7 +10,7 @@ from mmfilter.core.output.writers.kept import Kept, Written
 
 def write_shard_folder(folder: Path, kept: Kept) -> Written:
     """Write `00000000.tar` …, their statistics and `sizes.json`."""
-    shards = write_shards(folder, kept.members, kept.shard_size)
+    shards = write_shards(folder, kept.places, kept.shard_size)
     warnings: tuple[str, ...] = ()
     if shards.n_early:
         warnings = (
