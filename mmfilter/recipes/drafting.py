@@ -15,9 +15,9 @@ from typing import Literal
 
 from mmfilter.core.cards.cards import card_names, load_card
 from mmfilter.core.files import atomic
-from mmfilter.core.input.decode import CAPTION_FIELDS, DecodeSettings, caption_of
+from mmfilter.core.input.decode import DecodeSettings, caption_of
 from mmfilter.core.input.places import STDIN
-from mmfilter.core.input.sample import RawSample
+from mmfilter.core.input.sample import CAPTION_FIELDS, RawSample
 from mmfilter.core.input.shards import open_sources
 from mmfilter.core.input.source import NO_OPTIONS, InputOptions, Source
 from mmfilter.errors import RecipeError

@@ -124,8 +124,9 @@ def _caption(members: dict[str, bytes], record: dict[str, Any], settings: Decode
         raise _Unusable(f"no caption: no txt among the members ({_listed(members)})")
     fields = CAPTION_FIELDS if where == "auto" else () if where == "conversations" else (where,)
     for name in fields:
-        if isinstance(record.get(name), str):
-            return record[name].strip()
+        text = record.get(name)
+        if isinstance(text, str):
+            return text.strip()
     if where in ("auto", "conversations") and "conversations" in record:
         return _conversation(record["conversations"])
     if "" in record:

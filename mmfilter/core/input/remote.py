@@ -64,7 +64,8 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0].lower()
     try:
-        return fsspec.core.url_to_fs(url, **(_web_options(protocol) if is_web(url) else {}))
+        filesystem, path = fsspec.core.url_to_fs(url, **(_web_options(protocol) if is_web(url) else {}))
+        return filesystem, str(path)
     except ImportError as error:
         if protocol in _EXTRAS:
             raise MissingExtra(f"reading {protocol}:// URLs", _EXTRAS[protocol]) from error
@@ -243,14 +244,15 @@ class RemoteFile(io.RawIOBase):
         if self._file is None:
             return _read_range(self._filesystem, self._path, start, end)
         self._file.seek(start)
-        return self._file.read(end - start)
+        content: bytes = self._file.read(end - start)
+        return content
 
     def _download(self) -> int:
         """Go on with a temporary file; its size."""
         self._file.close()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         ask(self._url, self._fill, self._file)
-        return self._file.seek(0, io.SEEK_END)
+        return int(self._file.seek(0, io.SEEK_END))
 
     def _fill(self, file: BinaryIO) -> None:
         file.seek(0)
@@ -334,7 +336,7 @@ def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:
     """Those bytes and no others: fsspec's own way reads megabytes ahead where a client (the hub's) is not
     asynchronous."""
     if filesystem.async_impl:
-        return filesystem.cat_file(path, start=start, end=end)
+        return bytes(filesystem.cat_file(path, start=start, end=end))
     with filesystem.open(path, "rb", cache_type="none") as file:
         file.seek(start)
-        return file.read(end - start)
+        return bytes(file.read(end - start))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mmfilter.core.input.decode import DecodeSettings, Pair, decode
 from mmfilter.core.input.sample import RawSample, problem_kind
@@ -197,7 +197,7 @@ class Prefetched(Iterator[T]):
         if item is self._END:
             self._queue.put((self._END, None))
             raise StopIteration
-        return item
+        return cast(T, item)
 
     def ended(self, timeout: float) -> bool:
         """Whether nothing is read any more; waits up to so many seconds for it."""

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from mmfilter.core.input.decode import IMAGE_EXTENSIONS, DecodeSettings, Pair, decode
-from mmfilter.core.input.sample import RawSample, problem_kind
+from mmfilter.core.input.decode import DecodeSettings, Pair, decode
+from mmfilter.core.input.sample import IMAGE_EXTENSIONS, RawSample, problem_kind
 from mmfilter.core.input.source import Source
 from mmfilter.core.pipeline.feed import in_order
 from mmfilter.core.pipeline.reference import REFERENCE_SHARDS, spread

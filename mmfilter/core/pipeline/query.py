@@ -93,7 +93,8 @@ def run_card(scored_with: dict[str, Any], model: str | None = None, sae: str | N
 
 def _scored_with(run: RunDirectory) -> dict[str, Any]:
     run.score_tables()  # says so when it is no run
-    return read_json(run.manifest)["settings"]
+    settings: dict[str, Any] = read_json(run.manifest)["settings"]
+    return settings
 
 
 def _check_there(run: Path, card: Card) -> None:

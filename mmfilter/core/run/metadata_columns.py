@@ -88,4 +88,4 @@ class MoreColumns:
 
 
 def _has_uids(database: duckdb.DuckDBPyConnection) -> bool:
-    return database.execute("SELECT count(uid) FROM scores").fetchall()[0][0] > 0
+    return bool(database.execute("SELECT count(uid) FROM scores").fetchall()[0][0])

@@ -20,7 +20,7 @@ def reach(database: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
             database.register_filesystem(_Tables(protocol))
 
 
-class _Tables(AbstractFileSystem):
+class _Tables(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """A file system of whole URLs, in the words that DuckDB has for one.
 
     Those of fsspec read far more than they are asked for, ask for the size of a file whenever it is opened,

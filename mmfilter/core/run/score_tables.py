@@ -343,7 +343,8 @@ class ScoreTables:
     def positions(self, paths: Sequence[str], shard: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Positions of rows of shards; `shard` indexes `paths`."""
         start = {shard.path: start for shard, start in zip(self.shards, self.starts.tolist(), strict=False)}
-        return np.array([start[path] for path in paths], np.int64)[shard] + row
+        positions: np.ndarray = np.array([start[path] for path in paths], np.int64)[shard] + row
+        return positions
 
     def groups(self, *columns: str) -> np.ndarray:
         """(rows,) int64: for rows that share the values of these columns the position of the first of them.

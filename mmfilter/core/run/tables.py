@@ -129,7 +129,8 @@ def read_table_metadata(path: Path) -> dict[str, Any]:
         raise RunError(f"{str(path)!r} is not a readable parquet file: {error}") from error
     if METADATA_KEY not in stored:
         raise RunError(f"{str(path)!r} was not written by mmfilter: it has no {METADATA_KEY.decode()!r} metadata")
-    return json.loads(stored[METADATA_KEY])
+    metadata: dict[str, Any] = json.loads(stored[METADATA_KEY])
+    return metadata
 
 
 def read_column(tables: list[Path], column: str) -> np.ndarray:
@@ -200,7 +201,7 @@ def read_codes(
 
 def _code_batches(
     file: pq.ParquetFile, number: int, columns: Sequence[str], wanted: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, dict]]:
+) -> Iterator[tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     for batch in file.iter_batches(4096, row_groups=[number], columns=["row", *columns], use_threads=False):
         rows = batch.column("row").to_numpy()
         if wanted is not None:
