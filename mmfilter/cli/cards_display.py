@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -9,24 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmfilter.cli.columns import show_columns
 from mmfilter.core.cards.cards import Card
 
 
 def show_cards(cards: Sequence[Card]) -> None:
     """One line a card, on stdout."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("card", "model", "layer", "SAE"):
-        table.add_column(heading, justify="right" if heading == "layer" else "left", overflow="fold")
+    rows = []
     for card in cards:
-        sae = card.sae.removeprefix("hf:") if card.sae.startswith("hf:") else "embedded"
-        table.add_row(
-            Text(card.name), Text(card.model if card.sae.startswith("hf:") else "embedded"), str(card.layer), Text(sae)
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        published = card.sae.startswith("hf:")
+        model, sae = (card.model, card.sae.removeprefix("hf:")) if published else ("embedded", "embedded")
+        rows.append((card.name, model, str(card.layer), sae))
+    show_columns(("card", "model", "layer", "SAE"), rows, right=("layer",))
     one_sided = [card.name for card in cards if card.cannot_score]
-    if one_sided:
-        console.print(Text(f"\n{', '.join(one_sided)}: no scores, see mmfilter models show {one_sided[0]}"))
+    if one_sided and sys.stdout.isatty():
+        print(f"\n{', '.join(one_sided)}: no scores, see mmfilter models show {one_sided[0]}")
 
 
 def show_card(card: Card) -> None:

@@ -137,23 +137,22 @@ for _function, _name in (
 
 
 def _show_list(entries: list[Listed]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    """On a terminal the cards have a line of their own, since `mmfilter models` lists them; a pipe gets every row."""
+    from mmfilter.cli.columns import show_columns
 
-    cards = [entry.name for entry in entries if entry.layout == "card"]
-    published = [entry for entry in entries if entry.layout != "card"]
-    width = None if sys.stdout.isatty() else 200  # a pipe has no width, and folded cells are hard to grep
-    console = Console(markup=False, highlight=False, width=width)
+    seen = sys.stdout.isatty()
+    cards = [entry.name for entry in entries if entry.layout == "card"] if seen else []
+    rows = [
+        (entry.name, entry.base, entry.layers, entry.trained_on)
+        for entry in entries
+        if entry.layout != "card" or not seen
+    ]
     if cards:
-        console.print(f"SAEs of the cards (mmfilter models): {', '.join(cards)}")
-    if published:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("published", "base model", "layers", "trained on"):
-            table.add_column(heading, overflow="fold")
-        for entry in published:
-            table.add_row(entry.name, entry.base, entry.layers, entry.trained_on)
-        console.print(*([""] if cards else []), table, sep="\n")
-        console.print("\nWidths, layouts and licences: mmfilter sae list --json")
+        print(f"SAEs of the cards (mmfilter models): {', '.join(cards)}", end="\n\n" if rows else "\n")
+    if rows:
+        show_columns(("published" if seen else "SAE", "base model", "layers", "trained on"), rows)
+    if rows and seen:
+        print("\nWidths, layouts and licences: mmfilter sae list --json")
 
 
 def _show_description(description: Description) -> None:

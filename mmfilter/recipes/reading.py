@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` to a `Recipe`; whatever is no key, or of another kind, is named with its place.
+"""From a YAML file and `--set` to a `Recipe`; whatever is not a key, or of another kind, is named with its place.
 
 `on`, `off`, `yes` and `no` are words here as in YAML 1.2: in YAML 1.1, PyYAML's default, the key `on` is true.
 """
@@ -55,7 +55,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise RecipeError(
             f"recipe {str(path)!r} cannot be read: {problem}; write one with: mmfilter init SHARDS -o {path}"
         ) from error
@@ -90,7 +90,7 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # derived from the safe loader
     except yaml.YAMLError as error:
-        raise RecipeError(f"{what} is no YAML: {_problem(error)}") from error
+        raise RecipeError(f"{what} is not YAML: {_problem(error)}") from error
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -146,7 +146,7 @@ EXPLAINED = {
     "batch": (["score", "{source}/00000.tar", "--batch-size", "0"], "--batch-size is 0; at least 1 is needed"),
     "no run": (
         ["select", "nowhere", "--top", "5", "-o", "x"],
-        "'nowhere' is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run nowhere",
+        "'nowhere' is not a run: it has no manifest.json; make one with: mmfilter score SHARDS --run nowhere",
     ),
     "no column": (["select", "{run}", "--top", "5", "--by", "beauty", "-o", "x"], "no column 'beauty'"),
     "nothing asked": (["select", "{run}", "-o", "x"], "give --top 20%, --top 5000 or --min 0.3"),

@@ -207,7 +207,7 @@ EXPLAINED = {
         "--memory is -1; give GiB above 0, or leave it out to use half of what is free",
     ),
     "column": (["dedup", "{run}", "--by", "beauty"], "no column 'beauty'"),
-    "no run": (["dedup", "nowhere"], "'nowhere' is no run: it has no manifest.json"),
+    "no run": (["dedup", "nowhere"], "'nowhere' is not a run: it has no manifest.json"),
     "nothing to look for": (
         ["search", "{run}"],
         "say what to look for, one of: --key KEY, --image FILE and/or --text WORDS, --feature NUMBER",

@@ -22,7 +22,12 @@ PROMISED = {
 def test_the_list_has_every_card(argv, capsys):
     assert main(argv) == 0
     said = capsys.readouterr()
-    assert said.err == "" and {line.split(" ")[0] for line in said.out.splitlines()} >= PROMISED
+    lines = [line.split("\t") for line in said.out.splitlines()]
+    assert said.err == ""
+    assert lines[0] == ["card", "model", "layer", "SAE"]
+    assert {line[0] for line in lines} >= PROMISED
+    assert {len(line) for line in lines} == {4}, "one line a row, for grep and cut"
+    assert len(lines) == 1 + len({line[0] for line in lines[1:]})
 
 
 def test_the_list_as_json(capsys):

@@ -70,10 +70,9 @@ def test_the_list_has_cards_and_published_saes(capsys):
 def test_a_word_narrows_the_list(capsys):
     assert main(["sae", "list", "GEMMA"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("gemma-3-12b, gemma-3-27b, gemma-3-4b, paligemma2-3b") and lines[2].split()[:2] == [
-        "published",
-        "base",
-    ]
+    assert lines[0].split("\t") == ["SAE", "base model", "layers", "trained on"]
+    assert [line.split("\t")[0] for line in lines[1:5]] == ["gemma-3-12b", "gemma-3-27b", "gemma-3-4b", "paligemma2-3b"]
+    assert {line.count("\t") for line in lines} == {3}
     assert any("gemma-scope-2-" in line for line in lines) and not any(
         "Goodfire" in line or "tiny" in line for line in lines
     )

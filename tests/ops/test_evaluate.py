@@ -142,7 +142,7 @@ def test_models_without_such_a_loss_say_why(make_shard, quiet, tmp_path):
 def test_an_untrained_model_is_no_language_model(make_shard, quiet, tmp_path):
     tried = run(zoo_card("llava", tmp_path / "l"), make_shard(n=4), quiet).trials[0]
     assert tried.loss.meaningless.endswith(
-        "is no better than guessing evenly among 600 tokens (6.40): it is no language model of them"
+        "is no better than guessing evenly among 600 tokens (6.40): it is not a language model of them"
     )
 
 

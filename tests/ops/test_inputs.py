@@ -154,7 +154,7 @@ def test_a_run_of_a_command_gives_keys_only(scored, tmp_path):
     command = f"pipe:cat {scored}/data/00000.tar"
     assert (
         str(caught.value)
-        == f"run {str(run)!r} was scored from the command {command!r}, so there is no shard to copy from; use --format keys"
+        == f"run {str(run)!r} was scored from the command {command!r}, so there is no shard to copy from; use --format keys or datacomp"
     )
     assert select(run, SelectSettings(top="2", format="keys", output=tmp_path / "keys")).kept == 2
 

@@ -138,7 +138,9 @@ def test_an_unknown_column_lists_both_sets(known, tmp_path):
         error_of(tmp_path / "run", by="similarly")
         == f"no column 'similarly'; did you mean 'similarity'? the score table has {own}; {theirs}"
     )
-    assert error_of(tmp_path / "run", by="url").startswith("column 'url' of the score table is no number (varchar); ")
+    assert error_of(tmp_path / "run", by="url").startswith(
+        "column 'url' of the score table is not a number (varchar); "
+    )
 
 
 def test_without_sidecars_the_words_are_those_of_the_score_table(known, tmp_path):

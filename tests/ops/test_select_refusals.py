@@ -82,10 +82,10 @@ def test_a_column_that_cannot_rank(run):
     assert error_of(run, top="1", by="beauty", format="keys") == f"the score table has no column 'beauty'; {RANKS}"
     assert (
         error_of(run, top="1", by="key", format="keys")
-        == f"column 'key' of the score table is no number (varchar); {RANKS}"
+        == f"column 'key' of the score table is not a number (varchar); {RANKS}"
     )
     assert error_of(run, top="1", by="ok", format="keys").startswith(
-        "column 'ok' of the score table is no number (boolean);"
+        "column 'ok' of the score table is not a number (boolean);"
     )
 
 
@@ -202,7 +202,9 @@ def test_a_run_from_stdin_gives_keys_only(tmp_path):
         [{"key": "a", "shard": "-", "row": 0, "offset": 0, "nbytes": 512, "ok": True, "similarity": 0.5}],
     )
     write_json(run / "manifest.json", {"inputs": [{"name": "stdin", "shard": "-"}]})
-    message = f"run {str(run)!r} was scored from stdin, so there is no shard to copy from; use --format keys"
+    message = (
+        f"run {str(run)!r} was scored from stdin, so there is no shard to copy from; use --format keys or datacomp"
+    )
     assert error_of(run, top="1", output=tmp_path / "best") == message
     assert keys_of(run, tmp_path, top="1") == ["a"]
 
@@ -226,7 +228,7 @@ def test_a_damaged_run(run, tmp_path):
         == f"the score tables of run {str(run)!r} hold 5 rows but say 7; score the shards again"
     )
     assert error_of(tmp_path, top="1", format="keys").startswith(
-        f"{str(tmp_path)!r} is no run: it has no manifest.json"
+        f"{str(tmp_path)!r} is not a run: it has no manifest.json"
     )
 
 

@@ -127,7 +127,7 @@ def test_a_target_that_was_scored_otherwise(tmp_path):
         == f"--match {str(empty)!r} has no sample with features: there is nothing to match"
     )
     assert refused(run, top="5", match=tmp_path / "none").startswith(
-        f"{str(tmp_path / 'none')!r} is no run: it has no manifest.json"
+        f"{str(tmp_path / 'none')!r} is not a run: it has no manifest.json"
     )
 
 
@@ -257,7 +257,7 @@ def test_a_formula_ties_by_key_and_keeps_the_meaning_of_min(tmp_path):
         ("COLUMNS('s.*')", "has a * for several columns; name each"),
         (
             "key || 'x'",
-            "is no number but varchar; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'",
+            "is not a number but varchar; write a formula that gives one, such as '0.7 * similarity + 0.3 * rank(saev)'",
         ),
         ("(SELECT 1)", "has a sub-query; only a formula over the columns of one row is possible"),
         (

@@ -72,7 +72,7 @@ def test_what_is_written_is_a_recipe_that_says_what_was_seen(tmp_path, monkeypat
     assert (recipe.inputs, recipe.model, recipe.run) == (
         Inputs(shards=('a "b"*.tar',), caption=caption),
         ModelSettings("tiny"),
-        Run(run=Path("mmfilter-run")),
+        Run(run="mmfilter-run"),
     )
     assert (
         recipe.select == Select("20%")

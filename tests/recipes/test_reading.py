@@ -39,7 +39,7 @@ def test_every_section_becomes_its_dataclass(tmp_path):
     assert read_recipe(written(tmp_path, WHOLE)) == Recipe(
         Inputs(shards=("a.tar", "b/{0..3}.tar"), caption="txt"),
         ModelSettings("m", 3, "s", {"k": 4}, None, "none", 0.001),
-        Run(run=Path("r"), batch_size=8, limit=10),
+        Run(run="r", batch_size=8, limit=10),
         Check(50),
         Dedup(1.0, "image"),  # the key is `on`, which YAML 1.1 takes for true
         Select(5, where="a = 'on'", diverse=True, shuffle=3),
@@ -68,7 +68,7 @@ def test_changes_come_after_the_file_in_their_order(tmp_path):
     assert recipe.select.top == "40%" and recipe.outputs == (Output("x"), Output("z", "keys", 5))
     assert (
         recipe.dedup is None
-        and recipe.run == Run(run=Path("r"), batch_size=8, workers=2)
+        and recipe.run == Run(run="r", batch_size=8, workers=2)
         and recipe.inputs.shards == ("c.tar",)
     )
     assert recipe.check == Check(50, 2)
@@ -191,11 +191,11 @@ REFUSED = {
     ),
     "twice": (
         S + "run: {limit: 1, limit: 2}",
-        "recipe.yaml' is no YAML: line 2, column 17: the key 'limit' comes twice",
+        "recipe.yaml' is not YAML: line 2, column 17: the key 'limit' comes twice",
     ),
-    "no YAML": (S + "run: [", "recipe.yaml' is no YAML: line 2, column 7 while parsing a flow node: "),
+    "no YAML": (S + "run: [", "recipe.yaml' is not YAML: line 2, column 7 while parsing a flow node: "),
     "nothing": ("# nothing", "holds no sections; expected lines like 'inputs:'"),
-    "list as a key": (S + "? [a]\n: b", "is no YAML: "),
+    "list as a key": (S + "? [a]\n: b", "is not YAML: "),
 }
 
 
@@ -215,7 +215,7 @@ def test_what_is_refused_and_in_which_words(tmp_path, case):
         ("outputs.2.path=a", "'2' is none of the 2 parts of that list; they count from 0"),
         ("outputs.path=a", "'path' is none of the 2 parts of that list"),
         ("select.top.x=1", "select.top is 5 in the recipe and has no keys"),
-        ("run.limit=[", "is no YAML: line 1, column 2 while parsing"),
+        ("run.limit=[", "is not YAML: line 1, column 2 while parsing"),
         (".top=1", "--set '.top=1' is not KEY.KEY=VALUE, such as select.top=30%"),
         ("select.=1", "--set 'select.=1' is not KEY.KEY=VALUE"),
     ],

@@ -185,7 +185,7 @@ def test_a_dry_run_of_a_scored_run_has_the_funnel_of_what_would_be_written(recip
             r"--by 'random\(\) \+ 1' uses random\(\), which is another number each time",
         ),
         (Select("25%", per="(SELECT 1)"), r"--per '\(SELECT 1\)' has a sub-query"),
-        (Select("25%", match="nowhere"), "nowhere' is no run: it has no manifest.json"),
+        (Select("25%", match="nowhere"), "nowhere' is not a run: it has no manifest.json"),
         (Select("25%", metadata=("no*.csv",)), r"--metadata '.*/no\*\.csv' matches no file; check the path"),
     ],
 )

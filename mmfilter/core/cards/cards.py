@@ -12,7 +12,7 @@ from mmfilter.errors import ModelError
 
 TextContext = Literal["image", "none"]
 REGISTRY = "saes.yaml"
-"""The list of published SAEs, which is no card"""
+"""The list of published SAEs, which is not a card"""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class SplicedLoss:
             return (
                 f"the model's own loss on the captions, {self.clean:.2f}, is no better than guessing evenly among "
                 f"{self.vocabulary:,} tokens "
-                f"({self.uniform:.2f}): it is no language model of them"
+                f"({self.uniform:.2f}): it is not a language model of them"
             )
         if self.zero - self.clean < LEAST_RANGE:
             return (

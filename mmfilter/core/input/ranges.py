@@ -1,6 +1,6 @@
 """Byte ranges of shards. Local ones are read as they are; remote ones in few requests, near ones together.
 
-A sample of a shard that is no tar has no range, but a negative offset (`OpenShards.read`).
+A sample of a shard that is not a tar has no range, but a negative offset (`OpenShards.read`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class OpenShards:
     def read(self, shard: Source, offset: int, nbytes: int) -> bytes:
         """A byte range of a local tar; raises `ShardError` when the shard ends before it does.
 
-        With a negative offset, −1 − row of a sample of a shard that is no tar, it is what a tar would hold of it.
+        With a negative offset, −1 − row of a sample of a shard that is not a tar, it is what a tar would hold of it.
         """
         if offset < 0:
             return self._made(shard, -1 - offset)

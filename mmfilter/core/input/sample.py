@@ -28,9 +28,9 @@ class RawSample:
     row: int
     """Position of the sample in the shard, from 0."""
     offset: int | None
-    """First byte of the first member's first header; None where the shard is no tar."""
+    """First byte of the first member's first header; None where the shard is not a tar."""
     nbytes: int | None
-    """Length from there to the end of the last member's padding; None where the shard is no tar."""
+    """Length from there to the end of the last member's padding; None where the shard is not a tar."""
     members: dict[str, bytes]
     """Lower-case extension (`jpg`, `json`, `seg.png`) to content; without what was not read."""
     problem: str | None
@@ -43,7 +43,7 @@ def problem_kind(problem: str) -> str:
 
 
 class Keys:
-    """Gives every sample of a shard that is no tar a key of its own, from the name that the data has for it."""
+    """Gives every sample of a shard that is not a tar a key of its own, from the name that the data has for it."""
 
     def __init__(self, fallback: str) -> None:
         self._fallback = fit(fallback)

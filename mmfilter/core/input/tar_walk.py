@@ -38,7 +38,7 @@ class Member:
     end: int
     """Where the next header is."""
     oddity: str | None
-    """What it is, where it is no plain file."""
+    """What it is, where it is not a plain file."""
 
 
 class TarWalk:
@@ -107,7 +107,7 @@ class TarWalk:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
             if at == 0:
-                raise ShardError(self.shard, "is no tar: it does not begin with a tar header") from error
+                raise ShardError(self.shard, "is not a tar: it does not begin with a tar header") from error
             raise ShardError(self.shard, "is damaged, fetch it again: no valid tar header", offset=at) from error
         if header.size < 0:
             raise ShardError(self.shard, "is damaged, fetch it again: a negative member size", offset=at)
@@ -125,7 +125,7 @@ class TarWalk:
                 problem = f"is compressed with {name}; decompress it first with {command}"
                 raise ShardError(self.shard, f"{problem}: samples are copied by their byte ranges")
         if len(block) < BLOCK:
-            raise ShardError(self.shard, f"is no tar: it has only {len(block)} bytes")
+            raise ShardError(self.shard, f"is not a tar: it has only {len(block)} bytes")
 
     def _skip_sparse_map(self, block: bytes) -> None:
         more = block[482]

@@ -50,7 +50,8 @@ def _check_kept(tables: ScoreTables, shard: ScoredShard) -> None:
     if shard.source.once:
         what = "stdin" if shard.source.kind == "stdin" else f"the command {shard.path!r}"
         raise SelectionError(
-            f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format keys"
+            f"run {str(tables.run.path)!r} was scored from {what}, so there is no shard to copy from; use --format "
+            "keys or datacomp"
         )
 
 

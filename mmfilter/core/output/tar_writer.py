@@ -52,7 +52,7 @@ class ShardWriter:
     def copy(self, shard: Source, offset: int, nbytes: int) -> None:
         """Append a byte range of a local shard; raises `ShardError` when the shard ends before it does.
 
-        A negative offset is −1 − row of a sample of a shard that is no tar: its members are appended.
+        A negative offset is −1 − row of a sample of a shard that is not a tar: its members are appended.
         """
         if offset < 0:
             return self.write(self._sources.read(shard, offset, nbytes))

@@ -92,7 +92,7 @@ def run_card(scored_with: dict[str, Any], model: str | None = None, sae: str | N
 
 
 def _scored_with(run: RunDirectory) -> dict[str, Any]:
-    run.score_tables()  # says so when it is no run
+    run.score_tables()  # says so when it is not a run
     settings: dict[str, Any] = read_json(run.manifest)["settings"]
     return settings
 

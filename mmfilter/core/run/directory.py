@@ -71,7 +71,7 @@ class RunDirectory:
         """
         if not self.manifest.exists():
             raise RunError(
-                f"{str(self.path)!r} is no run: it has no manifest.json; make one with: mmfilter score SHARDS --run "
+                f"{str(self.path)!r} is not a run: it has no manifest.json; make one with: mmfilter score SHARDS --run "
                 f"{self.path}"
             )
         order = {item["name"]: i for i, item in enumerate(read_json(self.manifest)["inputs"])}

@@ -142,7 +142,7 @@ class Expression:
         if kind.startswith(("BOOLEAN", *DECIMAL)) and not kind.endswith("]"):
             return f"CAST((\n{self.text}\n) AS DOUBLE)"
         raise self.error(
-            f"is no number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * "
+            f"is not a number but {kind.lower()}; write a formula that gives one, such as '0.7 * similarity + 0.3 * "
             "rank(saev)'"
         )
 

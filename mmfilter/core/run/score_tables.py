@@ -133,7 +133,7 @@ class ScoreTables:
 
         In an expression `rank(x)` is the share of the other candidates with an x whose x is smaller; the
         candidates are the scored rows that pass. Raises `SelectionError` for another column, or an
-        expression or condition that is no plain one.
+        expression or condition that is not a plain one.
         """
         by = next((name for name in self.types if name.lower() == by.lower()), by)  # as in SQL
         plain = by in self.types or re.fullmatch(r"\w+", by) is not None
@@ -231,7 +231,7 @@ class ScoreTables:
             raise SelectionError(f"the score table has no column {name!r}; {hint}{there}")
         if name not in numeric:
             raise SelectionError(
-                f"column {name!r} of the score table is no number ({self.types[name].lower()}); {there}"
+                f"column {name!r} of the score table is not a number ({self.types[name].lower()}); {there}"
             )
 
     def _check_rows(self, rows: int) -> None:

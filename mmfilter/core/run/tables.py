@@ -47,7 +47,7 @@ def score_table(scores: Iterable[str]) -> pa.Schema:
     is false.
 
     `offset` and `nbytes` are the byte range of all the sample's members in the tar, headers and padding
-    included, so that a selection copies bytes and never decodes; null where the shard is no tar.
+    included, so that a selection copies bytes and never decodes; null where the shard is not a tar.
     """
     return pa.schema([*_SAMPLE_COLUMNS, *((name, pa.float32()) for name in scores)])
 

@@ -28,7 +28,7 @@ def test_the_share_that_is_recovered():
 def test_when_it_means_nothing_and_when_care_is_due():
     bad = loss(7.5, 9.0)
     assert bad.meaningless == (
-        "the model's own loss on the captions, 7.50, is no better than guessing evenly among 1,000 tokens (6.91): it is no language model of them"
+        "the model's own loss on the captions, 7.50, is no better than guessing evenly among 1,000 tokens (6.91): it is not a language model of them"
     )
     assert all(math.isnan(share) for share in bad.recovered.values())
     assert (

@@ -244,7 +244,7 @@ def test_urls_are_read_through_fsspec():
     ("cut", "yielded", "message"),
     [
         (0, 0, "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again"),
-        (100, 0, "is no tar: it has only 100 bytes"),
+        (100, 0, "is not a tar: it has only 100 bytes"),
         (512, 0, "is truncated, fetch it again: it ends inside member '0000.jpg', which begins at byte 0"),
         (2560, 0, "is truncated, fetch it again: no end-of-archive marker at byte 2,560"),
         (2600, 0, "is truncated, fetch it again: it ends inside the header at byte 2,560"),
@@ -302,7 +302,7 @@ def test_a_tar_without_samples_yields_nothing(write):
 
 
 def test_what_is_no_tar_is_refused(write, tmp_path):
-    assert error_of(write(b"PK\x03\x04" * 1000)) == "is no tar: it does not begin with a tar header"
+    assert error_of(write(b"PK\x03\x04" * 1000)) == "is not a tar: it does not begin with a tar header"
     assert error_of(write(gzip.compress(tar_bytes(pairs(1))))) == (
         "is compressed with gzip; decompress it first with gunzip: samples are copied by their byte ranges"
     )

@@ -109,7 +109,7 @@ def test_what_cannot_be_looked_for_is_one_line(folder, capsys, tmp_path):
         == "the query cannot be looked for: image cannot be decoded: it is no JPEG, PNG or WebP"
     )
     assert error(run, "--text", " ") == "the query cannot be looked for: empty caption"
-    assert error(tmp_path / "nowhere", "--text", "cat").startswith(f"{str(tmp_path / 'nowhere')!r} is no run")
+    assert error(tmp_path / "nowhere", "--text", "cat").startswith(f"{str(tmp_path / 'nowhere')!r} is not a run")
 
 
 def changed(run: Path, to: Path, **settings: str) -> dict:

@@ -141,12 +141,12 @@ def _image_name(record: Any) -> str:
 
 
 def _lines(shard: str, file: BinaryIO) -> Iterator[_Record]:
-    """The lines of a JSONL file; one that is no JSON is a record with a problem."""
+    """The lines of a JSONL file; one that is not JSON is a record with a problem."""
     offset = 0
     while line := file.readline(MAX_RECORD):
         if len(line) == MAX_RECORD:
             raise ShardError(
-                shard, f"has a line of more than {MAX_RECORD:,} bytes, which is no record; it begins", offset=offset
+                shard, f"has a line of more than {MAX_RECORD:,} bytes, which is not a record; it begins", offset=offset
             )
         text = line.strip().removeprefix(codecs.BOM_UTF8)
         if text:
@@ -167,12 +167,12 @@ class _ListReader:
         self._offset = 0
 
     def records(self) -> Iterator[_Record]:
-        """The elements in order; raises `ShardError` for a file that is no list, or is cut or damaged."""
+        """The elements in order; raises `ShardError` for a file that is not a list, or is cut or damaged."""
         if self._next() == "\ufeff":
             self._step(1)
         first = self._next()
         if first != "[":
-            what = "is empty" if not first else "holds an object" if first == "{" else "is no JSON"
+            what = "is empty" if not first else "holds an object" if first == "{" else "is not JSON"
             hint = "; if it has a record a line, call it .jsonl" if first == "{" else ""
             raise ShardError(self._shard, f"{what}, where {_WANTED} is expected{hint}")
         self._step(1)
@@ -189,7 +189,7 @@ class _ListReader:
             raise self._damaged()
 
     def _next(self) -> str:
-        """The next character that is no space, or nothing at the end."""
+        """The next character that is not a space, or nothing at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in _SPACE:
                 self._step(1)

@@ -161,7 +161,7 @@ class ParquetRows(RowSource):
             yield
         except (pa.ArrowException, OSError) as error:
             raise ShardError(
-                self.path, f"is no readable parquet file ({' '.join(str(error).split())[:200]})"
+                self.path, f"is not a readable parquet file ({' '.join(str(error).split())[:200]})"
             ) from error
 
     def _sample(self, row: int, values: dict[str, Any], limit: int) -> RawSample:

@@ -221,7 +221,7 @@ WANTED = 'a list of records such as {"id": …, "image": "a.jpg", "conversations
     [
         (b"", f"is empty, where {WANTED} is expected"),
         (b'{"images": []}', f"holds an object, where {WANTED} is expected; if it has a record a line, call it .jsonl"),
-        (b"hello", f"is no JSON, where {WANTED} is expected"),
+        (b"hello", f"is not JSON, where {WANTED} is expected"),
         (b"\xff\xfe[", "is not UTF-8 (invalid start byte), after the record that begins at byte 0"),
         (b'[{"id": 1}, {"id"', "is damaged or truncated: no valid JSON from the record or separator at byte 12"),
         (b'[{"id": 1}, ', "is truncated, fetch it again: the list does not end; it stops at byte 12"),
@@ -243,7 +243,7 @@ def test_endless_records_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(llava_json, "MAX_RECORD", 1000)
     assert (
         error_of(write(tmp_path, b"a" * 2000, "x.jsonl"))
-        == "has a line of more than 1,000 bytes, which is no record; it begins at byte 0"
+        == "has a line of more than 1,000 bytes, which is not a record; it begins at byte 0"
     )
     monkeypatch.setattr(llava_json, "_CHUNK", 500)
     assert (

@@ -170,10 +170,10 @@ def test_a_sidecar_points_to_its_tar(tmp_path):
 
 def test_a_file_that_is_no_parquet_says_so(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
-    assert error_of(str(tmp_path / "a.parquet")).startswith("is no readable parquet file (")
+    assert error_of(str(tmp_path / "a.parquet")).startswith("is not a readable parquet file (")
     good = inputs.as_parquet(tmp_path / "b.parquet", inputs.pairs(9))
     good.write_bytes(good.read_bytes()[:-100])
-    assert error_of(str(good)).startswith("is no readable parquet file (")
+    assert error_of(str(good)).startswith("is not a readable parquet file (")
     assert error_of(str(tmp_path / "gone.parquet")) == "does not exist; check the path"
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_page_ends_the_shard(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:40] = bytes(36)
     path.write_bytes(content)
-    assert error_of(str(path)).startswith("is no readable parquet file (")
+    assert error_of(str(path)).startswith("is not a readable parquet file (")
 
 
 def test_a_url_works(tmp_path):

@@ -66,7 +66,7 @@ def test_braces_are_a_range_and_names_come_from_the_tar(tmp_path):
         ),
         ("head -c 3000 {tar}; exit 4", "failed with exit status 4; run the command by itself to see why"),
         ("true", "is empty (0 bytes); a tar without samples still has 1,024 bytes, fetch it again"),
-        ("yes | head -c 100000", "is no tar: it does not begin with a tar header"),
+        ("yes | head -c 100000", "is not a tar: it does not begin with a tar header"),
         (
             "no-such-program",
             "failed with exit status 127 (/bin/sh: 1: no-such-program: not found); run the command by itself to see why",
