@@ -57,6 +57,7 @@ def install(kind: str, python: str, torch: str | None) -> Path:
         "pip",
         "compile",
         "--quiet",
+        "--upgrade",
         "--python",
         inside,
         *resolution,

@@ -100,6 +100,18 @@ def test_names_that_lead_out_of_the_folder_are_never_opened(tmp_path, images, mo
     assert opened == []
 
 
+def null_reason() -> str:
+    """What this Python says of a path with a null byte."""
+    try:
+        os.stat("a\0.jpg")
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("a path with a null byte was looked for")
+
+
+NULL = null_reason()
+
+
 def test_a_bad_record_is_a_row_with_a_reason(tmp_path, images):
     (tmp_path / "images/gif.jpg").write_bytes(b"GIF89a....")
     (tmp_path / "images/empty.jpg").write_bytes(b"")
@@ -135,7 +147,7 @@ def test_a_bad_record_is_a_row_with_a_reason(tmp_path, images):
         "no caption: no txt, no caption in the json (members: jpg, json)",
         "image cannot be decoded: it is no JPEG, PNG or WebP",
         "image is empty: the jpg has 0 bytes",
-        "unreadable file: 'a\\x00.jpg': embedded null byte",
+        f"unreadable file: 'a\\x00.jpg': {NULL}",
         "unreadable file: '\\ud800.jpg': 'utf-8' codec can't encode character '\\ud800' in position "
         + f"{len(images) + 1}: surrogates not allowed",
         f"unreadable file: {long!r}: File name too long",
